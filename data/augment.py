@@ -1,0 +1,189 @@
+"""Augmentation of a whole batch at once: each image its own draw, on the batch's device, from a given generator.
+
+Batches are (b, 3, S, S) float. Functions of pixels expect values in [0, 1]; `diff_augment` takes normalised images.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
+
+
+def uniform(x, generator, low=0.0, high=1.0, size=None):
+    """Draws from [low, high) for each image of `x`: (b,) or `size`."""
+    return torch.rand(size or (len(x),), generator=generator, device=x.device) * (high - low) + low
+
+
+def per_image(values):
+    """(b,) to (b, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def shifted_windows(x, top, left, padding):
+    """The S x S window at (`top`, `left`), each (b,) int64 in 0..2*padding, of each image padded with zeros."""
+    size = x.shape[-1]
+    padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # (b, S+2p, S+2p, 3)
+    span = torch.arange(size, device=x.device)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    rows, columns = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
+    return padded[image, rows, columns].permute(0, 3, 1, 2)
+
+
+def random_crop(x, generator, padding=4):
+    """A random window of each image's own size after padding with zeros (the fine-tuning recipe)."""
+    top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), generator=generator, device=x.device)
+    return shifted_windows(x, top, left, padding)
+
+
+def horizontal_flip(x, generator, p=0.5):
+    return torch.where(per_image(uniform(x, generator) < p), x.flip(3), x)
+
+
+def crop_boxes(n, size, generator, device, scale, ratio):
+    """Boxes (top, left, height, width), each (n,) whole pixels, of random area and aspect as in Inception training:
+    the first of ten tries that fits, else the whole image."""
+    area = size * size * (torch.rand(n, 10, generator=generator, device=device) * (scale[1] - scale[0]) + scale[0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = (torch.rand(n, 10, generator=generator, device=device) * (high - low) + low).exp()
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (width >= 1) & (width <= size) & (height >= 1) & (height <= size)
+    first = fits.int().argmax(1, keepdim=True)
+    width = torch.where(fits.any(1), width.gather(1, first)[:, 0], size)
+    height = torch.where(fits.any(1), height.gather(1, first)[:, 0], size)
+    place = torch.rand(2, n, generator=generator, device=device)
+    return (place[0] * (size - height + 1)).floor(), (place[1] * (size - width + 1)).floor(), height, width
+
+
+def resize_boxes(x, top, left, height, width):
+    """Each image's box brought back to S x S, bilinear."""
+    size = x.shape[-1]
+    theta = torch.zeros(len(x), 2, 3, device=x.device, dtype=x.dtype)  # output to input, both in [-1, 1]
+    theta[:, 0, 0], theta[:, 0, 2] = width / size, (2 * left + width) / size - 1
+    theta[:, 1, 1], theta[:, 1, 2] = height / size, (2 * top + height) / size - 1
+    # A sample outside its box would see the neighbourhood that the crop cut off: hold it at the box's border pixels.
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    least = torch.stack([2 * left + 1, 2 * top + 1], 1)[:, None, None] / size - 1
+    most = torch.stack([2 * (left + width) - 1, 2 * (top + height) - 1], 1)[:, None, None] / size - 1
+    return F.grid_sample(x, grid.clamp(least, most), mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def random_resized_crop(x, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    return resize_boxes(x, *crop_boxes(len(x), x.shape[-1], generator, x.device, scale, ratio))
+
+
+def to_grey(x):
+    """(b, 3, S, S) to (b, 1, S, S)."""
+    return (x * torch.tensor(GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(1, keepdim=True)
+
+
+def blend(x, y, factor):
+    """`factor` (b,) of x and 1 - factor of y, kept in [0, 1]."""
+    return torch.lerp(y.expand_as(x), x, per_image(factor)).clamp(0, 1)
+
+
+def shift_hue(x, turn):
+    """Turn each image's hue by `turn` (b,) of the full circle, keeping saturation and value of the HSV cone."""
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # (b, S, S)
+    red, green, blue = x.unbind(1)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / chroma,
+        torch.where(value == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+    )
+    sixth = torch.where(chroma > 0, sixth, 0) + 6 * turn[:, None, None]
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[:, None, None]  # red, green, blue
+    k = (sixth[:, None] + offsets) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
+    """Brightness, contrast, saturation and hue by random factors of each image, in an order drawn for the batch."""
+    jittered = x
+    for operation in torch.randperm(4, generator=generator, device=x.device).tolist():
+        if operation == 0:
+            factor = uniform(x, generator, 1 - brightness, 1 + brightness)
+            jittered = (jittered * per_image(factor)).clamp(0, 1)
+        elif operation == 1:
+            mean = to_grey(jittered).mean((1, 2, 3), keepdim=True)
+            jittered = blend(jittered, mean, uniform(x, generator, 1 - contrast, 1 + contrast))
+        elif operation == 2:
+            jittered = blend(jittered, to_grey(jittered), uniform(x, generator, 1 - saturation, 1 + saturation))
+        else:
+            jittered = shift_hue(jittered, uniform(x, generator, -hue, hue))
+    return torch.where(per_image(uniform(x, generator) < p), jittered, x)
+
+
+def greyscale(x, generator, p=0.2):
+    return torch.where(per_image(uniform(x, generator) < p), to_grey(x).expand_as(x), x)
+
+
+def solarise(x, generator, p):
+    """Invert the pixels of at least one half."""
+    return torch.where(per_image(uniform(x, generator) < p) & (x >= 0.5), 1 - x, x)
+
+
+# Differentiable augmentation (Zhao and Bilen, 2021), strategy color_crop_cutout_flip_scale_rotate. Each function takes
+# `u` (4, b): four numbers in [0, 1) for each image.
+
+
+def _color(x, u):
+    x = x + per_image(u[0] - 0.5)  # brightness 1.0
+    mean = x.mean(1, keepdim=True)
+    x = (x - mean) * per_image(2.0 * u[1]) + mean  # saturation 2.0
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * per_image(u[2] + 0.5) + mean  # contrast 0.5
+
+
+def _crop(x, u):
+    most = int(x.shape[-1] * 0.125 + 0.5)
+    top, left = (u[:2] * (2 * most + 1)).long()
+    return shifted_windows(x, top, left, most)
+
+
+def _cutout(x, u):
+    size = x.shape[-1]
+    side = int(size * 0.5 + 0.5)
+    centre = (u[:2] * (size + 1 - side % 2)).floor()[:, :, None]  # (2, b, 1), may lie so that the square is cut off
+    span = torch.arange(size, device=x.device)
+    rows, columns = (span >= centre - side // 2) & (span < centre - side // 2 + side)
+    return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
+
+
+def _flip(x, u):
+    return torch.where(per_image(u[0] < 0.5), x.flip(3), x)
+
+
+def _affine(x, matrix):
+    """`matrix`: rows ((a, b), (c, d)) of (b,) values, about the centre."""
+    (a, b), (c, d) = matrix
+    zero = torch.zeros_like(a)
+    theta = torch.stack([torch.stack([a, b, zero], 1), torch.stack([c, d, zero], 1)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=True)
+    return F.grid_sample(x, grid, align_corners=True)
+
+
+def _scale(x, u):
+    horizontal, vertical = u[:2] * (1.2 - 1 / 1.2) + 1 / 1.2
+    zero = torch.zeros_like(horizontal)
+    return _affine(x, ((horizontal, zero), (zero, vertical)))
+
+
+def _rotate(x, u):
+    angle = (u[0] - 0.5) * 2 * math.radians(15)
+    return _affine(x, ((angle.cos(), angle.sin()), (-angle.sin(), angle.cos())))
+
+
+DIFF_AUGMENTATIONS = (_color, _crop, _cutout, _flip, _scale, _rotate)
+
+
+def diff_augment(x, generator, siamese=False):
+    """One of six differentiable augmentations, drawn for the batch, with each image's own strength.
+
+    With `siamese` all images share one draw, so that two batches augmented from equal generator states are
+    transformed alike. Differentiable in x.
+    """
+    which = int(torch.randint(len(DIFF_AUGMENTATIONS), (1,), generator=generator, device=x.device))
+    u = torch.rand(4, 1 if siamese else len(x), generator=generator, device=x.device)
+    return DIFF_AUGMENTATIONS[which](x, u.to(x.dtype).expand(4, len(x)))

@@ -1,0 +1,96 @@
+"""A split of a data set as every stage sees it: uint8 pixels in one tensor, gathered by index."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.prepare import folder_name, prepare
+from utils.errors import UserError
+
+
+class ImageSet:
+    """n images of S x S pixels.
+
+    `pixels` (n, S, S, 3) uint8, mapped from disk; `labels` (n,) int64 or None; `classes` their names; `mean` and
+    `std` (3,) float32 of the set's training split over [0, 1].
+    """
+
+    def __init__(self, name, pixels, labels, classes, mean, std):
+        self.name, self.pixels, self.labels, self.classes, self.mean, self.std = (
+            name,
+            pixels,
+            labels,
+            classes,
+            mean,
+            std,
+        )
+
+    def __len__(self):
+        return len(self.pixels)
+
+    @property
+    def image_size(self):
+        return self.pixels.shape[1]
+
+    def subset(self, index):
+        """The images at `index` (k,) int64, copied out of the file."""
+        labels = None if self.labels is None else self.labels[index]
+        return ImageSet(self.name, self.pixels[index], labels, self.classes, self.mean, self.std)
+
+    def raw(self, index, device):
+        """Pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32 on `device`, channels-last in memory."""
+        return self.pixels[index].to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+    def normalised(self, index, device):
+        """As `raw`, minus the mean, divided by the standard deviation."""
+        return normalise(self.raw(index, device), self.mean, self.std)
+
+
+def normalise(x, mean, std):
+    """Pixels (b, 3, S, S) in [0, 1] to zero mean and unit deviation by the given statistics (3,)."""
+    return (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
+
+
+def load_images(name, split, size, root):
+    """The `ImageSet` of a data set's name or a folder, decoded at the first use. Raises UserError (`prepare`)."""
+    root = Path(root)
+    try:
+        stem = prepare(name, split, size, root)
+        record = json.loads(stem.with_suffix(".json").read_text())
+        train = (
+            record
+            if split == "train"
+            else json.loads(prepare(name, "train", size, root).with_suffix(".json").read_text())
+        )
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: no permission to read or write it") from error
+    pixels = np.load(stem.with_suffix(".npy"), mmap_mode="c")
+    labels = stem.with_suffix(".labels.npy")
+    return ImageSet(
+        folder_name(name, root),
+        torch.from_numpy(pixels),
+        torch.from_numpy(np.load(labels)) if labels.is_file() else None,
+        record["classes"],
+        torch.tensor(train["mean"], dtype=torch.float32),
+        torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant
+    )
+
+
+def few_labels(images, per_class, fraction, generator):
+    """Indices of the labelled images to train on: `per_class` of each class, or a `fraction` of each, or all (0, 0).
+
+    Raises UserError when a class has fewer than `per_class` images.
+    """
+    if not per_class and not fraction:
+        return torch.arange(len(images))
+    chosen = []
+    for label, name in enumerate(images.classes):
+        members = (images.labels == label).nonzero()[:, 0]
+        wanted = per_class or math.ceil(fraction * len(members))
+        if wanted > len(members):
+            raise UserError(f"{images.name}: class {name} has {len(members)} images, fewer than {wanted}")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
+    return torch.cat(chosen).sort().values

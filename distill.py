@@ -1,0 +1,186 @@
+"""Stage 1: KRR-ST (Algorithm 1 of the paper): learn m images X_s and their target features Y_s from a source.
+
+    python distill.py --source tinyimagenet
+    python distill.py --source digits --num-images 20 --outer-steps 300
+
+Needs runs/<source>/target/seed0/target.pt (pretrain_target.py). Writes runs/<source>/krr_st/seed0/: distilled.pt,
+images.png, log.jsonl (outer loss and learning rate by step), and a checkpoint while it runs: after Ctrl-C the same
+command goes on. At the end it prints the outer loss of the initial and of the distilled set under the final pool.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
+
+from data import augment
+from data.distilled import Distilled
+from data.images import load_images, normalise
+from distillers.krr import ridge_predict
+from distillers.pool import Pool
+from distillers.random import random_subset
+from distillers.target import load_target
+from utils import cli, optim
+from utils.presets import preset
+from utils.run import Run, versions
+from utils.sampling import Batches, Randomness
+
+HELP = dict(
+    num_images="m, images to learn",
+    arch="network of the pool's members",
+    width="factor on its hidden widths",
+    outer_steps="updates of the distilled set",
+    outer_lr="AdamW learning rate of images and targets, decayed linearly (D1)",
+    outer_batch="b, real images in a mini-batch",
+    pool_size="l, members of the pool",
+    pool_steps="T, steps after which a member starts afresh",
+    pool_lr="SGD learning rate of the members",
+    pool_weight_decay="weight decay of the members",
+    ridge="lambda as a factor on the trace of the kernel",
+    ridge_per_image="divide lambda by m, as FRePo does (D2)",
+    bias_column="append a one to the features before both kernels (D3)",
+    keep_pool_count="never set a member's count back, as the released code does (D5)",
+    raw_init="start from pixels in [0, 1] instead of normalised ones, as the released code does (D7)",
+    augment_outer="crop and flip the real batch, as the released code does (D8)",
+)
+
+
+def outer_loss(member, x_real, y_real, x_syn, y_syn, args):
+    """Equation 4, as a mean over all entries (D4): how well the ridge head on (X_s, Y_s) predicts g_phi(X_t)."""
+    with torch.no_grad():
+        f_real = member.embed(x_real)  # (b, d_h)
+    f_syn = member.embed(x_syn)  # (m, d_h)
+    predicted = ridge_predict(f_real, f_syn, y_syn, args.ridge, args.ridge_per_image, args.bias_column)  # (b, d_y)
+    return F.mse_loss(predicted, y_real)
+
+
+class RealBatches:
+    """Mini-batches (x_real, y_real) of the source with their target features, taken from the cache where nothing is
+    augmented."""
+
+    def __init__(self, source, target, args, randomness, device):
+        self.source, self.target, self.device = source, target, device
+        self.order = Batches(len(source), args.outer_batch, randomness.cpu)
+        self.randomness = randomness if args.augment_outer else None
+        self.features = None if args.augment_outer else target.features_of(source)
+
+    def next(self):
+        return self.at(self.order.next())
+
+    def at(self, index):
+        """x_real (b, 3, S, S) normalised and y_real (b, d_y) at `index` (b,)."""
+        x = self.source.raw(index, self.device)
+        if self.randomness:
+            x = augment.horizontal_flip(augment.random_crop(x, self.randomness.device), self.randomness.device)
+        x = normalise(x, self.source.mean, self.source.std)
+        y = self.target.features(x) if self.features is None else self.features[index].to(self.device)
+        return x, y
+
+
+def distill(source, chosen, target, args, run, device):
+    """Algorithm 1, from the images at `chosen` (m,). Returns the learned images (m, 3, S, S) and features (m, d_y),
+    and the loss under the final pool before and after."""
+    randomness = Randomness(args.seed, device)
+    real = RealBatches(source, target, args, randomness, device)
+    x_init = source.raw(chosen, device) if args.raw_init else source.normalised(chosen, device)  # line 3
+    y_init = target.features(source.normalised(chosen, device))  # line 4
+    x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
+
+    pool = Pool(
+        args.pool_size, args.pool_steps, randomness.cpu,
+        arch=args.arch, image_size=source.image_size, num_outputs=y_init.shape[1], width=args.width, device=device,
+        lr=args.pool_lr, weight_decay=args.pool_weight_decay, precision=args.precision,
+    )  # fmt: skip
+    adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
+    scheduler = optim.schedule(adamw, "linear", args.outer_steps)
+    learned = Learned(x_syn, y_syn)
+    run.resume(
+        dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness)
+    )
+
+    for _ in run.steps("initialise pool", sum(pool.ages)):  # line 5
+        pool.youngest().train_step(x_init, y_init)
+
+    for step in run.steps("distil", args.outer_steps):  # line 6
+        x_real, y_real = real.next()  # line 7
+        member = pool.draw(randomness.cpu)  # line 8
+        loss = outer_loss(member, x_real, y_real, x_syn, y_syn, args)  # line 9
+        adamw.zero_grad()
+        loss.backward()
+        adamw.step()  # line 10
+        pool.advance(member, x_syn.detach(), y_syn.detach(), args.keep_pool_count)  # lines 11-16
+        run.log(step, loss=loss, lr=scheduler.get_last_lr()[0])
+        scheduler.step()
+        if args.image_every and (step + 1) % args.image_every == 0:
+            save_picture(run.folder / "images.png", packed(x_syn, y_syn, source, args, {}))
+
+    held = real.at(torch.arange(len(source))[: args.outer_batch])
+    with torch.no_grad():
+        before, after = (
+            torch.stack([outer_loss(member, *held, x, y, args) for member in pool.members]).mean().item()
+            for x, y in ((x_init, y_init), (x_syn, y_syn))
+        )
+    return x_syn.detach(), y_syn.detach(), before, after
+
+
+class Learned:
+    """X_s and Y_s as a part of the checkpoint."""
+
+    def __init__(self, x_syn, y_syn):
+        self.tensors = {"x_syn": x_syn, "y_syn": y_syn}
+
+    def state_dict(self):
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
+
+def packed(x_syn, y_syn, source, args, meta):
+    """The learned set as every later stage reads it."""
+    mean, std = (torch.zeros(3), torch.ones(3)) if args.raw_init else (source.mean, source.std)
+    return Distilled(x_syn.detach().cpu().contiguous(), y_syn.detach().cpu(), "feature", mean, std, meta)
+
+
+def save_picture(path, distilled, most=100):
+    """A grid of the first `most` images, as pixels."""
+    save_image(distilled.pixels()[:most], path, nrow=10, padding=1, pad_value=1.0)
+
+
+def main(argv):
+    args = parse_args(argv)
+    device = cli.device(args)
+    source = load_images(args.source, "train", args.image_size, args.data_root)
+    chosen = random_subset(source, args.num_images, args.seed)
+    home = args.run_root / source.name
+    target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
+    settings = cli.settings(args, source=source.name, target=target.digest)
+    run = Run(home / "krr_st" / f"seed{args.seed}", "distilled.pt", settings, args.log_every)
+    if run.finished:
+        print(f"{run.artefact} is there already")
+        return
+    x_syn, y_syn, before, after = distill(source, chosen, target, args, run, device)
+    meta = dict(source=source.name, method="krr_st", seed=args.seed, preset=args.preset, settings=run.settings,
+                versions=versions(), outer_loss_initial=before, outer_loss_distilled=after)  # fmt: skip
+    result = packed(x_syn, y_syn, source, args, meta)
+    save_picture(run.folder / "images.png", result)
+    run.finish("distilled", result.content())
+    print(f"outer loss under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
+    print(f"wrote {run.artefact} and images.png")
+
+
+def parse_args(argv):
+    parser, name = cli.source_parser(__doc__, argv)
+    parser.add_argument("--target", type=Path, help="target.pt (default: that of the source, seed 0)")
+    parser.add_argument(
+        "--image-every", type=cli.count, default=0, metavar="STEPS", help="renew images.png (0: at the end)"
+    )
+    cli.add_settings(parser, preset(name, "distill"), HELP)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,82 @@
+"""The model pool of Algorithm 1: networks of different ages that the distilled set is fitted under."""
+
+import torch
+import torch.nn.functional as F
+
+import models
+from utils import cli, optim
+
+
+class Member:
+    """One (omega, W, t): a network, the optimiser of its weights, and `steps`, how often it was trained since it was
+    initialised."""
+
+    def __init__(self, arch, image_size, num_outputs, width, device, lr, weight_decay, precision="fp32"):
+        self._build = lambda: models.build(arch, image_size, num_outputs, width).to(device)
+        self._optimizer = lambda network: optim.optimizer("sgd", network.parameters(), lr, weight_decay)
+        self.device, self.precision = device, precision
+        self.reset()
+
+    def reset(self, keep_count=False):
+        """Start afresh: new weights, new optimiser, no steps (line 15). `keep_count` leaves the count (D5)."""
+        self.network = self._build()
+        self.optimizer = self._optimizer(self.network)
+        if not keep_count:
+            self.steps = 0
+
+    def train_step(self, x_syn, y_syn):
+        """One full-batch step on the mean squared error (lines 12 and 13), batch norm in train mode."""
+        self.steps += 1
+        self.network.train().requires_grad_(True)
+        with cli.autocast(self.device, self.precision):
+            predicted = self.network(x_syn)
+        loss = F.mse_loss(predicted.float(), y_syn)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def embed(self, x):
+        """Features f_omega(x) (b, d_h) in eval mode, differentiable in x but not in the weights."""
+        self.network.eval().requires_grad_(False)
+        with cli.autocast(self.device, self.precision):
+            return self.network.embed(x).float()
+
+    def state_dict(self):
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+
+class Pool:
+    """`size` members; each is trained for 1..T-1 steps, `ages`, before distillation starts."""
+
+    def __init__(self, size, max_steps, generator, **network):
+        self.members = [Member(**network) for _ in range(size)]
+        self.max_steps = max_steps
+        self.ages = torch.randint(1, max(2, max_steps), (size,), generator=generator).tolist()
+
+    def youngest(self):
+        """A member that has not reached its initial age yet."""
+        return next(member for member, age in zip(self.members, self.ages, strict=True) if member.steps < age)
+
+    def draw(self, generator):
+        """A member, uniformly at random (line 8)."""
+        return self.members[int(torch.randint(len(self.members), (), generator=generator))]
+
+    def advance(self, member, x_syn, y_syn, keep_count=False):
+        """Lines 11 to 16: train a member for a step, or start it afresh when it has had its T steps."""
+        if member.steps < self.max_steps:
+            member.train_step(x_syn, y_syn)
+        else:
+            member.reset(keep_count)
+
+    def state_dict(self):
+        return {"ages": self.ages, "members": [member.state_dict() for member in self.members]}
+
+    def load_state_dict(self, state):
+        self.ages = state["ages"]
+        for member, each in zip(self.members, state["members"], strict=True):
+            member.load_state_dict(each)

@@ -1,0 +1,118 @@
+"""Stage 3: what a pre-trained network is worth on a labelled target data set.
+
+    python finetune.py --weights runs/.../model.pt --target cifar10
+    python finetune.py --weights runs/.../model.pt --target cifar10 --protocol linear --labels-per-class 100
+    python finetune.py --weights none --arch resnet18 --image-size 64 --target cifar10     # from scratch; a KD teacher
+
+`full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear classifier to the
+frozen features until it converges, `knn` classifies by nearest neighbours. The accuracy on the test split, of the
+last iterate, is printed and added to results.jsonl beside the weights; `full` also writes the network to
+<folder of the weights>/<target>_full_seed<k>/model.pt. From scratch the folder is <run root>/scratch/<arch>_<size>px.
+"""
+
+import time
+
+import torch
+import torch.nn.functional as F
+
+from data import augment
+from data.images import few_labels, load_images, normalise
+from models import saved
+from utils import cli, evaluate, optim, results, start
+from utils.errors import UserError
+from utils.presets import preset
+from utils.run import Run, versions
+from utils.sampling import Batches, Randomness
+
+HELP = dict(
+    lr="SGD learning rate, cosine to 0",
+    weight_decay="weight decay",
+    batch_size="images in a batch",
+    steps="optimiser steps",
+    flip="flip training images at random (the random crop stays)",
+)
+
+
+def finetune(network, train, args, run, randomness, device):
+    """Train all of `network` with cross-entropy on random crops (and flips) of `train`."""
+    batches = Batches(len(train), args.batch_size, randomness.cpu)
+    sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
+    scheduler = optim.schedule(sgd, "cosine", args.steps)
+    run.resume(dict(network=network, optimizer=sgd, scheduler=scheduler, batches=batches, randomness=randomness))
+    network.train()
+    for step in run.steps("fine-tune", args.steps):
+        index = batches.next()
+        x = augment.random_crop(train.raw(index, device), randomness.device)
+        if args.flip:
+            x = augment.horizontal_flip(x, randomness.device)
+        with cli.autocast(device, args.precision):
+            predicted = network(normalise(x, train.mean, train.std))
+        loss = F.cross_entropy(predicted.float(), train.labels[index].to(device))
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        scheduler.step()
+        run.log(step, loss=loss)
+
+
+def main(argv):
+    args = parse_args(argv)
+    device, started = cli.device(args), time.time()
+    beginning = start.load(args)
+    size = beginning.saved["image_size"]
+    train = load_images(args.target, "train", size, args.data_root)
+    test = load_images(args.target, "test", size, args.data_root)
+    settings = start.settings(args, beginning, target=train.name)
+    if args.protocol != "full":
+        settings = {name: value for name, value in settings.items() if name not in HELP}
+    key = results.digest(settings)
+    if line := results.find(beginning.folder, key):
+        print(f"{results.show(line)} (was there already)")
+        return
+    if train.labels is None:
+        raise UserError(f"{args.target}: a target needs labels (class folders)")
+
+    randomness = Randomness(beginning.seed, device)
+    few = few_labels(train, args.labels_per_class, args.label_fraction, torch.Generator().manual_seed(beginning.seed))
+    train = train if len(few) == len(train) else train.subset(few)
+    network = saved.rebuild(beginning.saved, len(train.classes)).to(device)
+    if args.protocol == "full":
+        labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
+        labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
+        folder = beginning.folder / f"{train.name}_full{labels}_seed{beginning.seed}"
+        run = Run(folder, "model.pt", settings, args.log_every)
+        if run.finished:  # stopped between the network's file and the line in results.jsonl
+            network = saved.rebuild(saved.load_model(run.artefact)).to(device)
+        else:
+            finetune(network, train, args, run, randomness, device)
+            meta = beginning.saved["meta"] | dict(target=train.name, finetune=run.settings)
+            arch, width = beginning.saved["arch"], beginning.saved["width"]
+            run.finish("model", saved.content(network, arch, width, size, len(train.classes), meta))
+        accuracy = evaluate.accuracy(network, test, device, args.precision)
+    else:
+        protocol = {"linear": evaluate.linear_accuracy, "knn": evaluate.knn_accuracy}[args.protocol]
+        accuracy = protocol(network.embed, train, test, device, args.precision)
+    line = beginning.result(
+        target=train.name, protocol=args.protocol, accuracy=round(accuracy, 4), labels_per_class=args.labels_per_class,
+        label_fraction=args.label_fraction, digest=key, device=device.type, versions=versions(),
+        seconds=round(time.time() - started, 1),
+    )  # fmt: skip
+    results.append(beginning.folder, line)
+    print(results.show(line))
+
+
+def parse_args(argv):
+    parser = cli.parser(__doc__)
+    start.add_flags(parser, argv)
+    parser.add_argument("--protocol", choices=["full", "linear", "knn"], default="full")
+    few = parser.add_mutually_exclusive_group()
+    few.add_argument("--labels-per-class", type=cli.count, default=0, metavar="N", help="train on N images a class")
+    few.add_argument(
+        "--label-fraction", type=cli.share, default=0.0, metavar="F", help="train on a share of each class"
+    )
+    cli.add_settings(parser, preset(cli.preset_name(cli.early("target", argv)), "finetune"), HELP)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,113 @@
+"""Stage 3': distil a teacher into a student without the teacher's data, on distilled images of another source.
+
+    python kd.py --weights runs/.../model.pt --distilled runs/.../distilled.pt --teacher runs/.../model.pt \\
+                 --target cifar10
+
+The student starts from pre-trained weights under a new head and learns the teacher's probabilities on the augmented
+distilled images (equation 6). Both networks use each batch's own statistics in batch norm, in training and on the
+test split, as the paper's numbers do; the accuracy with running statistics is reported beside it. Adds a line to
+results.jsonl beside the weights and writes the student to <their folder>/<target>_kd_seed<k>/model.pt.
+"""
+
+import time
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from data.augment import diff_augment
+from data.distilled import load_distilled
+from data.images import load_images
+from models import saved
+from utils import cli, evaluate, files, optim, results, start
+from utils.errors import UserError
+from utils.presets import preset
+from utils.run import Run, versions
+from utils.sampling import Batches, Randomness
+
+HELP = dict(
+    lr="AdamW learning rate, cosine by epoch to 0",
+    weight_decay="weight decay",
+    batch_size="images in a batch",
+    epochs="passes over the distilled images",
+    augment="differentiable augmentation of the distilled images",
+)
+
+
+def imitate(student, teacher, x_syn, args, run, randomness, device):
+    """Train the student on the teacher's probabilities for the distilled images `x_syn` (m, 3, S, S)."""
+    batches = Batches(len(x_syn), args.batch_size, randomness.cpu)
+    optimizer = optim.optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
+    scheduler = optim.schedule(optimizer, "cosine", args.epochs)
+    run.resume(dict(student=student, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness))
+    student.train()
+    for step in run.steps("imitate", args.epochs * batches.per_epoch):
+        x = x_syn[batches.next().to(device)]
+        if args.augment:
+            x = diff_augment(x, randomness.device)
+        with cli.autocast(device, args.precision):
+            with evaluate.evaluating(teacher, batch_statistics=True):
+                wanted = teacher(x).float().softmax(1)  # (b, c)
+            predicted = student(x)
+        loss = F.cross_entropy(predicted.float(), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % batches.per_epoch == 0:
+            scheduler.step()
+        run.log(step, loss=loss)
+
+
+def main(argv):
+    args = parse_args(argv)
+    device, started = cli.device(args), time.time()
+    beginning = start.load(args)
+    distilled, teaching = load_distilled(args.distilled), saved.load_model(args.teacher)
+    size = beginning.saved["image_size"]
+    saved.check_size(teaching, args.teacher, size, "the student")
+    if distilled.images.shape[-1] != size:
+        raise UserError(f"{args.distilled}: images of {distilled.images.shape[-1]} px, the student takes {size} px")
+    test = load_images(args.target, "test", size, args.data_root)
+    if test.labels is None or teaching["num_outputs"] != len(test.classes):
+        raise UserError(f"{args.teacher}: {teaching['num_outputs']} classes, but {test.name} has {len(test.classes)}")
+    digests = dict(distilled=files.digest(args.distilled), teacher=files.digest(args.teacher))
+    settings = start.settings(args, beginning, target=test.name, protocol="kd", **digests)
+    key = results.digest(settings)
+    if line := results.find(beginning.folder, key):
+        print(f"{results.show(line)} (was there already)")
+        return
+
+    randomness = Randomness(beginning.seed, device)
+    student = saved.rebuild(beginning.saved, len(test.classes)).to(device)
+    teacher = saved.rebuild(teaching).to(device)
+    run = Run(beginning.folder / f"{test.name}_kd_seed{beginning.seed}", "model.pt", settings, args.log_every)
+    if run.finished:  # stopped between the network's file and the line in results.jsonl
+        student = saved.rebuild(saved.load_model(run.artefact)).to(device)
+    else:
+        imitate(student, teacher, distilled.images.to(device), args, run, randomness, device)
+        meta = beginning.saved["meta"] | dict(target=test.name, kd=run.settings)
+        arch, width = beginning.saved["arch"], beginning.saved["width"]
+        run.finish("model", saved.content(student, arch, width, size, len(test.classes), meta))
+    accuracies = {
+        f"{who}{suffix}": round(evaluate.accuracy(network, test, device, args.precision, batch_statistics), 4)
+        for who, network in (("accuracy", student), ("teacher", teacher))
+        for suffix, batch_statistics in (("", True), ("_running_statistics", False))
+    }
+    line = beginning.result(
+        target=test.name, protocol="kd", **accuracies, digest=key, device=device.type, versions=versions(),
+        seconds=round(time.time() - started, 1),
+    )  # fmt: skip
+    results.append(beginning.folder, line)
+    print(f"{results.show(line)}; teacher {line['teacher']:.2f} %")
+
+
+def parse_args(argv):
+    parser = cli.parser(__doc__)
+    start.add_flags(parser, argv)
+    parser.add_argument("--distilled", type=Path, required=True, help="distilled.pt whose images are used")
+    parser.add_argument("--teacher", type=Path, required=True, help="model.pt of finetune.py, trained on the target")
+    cli.add_settings(parser, preset(cli.preset_name(cli.early("target", argv)), "kd"), HELP)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,75 @@
+"""The networks of the paper by name: `build("convnet3", image_size=32, num_outputs=10)`."""
+
+import torch
+from torch import nn
+
+from models.alexnet import alexnet
+from models.convnet import convnet
+from models.mobilenet import mobilenet
+from models.resnet import resnet, resnet50
+from models.vgg import POOL, vgg
+
+
+class Network(nn.Module):
+    """A feature extractor f_omega and a linear head h_W: `embed(x)` is (b, d_h), `forward(x)` (b, num_outputs).
+
+    With `num_outputs=0` there is no head and `forward` is `embed`.
+    """
+
+    def __init__(self, features, feature_dim, num_outputs):
+        super().__init__()
+        self.features = features
+        self.feature_dim = feature_dim
+        self.fc = nn.Linear(feature_dim, num_outputs) if num_outputs else nn.Identity()
+
+    def embed(self, x):
+        return self.features(x).flatten(1)
+
+    def forward(self, x):
+        return self.fc(self.embed(x))
+
+
+def _scaled(width, *channels):
+    """The channel counts at a relative width, at least 1 each; POOL marks stay."""
+    return [c if c == POOL else max(1, round(c * width)) for c in channels]
+
+
+def _mobilenet(size, w):
+    stages = ((1, 16, 1, 1), (2, 24, 2, 1), (2, 32, 3, 2), (2, 64, 4, 2), (2, 96, 3, 1), (2, 160, 3, 2), (2, 320, 1, 1))
+    stages = [(expansion, *_scaled(w, c), blocks, stride) for expansion, c, blocks, stride in stages]
+    return mobilenet(*_scaled(w, 32), stages, *_scaled(w, 1280))
+
+
+_VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
+
+# name -> (image size, relative width) -> (features, feature width)
+ARCHITECTURES = {
+    "convnet3": lambda size, w: convnet(_scaled(w, 128, 256, 512), size),
+    "convnet4": lambda size, w: convnet(_scaled(w, 64, 128, 256, 512), size),
+    "convnet5": lambda size, w: convnet(_scaled(w, 32, 64, 128, 256, 512), size),
+    "vgg11": lambda size, w: vgg(_scaled(w, *_VGG11), size),
+    "alexnet": lambda size, w: alexnet(_scaled(w, 128, 192, 256, 192, 192), size),
+    "mobilenet": _mobilenet,
+    "resnet10": lambda size, w: resnet((1, 1, 1, 1), _scaled(w, 64, 128, 256, 512)),
+    "resnet18": lambda size, w: resnet((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512)),
+    "resnet18_target": lambda size, w: resnet((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512), zero_init_residual=False),
+    "resnet50_target": lambda size, w: resnet50(),
+}
+SMALLEST_SIZE = 32  # VGG11 and ConvNet5 halve the image five times
+
+
+def build(arch, image_size, num_outputs, width=1.0):
+    """A freshly initialised `Network` (torch's global generator) in channels-last memory format.
+
+    `arch`: a name of `ARCHITECTURES`; `image_size`: pixels of a side, at least 32; `width`: a factor on every
+    hidden width. Raises ValueError for a width that `arch` does not come in.
+    """
+    if arch == "resnet50_target" and width != 1.0:
+        raise ValueError("resnet50_target comes at width 1 only")
+    network = Network(*ARCHITECTURES[arch](image_size, width), num_outputs)
+    return network.to(memory_format=torch.channels_last)
+
+
+def label(arch, width=1.0):
+    """The name of an architecture at a width, as run folders and tables show it: convnet3, convnet3-x0.25."""
+    return arch if width == 1.0 else f"{arch}-x{width:g}"

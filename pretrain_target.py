@@ -1,0 +1,185 @@
+"""Stage 0: train the target network g_phi on the unlabelled source with Barlow Twins.
+
+    python pretrain_target.py --source tinyimagenet
+    python pretrain_target.py --source imagenette --weights resnet50.pth    # take a network trained elsewhere
+
+Writes runs/<source>/target/seed0/target.pt: the network, its settings, the source's statistics, and the accuracy of
+a nearest-neighbour classifier on its frozen features where the source has labels and a test split (a check only; no
+label is used in training). The paper's setting (1,000 epochs of ResNet18) takes hours to days on one GPU; the digits
+preset takes two minutes on two CPU cores.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from data import augment
+from data.images import load_images, normalise
+from utils import cli, evaluate, optim
+from utils.errors import UserError
+from utils.presets import preset
+from utils.run import Run
+from utils.sampling import Batches, Randomness
+
+HELP = dict(
+    arch="network of the target, one of models.ARCHITECTURES",
+    width="factor on the network's hidden widths",
+    epochs="passes over the source",
+    batch_size="images in a batch",
+    lr="LARS learning rate for a batch of 256",
+    weight_decay="weight decay",
+    warmup_epochs="epochs of linear warm-up",
+    projector_dim="width of the projector's three layers",
+    off_diagonal="weight lambda of the off-diagonal terms",
+    loss_scale="factor on the loss",
+    crop_min="smallest share of the image that a crop keeps",
+    jitter="probability of colour jitter",
+    greyscale="probability of greyscale",
+    solarise="probability of solarisation in the second view",
+    flip="probability of a horizontal flip",
+    weights="take the backbone from this state dict instead of training; 'hub' fetches the ImageNet ResNet50 of "
+    "facebookresearch/barlowtwins; empty trains",
+)
+
+
+def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):
+    """Distance of the cross-correlation of two views' embeddings, each (b, d), from the identity.
+
+    Zbontar et al., "Barlow Twins", ICML 2021, equations 1 and 2: with C (d, d) of the embeddings standardised over the
+    batch, scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2).
+    """
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))  # bf16 is too coarse
+    z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
+    c = z1.T @ z2 / len(z1)  # (d, d)
+    on = (c.diagonal() - 1).square().sum()
+    return scale * (on + off_diagonal * (c.square().sum() - c.diagonal().square().sum()))
+
+
+def projector(d_in, d):
+    """Three linear layers of width d, batch norm and ReLU between them."""
+    layers = [nn.Linear(d_in, d, bias=False), nn.BatchNorm1d(d), nn.ReLU()]
+    layers += [nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d, bias=False)]
+    return nn.Sequential(*layers)
+
+
+def view(x, generator, args, solarise):
+    """One random view of a batch of pixels (b, 3, S, S)."""
+    x = augment.random_resized_crop(x, generator, scale=(args.crop_min, 1.0))
+    x = augment.color_jitter(x, generator, p=args.jitter)
+    x = augment.greyscale(x, generator, p=args.greyscale)
+    x = augment.solarise(x, generator, p=solarise)
+    return augment.horizontal_flip(x, generator, p=args.flip)
+
+
+def train(network, source, args, run, device):
+    """Barlow Twins for `args.epochs` epochs; `network` is left trained."""
+    head = projector(network.feature_dim, args.projector_dim).to(device)
+    randomness = Randomness(args.seed, device)
+    batches = Batches(len(source), args.batch_size, randomness.cpu, drop_last=True)
+    weights = [*network.parameters(), *head.parameters()]
+    lars = optim.optimizer("lars", weights, args.lr * batches.batch_size / 256, args.weight_decay)
+    total = args.epochs * batches.per_epoch
+    scheduler = optim.schedule(lars, "cosine", total, args.warmup_epochs * batches.per_epoch)
+    run.resume(
+        dict(network=network, head=head, batches=batches, optimizer=lars, scheduler=scheduler, randomness=randomness)
+    )
+    network.train()
+    for step in run.steps("train target", total):
+        x = source.raw(batches.next(), device)
+        loss_views = []
+        with cli.autocast(device, args.precision):
+            for solarise in (0.0, args.solarise):
+                seen = view(x, randomness.device, args, solarise)
+                loss_views.append(head(network.embed(normalise(seen, source.mean, source.std))))
+        loss = barlow_twins_loss(*loss_views, args.off_diagonal, args.loss_scale)
+        lars.zero_grad()
+        loss.backward()
+        lars.step()
+        scheduler.step()
+        run.log(step, loss=loss)
+
+
+def load_backbone(network, weights):
+    """Load a torchvision-style state dict (a file, or 'hub') into `network.features`; a head in it is left out.
+
+    'hub' runs the code of facebookresearch/barlowtwins on GitHub; a file is read as data only.
+    """
+    if weights == "hub":
+        try:
+            state = torch.hub.load("facebookresearch/barlowtwins:main", "resnet50", trust_repo=True).state_dict()
+        except OSError as error:
+            raise UserError(
+                f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its resnet50 "
+                "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
+            ) from error
+    else:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{weights}: not a readable state dict ({str(error).splitlines()[0][:120]})") from error
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    try:
+        network.features.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{weights}: does not fit the network ({str(error).splitlines()[-1].strip()[:160]})") from error
+
+
+def labelled_test_split(args):
+    """The test split for the nearest-neighbour check, or None, with a word, where the source has none."""
+    try:
+        return load_images(args.source, "test", args.image_size, args.data_root)
+    except UserError as error:
+        print(f"no nearest-neighbour check: {error}")
+
+
+def main(argv):
+    args = parse_args(argv)
+    device = cli.device(args)
+    source = load_images(args.source, "train", args.image_size, args.data_root)
+    test = labelled_test_split(args) if source.labels is not None else None
+    if len(source) < 2:
+        raise UserError(f"{args.source}: {len(source)} image; Barlow Twins needs at least 2")
+    run = Run(
+        args.run_root / source.name / "target" / f"seed{args.seed}",
+        "target.pt",
+        cli.settings(args, source=source.name),
+        args.log_every,
+    )
+    if run.finished:
+        print(f"{run.artefact} is there already")
+        return
+    torch.manual_seed(args.seed)
+    network = models.build(args.arch, args.image_size, 0, args.width).to(device)
+    if args.weights:
+        load_backbone(network, args.weights)
+    else:
+        train(network, source, args, run, device)
+    content = dict(
+        arch=args.arch,
+        width=args.width,
+        image_size=args.image_size,
+        feature_dim=network.feature_dim,
+        network={name: value.cpu() for name, value in network.state_dict().items()},
+        source=source.name,
+        images=len(source),
+        mean=source.mean,
+        std=source.std,
+        settings=run.settings,
+        knn_accuracy=None,
+    )
+    if test is not None:
+        content["knn_accuracy"] = evaluate.knn_accuracy(network.embed, source, test, device, args.precision)
+        print(f"kNN accuracy of the frozen features, {source.name}'s test split: {content['knn_accuracy']:.2f} %")
+    run.finish("target", content)
+    print(f"wrote {run.artefact}")
+
+
+def parse_args(argv):
+    parser, name = cli.source_parser(__doc__, argv)
+    cli.add_settings(parser, preset(name, "target"), HELP)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,60 @@
+"""Shared by all tests: toy runs of the real commands, and a way to call them as a user would."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TARGET = ["--width", "0.125", "--epochs", "1", "--warmup-epochs", "0", "--projector-dim", "32"]
+DISTILL = ["--num-images", "20", "--width", "0.125", "--outer-steps", "4", "--outer-batch", "64", "--pool-size", "2",
+           "--pool-steps", "3"]  # fmt: skip
+PRETRAIN = ["--epochs", "3"]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The number of threads decides the order of sums, so it is part of what is reproduced."""
+    torch.set_num_threads(2)
+
+
+def command(*words, check=True):
+    """Run `python <words>` from the repository's root; the finished process, with its output as text."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def roots(tmp_path_factory):
+    """The flags that keep a test's data and runs in a folder of their own, with a toy target on digits in it."""
+    top = tmp_path_factory.mktemp("toy")
+    flags = ["--data-root", str(top / "data"), "--run-root", str(top / "runs")]
+    command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
+    return flags
+
+
+@pytest.fixture(scope="session")
+def runs(roots):
+    return Path(roots[3]) / "digits"
+
+
+@pytest.fixture(scope="session")
+def data_root(roots):
+    return Path(roots[1])
+
+
+@pytest.fixture(scope="session")
+def distilled(roots, runs):
+    """A toy distilled.pt of KRR-ST on digits."""
+    command("distill.py", "--source", "digits", *DISTILL, *roots)
+    return runs / "krr_st" / "seed0" / "distilled.pt"
+
+
+@pytest.fixture(scope="session")
+def weights(roots, distilled):
+    """A network pre-trained on it."""
+    command("pretrain.py", "--distilled", distilled, *PRETRAIN, *roots)
+    return distilled.parent / "convnet3-x0.125" / "seed0" / "model.pt"

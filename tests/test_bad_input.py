@@ -1,0 +1,150 @@
+"""Whatever a user gives that cannot work: one line on standard error, exit code 2, nothing written."""
+
+import importlib
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from tests.conftest import DISTILL, TARGET, command
+from utils import cli, files
+
+
+@pytest.fixture
+def refused(capsys, roots):
+    """Calls a script's main as its command line would; the one line that it prints before exit code 2."""
+
+    def call(script, *flags):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(importlib.import_module(script).main, [*map(str, flags), *roots])
+        shown = capsys.readouterr().err
+        lines = [line for line in shown.splitlines() if line.strip() and "it/s]" not in line]  # no bars
+        assert stop.value.code == 2 and len(lines) == 1 and "error: " in lines[0]
+        return lines[0]
+
+    return call
+
+
+def test_as_a_process_without_a_traceback(roots):
+    done = command("distill.py", "--source", "no_such_set", *roots, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "unknown data set no_such_set" in done.stderr
+
+
+def test_unknown_source(refused):
+    for script in ("pretrain_target", "distill"):
+        line = refused(script, "--source", "cifar11")
+        assert "unknown data set cifar11" in line and "cifar10" in line
+
+
+@pytest.mark.parametrize(("name", "needed"), [("tinyimagenet", "tiny-imagenet-200"), ("imagenet", "imagenet")])
+def test_missing_data_says_what_to_put_where(refused, name, needed, data_root):
+    line = refused("pretrain_target", "--source", name)
+    assert needed in line and str(data_root) in line
+
+
+def test_more_distilled_images_than_real_ones(refused):
+    line = refused("distill", "--source", "digits", "--num-images", "1438")
+    assert "1438" in line and "1437" in line
+
+
+def test_empty_folder(refused, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image here")
+    assert "no image" in refused("pretrain_target", "--source", tmp_path)
+
+
+def test_folder_of_broken_images(refused, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    assert "1 of 1 images cannot be decoded" in refused("pretrain_target", "--source", tmp_path)
+
+
+def test_missing_target_names_the_command_that_makes_it(refused, tmp_path):
+    line = refused("distill", "--source", "digits", "--target", tmp_path / "none.pt")
+    assert "pretrain_target.py --source digits" in line
+
+
+def test_target_of_another_source_or_size(refused, tmp_path, runs, distilled, data_root):
+    path = runs / "target" / "seed0" / "target.pt"
+    assert "another image size (32, not 48)" in refused("distill", "--image-size", "48", "--target", path, *DISTILL)
+    for split in ("train", "test"):
+        for c in "ab":
+            folder = data_root / "other" / split / c
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(12):
+                save_image(torch.rand(3, 32, 32), folder / f"{i}.png")
+    line = refused("distill", "--source", "other", "--image-size", "32", "--target", path, *DISTILL)
+    assert "another source (digits, not other)" in line
+    assert "not a target file (found: distilled)" in refused("distill", "--target", distilled, *DISTILL)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half a zip", b"plain text"])
+def test_distilled_file_that_is_not_one(refused, tmp_path, content):
+    path = tmp_path / "distilled.pt"
+    path.write_bytes(content)
+    assert "not a readable distilled file" in refused("pretrain", "--distilled", path)
+    assert "no such file" in refused("pretrain", "--distilled", tmp_path / "nowhere.pt")
+
+
+def test_distilled_file_of_another_image_size_than_the_student(refused, tmp_path, weights, distilled, runs):
+    content = files.load(distilled, "distilled")
+    content = {name: value for name, value in content.items() if name not in ("kind", "format")}
+    files.save(tmp_path / "d.pt", "distilled", content | {"images": torch.randn(20, 3, 64, 64)})
+    flags = ["--weights", weights, "--teacher", weights, "--target", "digits"]
+    assert "64 px, the student takes 32 px" in refused("kd", *flags, "--distilled", tmp_path / "d.pt")
+    assert "64 classes, but digits has 10" in refused("kd", *flags, "--distilled", distilled)
+
+
+def test_weights_that_are_none(refused, distilled, tmp_path):
+    assert "not a model file (found: distilled)" in refused("finetune", "--weights", distilled, "--target", "digits")
+    assert "no such file" in refused("finetune", "--weights", tmp_path / "no.pt", "--target", "digits")
+
+
+def test_flags_that_contradict_the_weights(refused, weights):
+    line = refused("finetune", "--weights", weights, "--target", "digits", "--arch", "vgg11")
+    assert "--arch vgg11: the weights are of convnet3" in line
+
+
+def test_more_labels_than_there_are(refused, weights):
+    flags = ["--weights", weights, "--target", "digits", "--protocol", "knn"]
+    assert "fewer than 500" in refused("finetune", *flags, "--labels-per-class", "500")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--num-images", "0"], "--num-images"),
+        (["--outer-lr", "-1"], "--outer-lr"),
+        (["--outer-lr", "nan"], "--outer-lr"),
+        (["--outer-steps", "many"], "--outer-steps"),
+        (["--image-size", "16"], "--image-size"),
+        (["--arch", "transformer"], "--arch"),
+        (["--precision", "fp8"], "--precision"),
+        (["--colour", "blue"], "--colour"),
+    ],
+)
+def test_bad_flags(refused, flags, word):
+    assert word in refused("distill", *flags)
+
+
+def test_device_that_is_not_there(refused):
+    if not torch.cuda.is_available():
+        assert "--device cuda" in refused("distill", "--device", "cuda")
+
+
+def test_no_method_or_an_unknown_one(roots):
+    for words in ([], ["magic"]):
+        done = command("-m", "distillers", *words, check=False)
+        assert done.returncode == 2 and "random" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_backbone_that_does_not_fit(refused, tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    flags = ["--source", "digits", *TARGET]
+    assert "does not fit" in refused("pretrain_target", *flags, "--weights", tmp_path / "w.pth", "--seed", "3")
+
+
+def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main = importlib.import_module("pretrain_target").main
+        cli.run(main, ["--source", "digits", *roots[:2], "--run-root", str(tmp_path / "file")])
+    assert stop.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Algorithm 1 on digits: a stored loss curve, exact resumption, and what the released code's departures change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+import models
+from data.distilled import load_distilled
+from data.images import load_images
+from distillers.random import balanced_subset, random_subset
+from distillers.target import load_target
+from tests.conftest import DISTILL
+from utils import files, run
+from utils.errors import UserError
+from utils.presets import preset
+
+CURVE = Path(__file__).parent / "digits_curve.json"
+
+
+def main(runs, *flags):
+    """distill.py in this process, into a run root of its own with the toy target; the distilled set and its log."""
+    distill.main(["--source", "digits", "--run-root", str(runs), *flags])
+    folder = runs / "digits" / "krr_st" / "seed0"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return load_distilled(folder / "distilled.pt"), [line for line in log if line["phase"] == "distil"]
+
+
+@pytest.fixture
+def toy(roots, runs):
+    """Flags of a toy distillation on the toy target."""
+    return [*DISTILL, *roots[:2], "--target", str(runs / "target" / "seed0" / "target.pt"), "--log-every", "1"]
+
+
+def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
+    """With an untrained target, whose weights torch's generator fixes. The stored curve was made by this very test:
+    delete the file and run it to make it anew after a change that is meant to change the losses."""
+    source = load_images("digits", "train", 32, data_root)
+    torch.manual_seed(0)
+    network = models.build("resnet18_target", 32, 0, preset("digits", "target")["width"])
+    network(source.normalised(torch.arange(256), "cpu"))  # running statistics of real images
+    content = dict(network=network.state_dict(), arch="resnet18_target", width=preset("digits", "target")["width"],
+                   image_size=32, source="digits", images=len(source), mean=source.mean, std=source.std)  # fmt: skip
+    files.save(tmp_path / "target.pt", "target", content)
+    flags = ["--outer-steps", "20", "--log-every", "1", "--data-root", str(data_root)]
+    _, log = main(tmp_path, *flags, "--target", str(tmp_path / "target.pt"))
+    losses = [line["loss"] for line in log]
+    if not CURVE.exists():
+        CURVE.write_text(json.dumps(losses, indent=1) + "\n")
+    assert losses == pytest.approx(json.loads(CURVE.read_text()), rel=0.02)
+    assert losses[-1] < losses[0]
+
+
+def test_stopped_run_goes_on_to_the_very_same_set(toy, tmp_path, monkeypatch):
+    """Stopped once while the pool is made and once while the set is learned."""
+    toy = [*toy, "--outer-steps", "9", "--pool-steps", "4"]  # enough steps for members to start afresh
+    whole, log = main(tmp_path / "whole", *toy)
+
+    def interrupting(at):
+        steps = run.Run.steps
+
+        def stopping(self, phase, total):
+            for step in steps(self, phase, total):
+                yield step
+                if (phase, step) == at:
+                    self.done[phase] = step + 1
+                    self.checkpoint()
+                    raise run.Stopped("test")
+
+        return stopping
+
+    for at in (("initialise pool", 1), ("distil", 4)):
+        with monkeypatch.context() as patch, pytest.raises(run.Stopped):
+            patch.setattr(run.Run, "steps", interrupting(at))
+            main(tmp_path / "parts", *toy)
+    parts, log_of_parts = main(tmp_path / "parts", *toy)
+    assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)
+    assert [line["loss"] for line in log_of_parts] == [line["loss"] for line in log]
+    assert not list((tmp_path / "parts").rglob("checkpoint.pt"))
+
+
+def test_initial_set_is_random_real_images_with_the_targets_features(toy, roots, runs, tmp_path):
+    source = load_images("digits", "train", 32, roots[1])
+    index = random_subset(source, 20, 0)
+    assert len(set(index.tolist())) == 20 and not torch.equal(index, random_subset(source, 20, 1))
+    target = load_target(runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32")
+    x = source.normalised(index, "cpu")
+    learned, _ = main(tmp_path, *toy, "--outer-lr", "1e-12")
+    torch.testing.assert_close(learned.images, x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(learned.targets, target.features(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(target.features_of(source)[index], target.features(x), rtol=1e-4, atol=1e-5)
+
+
+def test_distillation_lowers_the_outer_loss(toy, tmp_path):
+    learned, log = main(tmp_path, *toy, "--outer-steps", "60", "--outer-lr", "0.02", "--outer-batch", "256")
+    assert learned.meta["outer_loss_distilled"] < 0.8 * learned.meta["outer_loss_initial"]
+    assert len(log) == 60 and log[0]["lr"] == 0.02 and log[-1]["lr"] < 0.02 / 20
+    assert learned.targets.requires_grad is False and learned.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--keep-pool-count", "--raw-init", "--augment-outer", "--ridge-per-image", "--no-bias-column"]
+)
+def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, flag):
+    toy = [*toy, "--outer-steps", "12"]
+    usual, _ = main(tmp_path / "usual", *toy)
+    other, _ = main(tmp_path / "other", *toy, flag)
+    assert not torch.equal(usual.images, other.images)
+    if flag == "--raw-init":  # pixels stay pixels: nothing to undo
+        assert other.mean.tolist() == [0, 0, 0] and other.std.tolist() == [1, 1, 1]
+        assert (other.images - other.pixels()).abs().mean() < 0.05
+        torch.testing.assert_close(usual.pixels(), other.pixels(), rtol=0, atol=0.2)
+
+
+def test_seeds_give_other_sets(toy, tmp_path):
+    first, _ = main(tmp_path / "a", *toy)
+    again, _ = main(tmp_path / "b", *toy)
+    assert torch.equal(first.images, again.images)
+    distill.main(["--source", "digits", "--run-root", str(tmp_path / "a"), *toy, "--seed", "1"])
+    other = load_distilled(tmp_path / "a" / "digits" / "krr_st" / "seed1" / "distilled.pt")
+    assert not torch.equal(first.images, other.images)
+
+
+def test_balanced_subset(data_root):
+    source = load_images("digits", "train", 32, data_root)
+    assert source.labels[balanced_subset(source, 30, 0)].bincount().tolist() == [3] * 10
+    with pytest.raises(UserError, match="multiple"):
+        balanced_subset(source, 31, 0)

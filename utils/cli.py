@@ -1,0 +1,142 @@
+"""What every script's command line shares: flags, presets as defaults, devices, and one-line errors."""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from models import ARCHITECTURES, SMALLEST_SIZE
+from utils.errors import UserError
+from utils.presets import PRESETS, image_size
+from utils.run import FREE_SETTINGS, Stopped
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, docstring):
+        super().__init__(
+            description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parser(docstring):
+    """A parser with the flags that mean the same in every script."""
+    shown = Parser(docstring)
+    root = os.environ.get("DATA_ROOT", "datasets")
+    shown.add_argument("--data-root", type=Path, default=Path(root), help="data sets' folder (default: %(default)s)")
+    shown.add_argument("--run-root", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
+    shown.add_argument(
+        "--log-every", type=positive_int, default=50, metavar="STEPS", help="steps per line of log.jsonl"
+    )
+    return shown
+
+
+def source_parser(docstring, argv):
+    """As `parser`, with --source, --preset, --seed and --image-size; returns it and the preset that argv asks for."""
+    shown = parser(docstring)
+    source = early("source", argv, "digits")
+    name = preset_name(early("preset", argv, source))
+    shown.add_argument("--source", default="digits", help="data set or folder of images (default: digits)")
+    shown.add_argument("--preset", choices=[*PRESETS], default=name, help="settings (default: the source's own)")
+    shown.add_argument("--seed", type=count, default=0)
+    size = image_size(name)
+    shown.add_argument("--image-size", type=pixels, default=size, help=f"pixels of a side (default: {size})")
+    return shown, name
+
+
+def preset_name(name):
+    """The preset of a data set's name: its own, or "other"."""
+    return name if name in PRESETS else "other"
+
+
+def add_settings(shown, defaults, help):
+    """A flag for each of `defaults` (name -> value), of the default's type, described in `help` (name -> text).
+
+    A number must not be negative, and a count not 0 but for warm-ups and where that is the default; True and False
+    become --x and --no-x.
+    """
+    for name, value in defaults.items():
+        flag, text = "--" + name.replace("_", "-"), f"{help[name]} (default: {value})".replace("%", "%%")
+        if isinstance(value, bool):
+            shown.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=text)
+        elif name == "arch":
+            shown.add_argument(flag, choices=[*ARCHITECTURES], default=value, help=text)
+        else:
+            zero = value == 0 or name.startswith("warmup")
+            kind = {int: count if zero else positive_int, float: amount}.get(type(value), str)
+            shown.add_argument(flag, type=kind, default=value, metavar="X", help=text)
+
+
+def _number(kind, least, most=float("inf")):
+    """An argparse type: a number from `least` to `most`, not infinite."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {least} to {most}: {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+positive_int, count, pixels = _number(int, 1), _number(int, 0), _number(int, SMALLEST_SIZE)
+amount, share = _number(float, 0), _number(float, 0, 1)
+
+
+def early(name, argv, default=None):
+    """The value of one flag before the whole line is parsed: presets depend on it."""
+    value, flag = default, f"--{name}"
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag and following is not None:
+            value = following
+        elif word.startswith(flag + "="):
+            value = word.removeprefix(flag + "=")
+    return value
+
+
+def settings(args, **derived):
+    """What decides a run's result, for its config.json: all of `args` but where things lie, and `derived` values."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS} | derived
+
+
+def device(args):
+    """The torch device that --device asks for; sets TF32 as --precision says. Raises UserError if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = next(each for each in ("cuda", "mps", "cpu") if there[each]) if args.device == "auto" else args.device
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine has none that torch {torch.__version__} can use")
+    tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return torch.device(name)
+
+
+def autocast(device, precision):
+    """A context for the networks' passes: bf16 where asked for, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def run(main, argv=None):
+    """Call `main(argv)`; what the user can put right, or a stop, becomes one line and an exit code (2, 130)."""
+    name = Path(sys.argv[0]).name
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{name}: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"{name}: {stop or 'interrupted before the first checkpoint'}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,60 @@
+"""Files that stages hand to each other: written whole or not at all, read as data only, known by their kind."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+
+FORMAT = 1  # of every file written here; raised when a reader of today could not read it
+
+
+def save(path, kind, content):
+    """Write the dict `content` (tensors and plain types) as a file of `kind`, replacing the old one at once.
+
+    Raises OSError where the folder cannot be written to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save({"kind": kind, "format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path, kind, required=()):
+    """Read a file that `save` wrote, on the CPU and as data only (no code in it is run).
+
+    Raises UserError when it is missing, unreadable, of another kind or format, or lacks a `required` key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a {kind} file)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
+        reason = "it holds more than data" if code else (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: not a readable {kind} file ({reason})") from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        found = content.get("kind", "unknown") if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: not a {kind} file (found: {found})")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: {kind} file of format {content['format']}, this version reads format {FORMAT}")
+    if missing := [key for key in required if key not in content]:
+        raise UserError(f"{path}: {kind} file without {', '.join(missing)}")
+    return content
+
+
+def digest(path):
+    """The first 12 hexadecimal digits of a file's SHA-256: enough to tell two files of a run apart."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()[:12]

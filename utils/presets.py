@@ -1,0 +1,139 @@
+"""Every hyperparameter, once, each with its source; the defaults of all scripts' flags come from here.
+
+Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
+[S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
+nor code says); [ours] chosen here, for a machine that the paper's settings do not fit.
+"""
+
+TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
+    arch="resnet18_target",  # [P 4.1] ResNet18; stem [C]
+    width=1.0,
+    epochs=1000,  # [S]
+    batch_size=256,  # [S]
+    lr=0.3,  # [S] LARS, for a batch of 256; scaled by batch/256
+    weight_decay=1e-4,  # [S]
+    warmup_epochs=10,  # [S]
+    projector_dim=2048,  # [S] three layers of this width
+    off_diagonal=0.0051,  # [S] and Zbontar et al. 2021, lambda
+    loss_scale=0.1,  # [S]
+    crop_min=0.08,  # [S] smallest share of the area
+    jitter=0.8,  # [S] probability of colour jitter
+    greyscale=0.2,  # [S] probability
+    solarise=0.2,  # [S] probability, second view only
+    flip=0.5,  # [S] probability
+    weights="",  # a backbone trained elsewhere; empty: train one
+)
+
+DISTILL = dict(  # distill.py
+    num_images=1000,  # [P 4.1] m
+    arch="convnet3",  # [P 4.1]
+    width=1.0,
+    outer_steps=160_000,  # [P 4.1]
+    outer_lr=1e-3,  # [P 4.1] linear decay [P]; to 1/1000 of it [C]
+    outer_batch=1024,  # [C] b
+    pool_size=10,  # [P 4.1] l
+    pool_steps=1000,  # [P 4.1] T
+    pool_lr=0.1,  # [P 4.1] SGD, momentum 0.9
+    pool_weight_decay=1e-3,  # [P 4.1]
+    ridge=1e-6,  # [C] times the trace of the kernel; the paper gives no value
+    ridge_per_image=False,  # [C] the trace is not divided by m
+    bias_column=True,  # [C] a one appended to the features
+    keep_pool_count=False,  # [P, Algorithm 1 line 15] a member's count restarts
+    raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
+    augment_outer=False,  # [P, Algorithm 1 line 9]
+)
+
+PRETRAIN = {  # pretrain.py, by the kind of targets
+    "feature": dict(  # [P 4.1]; no augmentation, constant rate [C]
+        loss="mse", optimizer="sgd", lr=0.1, weight_decay=1e-3, schedule="constant", warmup=0, batch_size=256,
+        epochs=1000, steps=0, augment=False,
+    ),
+    "class": dict(  # [C]
+        loss="cross_entropy", optimizer="sgd", lr=0.01, weight_decay=5e-4, schedule="halfway", warmup=0,
+        batch_size=256, epochs=1000, steps=0, augment=True,
+    ),
+    "soft": dict(  # [C]
+        loss="half_squared", optimizer="adamw", lr=3e-4, weight_decay=0.0, schedule="cosine", warmup=500,
+        batch_size=500, epochs=0, steps=10_000, augment=True,
+    ),
+}  # fmt: skip
+
+FINETUNE = dict(  # finetune.py
+    lr=0.01,  # [P 4.1] SGD, momentum 0.9, cosine to 0
+    weight_decay=5e-4,  # [P 4.1]
+    batch_size=256,  # [P 4.1]
+    steps=5_000,  # [P 4.1] Aircraft, Cars, CUB2011, Dogs, Flowers; [C] ImageNette
+    flip=True,  # [C] random crop with padding 4 and horizontal flip
+)
+
+KD = dict(  # kd.py
+    lr=1e-4,  # [P 4.3] AdamW
+    weight_decay=0.0,  # [C]
+    batch_size=512,  # [P 4.3]
+    epochs=1000,  # [P 4.3] cosine, one step an epoch [C]
+    augment=True,  # [C] differentiable augmentation of the distilled images, for every method
+)
+
+_LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
+_AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
+
+PRESETS = {  # what differs from the values above
+    "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
+    "cifar10": dict(image_size=32, **_LONG),
+    "tinyimagenet": dict(
+        image_size=64,  # [P 4.1]
+        distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
+        pretrain=dict(soft=dict(steps=40_000)),  # [C]
+        **_LONG,
+    ),
+    "imagenet": dict(image_size=64, distill=_AT_64),  # [P 4.1]
+    "imagenette": dict(  # [P, appendix D]
+        image_size=224,
+        target=dict(arch="resnet50_target", weights="hub"),  # [C] Barlow Twins on ImageNet, 2048-d
+        distill=dict(arch="convnet5", num_images=10, outer_lr=1e-5),  # [C]
+        pretrain=dict(soft=dict(steps=1_000, batch_size=10)),  # [C]
+    ),
+    "digits": dict(  # [ours] sized for the quick start on two CPU cores
+        image_size=32,
+        target=dict(
+            width=0.125,
+            epochs=40,
+            batch_size=128,
+            warmup_epochs=2,
+            projector_dim=256,
+            crop_min=0.3,
+            greyscale=0.0,
+            flip=0.0,  # a flipped digit is another one
+        ),
+        distill=dict(
+            num_images=50,
+            width=0.25,
+            outer_steps=400,
+            outer_lr=0.02,
+            outer_batch=256,
+            pool_size=5,
+            pool_steps=60,
+        ),
+        pretrain={"feature": dict(epochs=200), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
+        finetune=dict(steps=100, flip=False),
+        kd=dict(lr=1e-3, epochs=200),
+    ),
+    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3)),  # [ours] any other set or folder
+}
+
+
+def preset(name, stage, kind=None):
+    """The settings of `stage` (target, distill, pretrain, finetune, kd) of `PRESETS[name]`, as a new dict.
+
+    `kind` is the kind of targets, for pretrain.
+    """
+    base = {"target": TARGET, "distill": DISTILL, "finetune": FINETUNE, "kd": KD}
+    changes = PRESETS[name].get(stage, {})
+    if stage == "pretrain":
+        return PRETRAIN[kind] | changes.get(kind, {})
+    return base[stage] | changes
+
+
+def image_size(name):
+    """Pixels of a side under the preset `name`."""
+    return PRESETS[name]["image_size"]

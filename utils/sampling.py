@@ -1,0 +1,52 @@
+"""Random order with a memory: index batches that go on where a stopped run left off."""
+
+import torch
+
+
+class Batches:
+    """Mini-batches of indices 0..n-1 in a new random order each epoch; the last batch of an epoch may be smaller.
+
+    With `drop_last` that smaller batch is left out (batch norm of few images is noise). A batch size above n means n.
+    """
+
+    def __init__(self, n, batch_size, generator, drop_last=False):
+        self.n, self.batch_size, self.generator = n, min(batch_size, n), generator
+        self.per_epoch = n // self.batch_size if drop_last else -(-n // self.batch_size)
+        self.order, self.position = None, self.per_epoch
+
+    def next(self):
+        """The next batch of indices, (b,) int64 on the CPU."""
+        if self.position == self.per_epoch:
+            self.order, self.position = torch.randperm(self.n, generator=self.generator), 0
+        start = self.position * self.batch_size
+        self.position += 1
+        return self.order[start : start + self.batch_size]
+
+    def state_dict(self):
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.order, self.position = state["order"], state["position"]
+
+
+class Randomness:
+    """The random states of a run: one CPU generator for orders and draws, one on the device for augmentation,
+    and torch's global ones, which initialise networks. All start from one seed."""
+
+    def __init__(self, seed, device):
+        torch.manual_seed(seed)
+        self.cpu = torch.Generator().manual_seed(seed)
+        self.device = torch.Generator(device).manual_seed(seed + 1)
+
+    def state_dict(self):
+        state = {"cpu": self.cpu.get_state(), "device": self.device.get_state(), "global": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state):
+        self.cpu.set_state(state["cpu"])
+        self.device.set_state(state["device"])
+        torch.set_rng_state(state["global"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
