@@ -146,8 +146,10 @@ def packed(x_syn, y_syn, source, args, meta):
 
 
 def save_picture(path, distilled, most=100):
-    """A grid of the first `most` images, as pixels."""
-    save_image(distilled.pixels()[:most], path, nrow=10, padding=1, pad_value=1.0)
+    """A grid of the first `most` images as pixels, ten in a row, each enlarged to 64 screen pixels or more."""
+    pixels = distilled.pixels()[:most]
+    enlarged = F.interpolate(pixels, scale_factor=-(-64 // pixels.shape[-1]), mode="nearest")
+    save_image(enlarged, path, nrow=10, padding=2, pad_value=1.0)
 
 
 def main(argv):

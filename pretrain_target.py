@@ -9,6 +9,8 @@ label is used in training). The paper's setting (1,000 epochs of ResNet18) takes
 preset takes two minutes on two CPU cores.
 """
 
+import pickle
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +18,7 @@ from torch import nn
 import models
 from data import augment
 from data.images import load_images, normalise
-from utils import cli, evaluate, optim
+from utils import cli, evaluate, files, optim
 from utils.errors import UserError
 from utils.presets import preset
 from utils.run import Run
@@ -87,12 +89,12 @@ def train(network, source, args, run, device):
     network.train()
     for step in run.steps("train target", total):
         x = source.raw(batches.next(), device)
-        loss_views = []
+        embeddings = []
         with cli.autocast(device, args.precision):
             for solarise in (0.0, args.solarise):
                 seen = view(x, randomness.device, args, solarise)
-                loss_views.append(head(network.embed(normalise(seen, source.mean, source.std))))
-        loss = barlow_twins_loss(*loss_views, args.off_diagonal, args.loss_scale)
+                embeddings.append(head(network.embed(normalise(seen, source.mean, source.std))))
+        loss = barlow_twins_loss(*embeddings, args.off_diagonal, args.loss_scale)
         lars.zero_grad()
         loss.backward()
         lars.step()
@@ -116,12 +118,11 @@ def load_backbone(network, weights):
     else:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{weights}: not a readable state dict ({str(error).splitlines()[0][:120]})") from error
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{weights}: not a readable state dict ({files.reason(error)})") from error
     try:
-        network.features.load_state_dict(state)
-    except (RuntimeError, AttributeError) as error:
+        network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{weights}: does not fit the network ({str(error).splitlines()[-1].strip()[:160]})") from error
 
 

@@ -1,4 +1,4 @@
-"""Print the results below a folder as a Markdown table: a row a method, mean +- standard deviation over the seeds.
+"""Print the results below a folder as a Markdown table: a row a method, mean ± standard deviation over the seeds.
 
 python -m benchmarks.summary runs
 """
@@ -8,37 +8,48 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from models import label
 from utils import results
+
+METHODS = {  # in the order of the rows; others follow under their own names
+    "scratch": "no pre-training",
+    "random_features": "random real images with the target's features",
+    "krr_st": "KRR-ST",
+}
 
 
 def column(line):
     """What a result is grouped by: target, protocol and labels."""
-    labels = f", {line['labels_per_class']} labels a class" if line.get("labels_per_class") else ""
-    labels += f", {100 * line['label_fraction']:g} % of the labels" if line.get("label_fraction") else ""
+    labels = f", {line['labels_per_class']} labels/class" if line.get("labels_per_class") else ""
+    labels += f", {100 * line['label_fraction']:g} % of labels" if line.get("label_fraction") else ""
     return f"{line['target']} {line['protocol']}{labels}"
 
 
 def row(line):
-    source = f"{line['method']} on {line['source']}" if line["source"] else line["method"]
-    m = f", {line['num_images']} images" if line.get("num_images") else ""
-    width = "" if line["width"] == 1 else f" x{line['width']:g}"
-    return f"{source}{m}, {line['arch']}{width}"
+    origin = f", m = {line['num_images']}, {line['source']}" if line["source"] else ""
+    return f"{METHODS.get(line['method'], line['method'])} ({label(line['arch'], line['width'])}{origin})"
 
 
 def table(folders):
     """The Markdown table of all results.jsonl below `folders`; the deviation is the population's (ddof = 0)."""
-    cells = defaultdict(dict)
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("results.jsonl")):
-            for line in results.read(path):
-                cells[row(line), column(line)][line["seed"]] = line["accuracy"]
+    lines = [line for folder in folders for path in sorted(Path(folder).rglob("results.jsonl"))
+             for line in results.read(path)]  # fmt: skip
+    order = [*METHODS]
+    lines.sort(key=lambda line: order.index(line["method"]) if line["method"] in order else len(order))
+    cells = defaultdict(dict)  # (row, column) -> seed -> accuracy; the newest of equal seeds
+    for line in lines:
+        cells[row(line), column(line)][line["seed"]] = line["accuracy"]
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    lines = [["accuracy in %", *columns], ["---"] + ["---:"] * len(columns)]
+    grid = [["accuracy in %", *columns]]
     for name in rows:
-        values = [list(cells.get((name, each), {}).values()) for each in columns]
+        values = [list(cells[name, each].values()) if (name, each) in cells else [] for each in columns]
         shown = [f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})" if v else "" for v in values]
-        lines.append([name, *shown])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        grid.append([name, *shown])
+    widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]
+    grid.insert(1, ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |" for cells in grid
+    )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def decode(image, size):
 
 def _write(raw, stem, size, fingerprint, title):
     n = len(raw.images)
-    partial = stem.with_suffix(".npy.partial")
+    partial = stem.with_suffix(f".{os.getpid()}.partial")  # two commands may prepare the same set at once
     pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(n, size, size, 3))
     kept, damaged = [], []
     total, squares = np.zeros(3), np.zeros(3)
@@ -108,5 +108,5 @@ def _write(raw, stem, size, fingerprint, title):
         np.save(stem.with_suffix(".labels.npy"), np.asarray(raw.labels, dtype=np.int64)[kept])
     record = dict(format=FORMAT, fingerprint=fingerprint, count=len(kept), classes=raw.classes, damaged=damaged,
                   mean=mean.tolist(), std=std.tolist())  # fmt: skip
-    stem.with_suffix(".json.partial").write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(stem.with_suffix(".json.partial"), stem.with_suffix(".json"))
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, stem.with_suffix(".json"))

@@ -3,6 +3,7 @@
 A reader returns a `Raw` split: the images as paths or as uint8 arrays, with labels where there are any.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def class_folders(top, split):
 
 def unlabelled(top):
     """Every image file below a folder, in the order of their paths."""
+    if not os.access(top, os.R_OK | os.X_OK):
+        raise UserError(f"{top}: no permission to read this folder")
     images = images_in(top)
     if not images:
         raise UserError(f"{top}: no image below this folder (looked for {' '.join(sorted(SUFFIXES))})")
@@ -104,10 +107,7 @@ def unlabelled(top):
 
 
 def images_in(folder):
-    try:
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    except PermissionError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _raw(pairs, classes, place):

@@ -34,7 +34,7 @@ class Target:
         """g_phi(X_t): (n, d_y) float32 of the whole set, kept beside the target's file and mapped from there."""
         path = self.path.parent / f"features-{self.digest}-{self.precision}.npy"
         if not path.is_file():
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{os.getpid()}.partial")
             shape = (len(images), self.network.feature_dim)
             table = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
             for index in progress.bar(torch.arange(len(images)).split(BATCH), desc="target features"):

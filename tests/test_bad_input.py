@@ -1,6 +1,7 @@
 """Whatever a user gives that cannot work: one line on standard error, exit code 2, nothing written."""
 
 import importlib
+import os
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def test_more_distilled_images_than_real_ones(refused):
 def test_empty_folder(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("no image here")
     assert "no image" in refused("pretrain_target", "--source", tmp_path)
+
+
+def test_folder_without_permission(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may read anything
+    assert "no permission" in refused("pretrain_target", "--source", tmp_path)
 
 
 def test_folder_of_broken_images(refused, tmp_path):
@@ -138,8 +144,12 @@ def test_no_method_or_an_unknown_one(roots):
 
 def test_backbone_that_does_not_fit(refused, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    (tmp_path / "text.pth").write_text("not weights")
     flags = ["--source", "digits", *TARGET]
     assert "does not fit" in refused("pretrain_target", *flags, "--weights", tmp_path / "w.pth", "--seed", "3")
+    for name in ("text.pth", "missing.pth"):
+        line = refused("pretrain_target", *flags, "--weights", tmp_path / name, "--seed", "4" + str(len(name)))
+        assert "not a readable state dict" in line
 
 
 def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):

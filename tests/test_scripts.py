@@ -30,7 +30,7 @@ def test_distilled_file_log_and_picture(distilled):
     assert d.images.shape == (20, 3, 32, 32) and d.targets.shape == (20, 64) and d.target_kind == "feature"
     assert (d.meta["method"], d.meta["source"], d.meta["seed"]) == ("krr_st", "digits", 0)
     assert d.meta["settings"]["outer_steps"] == 4
-    assert Image.open(distilled.parent / "images.png").size == (10 * 33 + 1, 2 * 33 + 1)
+    assert Image.open(distilled.parent / "images.png").size == (10 * 66 + 2, 2 * 66 + 2)
     assert json.loads((distilled.parent / "config.json").read_text())["settings"]["num_images"] == 20
 
 
@@ -111,7 +111,8 @@ def test_finetuning_protocols_and_results(weights, roots):
         assert line["method"] == "krr_st" and line["source"] == line["target"] == "digits" and line["width"] == 0.125
         assert 0 <= line["accuracy"] <= 100 and line["versions"]["torch"] and line["digest"]
     assert load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
-    assert "krr_st" in table([weights.parents[4]])
+    shown = table([weights.parents[4]])
+    assert "| KRR-ST (convnet3-x0.125, m = 20, digits) |" in shown and "digits knn, 2 labels/class" in shown
 
 
 def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, roots):

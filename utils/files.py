@@ -19,7 +19,7 @@ def save(path, kind, content):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         torch.save({"kind": kind, "format": FORMAT, **content}, file)
         file.flush()
@@ -38,9 +38,7 @@ def load(path, kind, required=()):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
-        reason = "it holds more than data" if code else (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path}: not a readable {kind} file ({reason})") from error
+        raise UserError(f"{path}: not a readable {kind} file ({reason(error)})") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind", "unknown") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: not a {kind} file (found: {found})")
@@ -49,6 +47,13 @@ def load(path, kind, required=()):
     if missing := [key for key in required if key not in content]:
         raise UserError(f"{path}: {kind} file without {', '.join(missing)}")
     return content
+
+
+def reason(error):
+    """Why torch could not load a file, in a few words."""
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        return "it holds more than data"
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def digest(path):

@@ -97,7 +97,7 @@ PRESETS = {  # what differs from the values above
         image_size=32,
         target=dict(
             width=0.125,
-            epochs=40,
+            epochs=30,
             batch_size=128,
             warmup_epochs=2,
             projector_dim=256,
@@ -106,15 +106,15 @@ PRESETS = {  # what differs from the values above
             flip=0.0,  # a flipped digit is another one
         ),
         distill=dict(
-            num_images=50,
+            num_images=30,
             width=0.25,
-            outer_steps=400,
+            outer_steps=300,
             outer_lr=0.02,
             outer_batch=256,
             pool_size=5,
             pool_steps=60,
         ),
-        pretrain={"feature": dict(epochs=200), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
+        pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
     ),
