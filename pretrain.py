@@ -16,6 +16,7 @@ from data.augment import diff_augment
 from data.distilled import load_distilled
 from models import saved
 from utils import cli, files, optim
+from utils.errors import UserError
 from utils.presets import preset
 from utils.run import Run
 from utils.sampling import Batches, Randomness
@@ -28,12 +29,8 @@ LOSSES = {
 HELP = dict(
     arch="network to pre-train",
     width="factor on its hidden widths",
-    loss=f"one of {', '.join(LOSSES)}",
-    optimizer="sgd or adamw",
     lr="learning rate",
     weight_decay="weight decay",
-    schedule="constant, cosine, linear or halfway",
-    warmup="steps of linear warm-up",
     batch_size="images in a batch",
     epochs="passes over the distilled set",
     steps="optimiser steps; 0: as many as --epochs says",
@@ -66,6 +63,9 @@ def pretrain(network, distilled, args, run, randomness, device):
 def main(argv):
     args, distilled = parse_args(argv)
     device = cli.device(args)
+    size = distilled.images.shape[-1]
+    if size < models.SMALLEST_SIZE:
+        raise UserError(f"{args.distilled}: images of {size} px; the networks take {models.SMALLEST_SIZE} px or more")
     settings = cli.settings(args, distilled=files.digest(args.distilled))
     folder = args.distilled.parent / models.label(args.arch, args.width) / f"seed{args.seed}"
     run = Run(folder, "model.pt", settings, args.log_every)
@@ -74,12 +74,11 @@ def main(argv):
         return
     randomness = Randomness(args.seed, device)
     outputs = distilled.targets.shape[1] if distilled.targets.ndim == 2 else int(distilled.targets.max()) + 1
-    network = models.build(args.arch, distilled.images.shape[-1], outputs, args.width).to(device)
+    network = models.build(args.arch, size, outputs, args.width).to(device)
     pretrain(network, distilled, args, run, randomness, device)
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
     meta |= dict(seed=args.seed, distilled=settings["distilled"], distilled_seed=distilled.meta.get("seed"),
                  num_images=len(distilled.images), settings=run.settings)  # fmt: skip
-    size = distilled.images.shape[-1]
     run.finish("model", saved.content(network, args.arch, args.width, size, outputs, meta))
     print(f"wrote {run.artefact}")
 
@@ -94,7 +93,8 @@ def parse_args(argv):
     made_with = distilled.meta.get("settings", {}) if distilled else {}
     network = {key: made_with.get(key, preset(name, "distill")[key]) for key in ("arch", "width")}
     recipe = preset(name, "pretrain", distilled.target_kind if distilled else "feature")
-    cli.add_settings(parser, network | recipe, HELP)
+    parser.set_defaults(**{key: value for key, value in recipe.items() if key not in HELP})  # the kind decides these
+    cli.add_settings(parser, network | {key: value for key, value in recipe.items() if key in HELP}, HELP)
     return parser.parse_args(argv), distilled
 
 

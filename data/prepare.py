@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.readers import READERS, Raw, read
+from data.readers import READERS, Raw, in_root, read
 from utils import progress
 from utils.errors import UserError
 
@@ -41,7 +41,7 @@ def prepare(name, split, size, root):
 
 def folder_name(name, root):
     """The name under which a set is kept; a path gets its last part and a digest of the whole."""
-    if name in READERS or (root / name / "train").is_dir():
+    if name in READERS or in_root(name, root):
         return name
     path = Path(name).resolve()
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

@@ -127,17 +127,23 @@ READERS = {
 }
 
 
+def in_root(name, root):
+    """Whether the data root has class folders of this name."""
+    return Path(name).name == name and (root / name / "train").is_dir()
+
+
 def read(name, split, root):
     """The `Raw` split `train` or `test` of a named set, of class folders, or of a folder of unlabelled images.
 
-    `name`: one of `READERS`, a folder <root>/<name> with train/ in it (this comes first, so that one's own copy of a
-    named set is found), or a path. Raises UserError when nothing is there, saying what to put where.
+    `name`: a folder <root>/<name> with train/ in it (this comes first, so that one's own copy of a named set is
+    found), one of `READERS`, or a path. Raises UserError when nothing is there, saying what to put where.
     """
-    for folder in (root / name, Path(name)):
-        if (folder / "train").is_dir() and not (folder == Path(name) and name in READERS):
-            return class_folders(folder, split)
+    if in_root(name, root):
+        return class_folders(root / name, split)
     if name in READERS:
         return READERS[name](root, split)
+    if (Path(name) / "train").is_dir():
+        return class_folders(Path(name), split)
     if Path(name).is_dir():
         if split == "test":
             raise UserError(f"{name}: a folder without train/ and test/ has no test split")

@@ -96,6 +96,8 @@ def test_distilled_file_of_another_image_size_than_the_student(refused, tmp_path
     files.save(tmp_path / "d.pt", "distilled", content | {"images": torch.randn(20, 3, 64, 64)})
     flags = ["--weights", weights, "--teacher", weights, "--target", "digits"]
     assert "64 px, the student takes 32 px" in refused("kd", *flags, "--distilled", tmp_path / "d.pt")
+    files.save(tmp_path / "small.pt", "distilled", content | {"images": torch.randn(20, 3, 16, 16)})
+    assert "images of 16 px" in refused("pretrain", "--distilled", tmp_path / "small.pt")
     assert "64 classes, but digits has 10" in refused("kd", *flags, "--distilled", distilled)
 
 

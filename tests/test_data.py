@@ -62,6 +62,13 @@ def test_class_folders_labels_statistics_and_reuse(tmp_path, monkeypatch):
     assert torch.equal(load_images("pets", "train", 32, tmp_path).pixels, train.pixels)
 
 
+def test_class_folders_by_path(tmp_path):
+    class_folders(tmp_path / "elsewhere" / "pets")
+    test = load_images(str(tmp_path / "elsewhere" / "pets"), "test", 32, tmp_path / "data")
+    assert test.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.name.startswith("pets-")
+    assert [path.name for path in (tmp_path / "data" / "prepared").iterdir()] == [f"{test.name}-32px"]
+
+
 def test_changed_folder_is_decoded_again(tmp_path):
     for i in range(3):
         picture(tmp_path / "mine" / f"{i}.png", seed=i)
