@@ -66,10 +66,8 @@ class RealBatches:
         self.features = None if args.augment_outer else target.features_of(source)
 
     def next(self):
-        return self.at(self.order.next())
-
-    def at(self, index):
-        """x_real (b, 3, S, S) normalised and y_real (b, d_y) at `index` (b,)."""
+        """x_real (b, 3, S, S) normalised and y_real (b, d_y)."""
+        index = self.order.next()
         x = self.source.raw(index, self.device)
         if self.randomness:
             x = augment.horizontal_flip(augment.random_crop(x, self.randomness.device), self.randomness.device)
@@ -96,7 +94,8 @@ def distill(source, chosen, target, args, run, device):
     scheduler = optim.schedule(adamw, "linear", args.outer_steps)
     learned = Learned(x_syn, y_syn)
     run.resume(
-        dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness)
+        device,
+        dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness),
     )
 
     for _ in run.steps("initialise pool", sum(pool.ages)):  # line 5
@@ -115,7 +114,8 @@ def distill(source, chosen, target, args, run, device):
         if args.image_every and (step + 1) % args.image_every == 0:
             save_picture(run.folder / "images.png", packed(x_syn, y_syn, source, args, {}))
 
-    held = real.at(torch.arange(len(source))[: args.outer_batch])
+    index = random_subset(source, min(args.outer_batch, len(source)), seed=0)
+    held = source.normalised(index, device), target.features(source.normalised(index, device))
     with torch.no_grad():
         before, after = (
             torch.stack([outer_loss(member, *held, x, y, args) for member in pool.members]).mean().item()

@@ -38,7 +38,9 @@ def finetune(network, train, args, run, randomness, device):
     batches = Batches(len(train), args.batch_size, randomness.cpu)
     sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(sgd, "cosine", args.steps)
-    run.resume(dict(network=network, optimizer=sgd, scheduler=scheduler, batches=batches, randomness=randomness))
+    run.resume(
+        device, dict(network=network, optimizer=sgd, scheduler=scheduler, batches=batches, randomness=randomness)
+    )
     network.train()
     for step in run.steps("fine-tune", args.steps):
         index = batches.next()

@@ -38,7 +38,9 @@ def imitate(student, teacher, x_syn, args, run, randomness, device):
     batches = Batches(len(x_syn), args.batch_size, randomness.cpu)
     optimizer = optim.optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, "cosine", args.epochs)
-    run.resume(dict(student=student, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness))
+    run.resume(
+        device, dict(student=student, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness)
+    )
     student.train()
     for step in run.steps("imitate", args.epochs * batches.per_epoch):
         x = x_syn[batches.next().to(device)]

@@ -33,7 +33,7 @@ HELP = dict(
     weight_decay="weight decay",
     batch_size="images in a batch",
     epochs="passes over the distilled set",
-    steps="optimiser steps; 0: as many as --epochs says",
+    steps="optimiser steps",
     augment="differentiable augmentation of the images",
 )
 
@@ -45,7 +45,9 @@ def pretrain(network, distilled, args, run, randomness, device):
     total = args.steps or args.epochs * batches.per_epoch
     optimizer = optim.optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, args.schedule, total, args.warmup)
-    run.resume(dict(network=network, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness))
+    run.resume(
+        device, dict(network=network, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness)
+    )
     network.train()
     for step in run.steps("pre-train", total):
         index = batches.next().to(device)
@@ -93,8 +95,9 @@ def parse_args(argv):
     made_with = distilled.meta.get("settings", {}) if distilled else {}
     network = {key: made_with.get(key, preset(name, "distill")[key]) for key in ("arch", "width")}
     recipe = preset(name, "pretrain", distilled.target_kind if distilled else "feature")
-    parser.set_defaults(**{key: value for key, value in recipe.items() if key not in HELP})  # the kind decides these
-    cli.add_settings(parser, network | {key: value for key, value in recipe.items() if key in HELP}, HELP)
+    flags = {key: value for key, value in recipe.items() if key in HELP and (key not in ("epochs", "steps") or value)}
+    parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})  # the kind decides these
+    cli.add_settings(parser, network | flags, HELP)
     return parser.parse_args(argv), distilled
 
 

@@ -9,8 +9,6 @@ label is used in training). The paper's setting (1,000 epochs of ResNet18) takes
 preset takes two minutes on two CPU cores.
 """
 
-import pickle
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,17 +82,16 @@ def train(network, source, args, run, device):
     total = args.epochs * batches.per_epoch
     scheduler = optim.schedule(lars, "cosine", total, args.warmup_epochs * batches.per_epoch)
     run.resume(
-        dict(network=network, head=head, batches=batches, optimizer=lars, scheduler=scheduler, randomness=randomness)
+        device,
+        dict(network=network, head=head, batches=batches, optimizer=lars, scheduler=scheduler, randomness=randomness),
     )
     network.train()
     for step in run.steps("train target", total):
         x = source.raw(batches.next(), device)
-        embeddings = []
+        views = [view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
         with cli.autocast(device, args.precision):
-            for solarise in (0.0, args.solarise):
-                seen = view(x, randomness.device, args, solarise)
-                embeddings.append(head(network.embed(normalise(seen, source.mean, source.std))))
-        loss = barlow_twins_loss(*embeddings, args.off_diagonal, args.loss_scale)
+            z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)
+        loss = barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale)
         lars.zero_grad()
         loss.backward()
         lars.step()
@@ -116,10 +113,7 @@ def load_backbone(network, weights):
                 "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
             ) from error
     else:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{weights}: not a readable state dict ({files.reason(error)})") from error
+        state = files.read_data(weights, "state dict")
     try:
         network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -139,8 +133,8 @@ def main(argv):
     device = cli.device(args)
     source = load_images(args.source, "train", args.image_size, args.data_root)
     test = labelled_test_split(args) if source.labels is not None else None
-    if len(source) < 2:
-        raise UserError(f"{args.source}: {len(source)} image; Barlow Twins needs at least 2")
+    if min(len(source), args.batch_size) < 2:
+        raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
     run = Run(
         args.run_root / source.name / "target" / f"seed{args.seed}",
         "target.pt",
@@ -163,7 +157,7 @@ def main(argv):
         feature_dim=network.feature_dim,
         network={name: value.cpu() for name, value in network.state_dict().items()},
         source=source.name,
-        images=len(source),
+        fingerprint=source.fingerprint,
         mean=source.mean,
         std=source.std,
         settings=run.settings,

@@ -1,4 +1,4 @@
-"""Print the results below a folder as a Markdown table: a row a method, mean ± standard deviation over the seeds.
+"""Print the results below a folder as a Markdown table: a row a method, mean ± standard deviation over n results.
 
 python -m benchmarks.summary runs
 """
@@ -27,7 +27,9 @@ def column(line):
 
 def row(line):
     origin = f", m = {line['num_images']}, {line['source']}" if line["source"] else ""
-    return f"{METHODS.get(line['method'], line['method'])} ({label(line['arch'], line['width'])}{origin})"
+    origin += f", distilled with seed {line['distilled_seed']}" if line["distilled_seed"] else ""
+    network = f"{label(line['arch'], line['width'])} at {line['image_size']} px"
+    return f"{METHODS.get(line['method'], line['method'])} ({network}{origin})"
 
 
 def table(folders):
@@ -36,13 +38,13 @@ def table(folders):
              for line in results.read(path)]  # fmt: skip
     order = [*METHODS]
     lines.sort(key=lambda line: order.index(line["method"]) if line["method"] in order else len(order))
-    cells = defaultdict(dict)  # (row, column) -> seed -> accuracy; the newest of equal seeds
+    cells = defaultdict(list)  # (row, column) -> accuracies; n tells when those of other settings are among them
     for line in lines:
-        cells[row(line), column(line)][line["seed"]] = line["accuracy"]
+        cells[row(line), column(line)].append(line["accuracy"])
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     grid = [["accuracy in %", *columns]]
     for name in rows:
-        values = [list(cells[name, each].values()) if (name, each) in cells else [] for each in columns]
+        values = [cells[name, each] for each in columns]
         shown = [f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})" if v else "" for v in values]
         grid.append([name, *shown])
     widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]

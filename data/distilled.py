@@ -43,10 +43,15 @@ def load_distilled(path):
     content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
     d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
     dtype, dims = TARGET_KINDS.get(d.target_kind, (None, None))
+    tensors = (d.images, d.targets, d.mean, d.std)
+    if not all(torch.is_tensor(each) for each in tensors) or not isinstance(d.meta, dict):
+        raise UserError(f"{path}: images, targets, mean and std must be tensors, meta a dictionary")
     shape = tuple(d.images.shape)
     faults = {
         f"target_kind {d.target_kind}": dtype is None,
-        f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3],
+        f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape,
+        f"images of {d.images.dtype}": d.images.dtype != torch.float32,
+        "mean or std that are not 3 numbers": d.mean.shape != (3,) or d.std.shape != (3,),
         f"{len(d.targets)} targets for {len(d.images)} images": len(d.targets) != len(d.images),
         f"targets of {d.targets.dtype}, {d.targets.ndim}-d": (d.targets.dtype, d.targets.ndim) != (dtype, dims),
         "values that are not finite": not (d.images.isfinite().all() and d.targets.isfinite().all()),

@@ -15,18 +15,12 @@ class ImageSet:
     """n images of S x S pixels.
 
     `pixels` (n, S, S, 3) uint8, mapped from disk; `labels` (n,) int64 or None; `classes` their names; `mean` and
-    `std` (3,) float32 of the set's training split over [0, 1].
+    `std` (3,) float32 of the set's training split over [0, 1]; `fingerprint` differs when the raw images do.
     """
 
-    def __init__(self, name, pixels, labels, classes, mean, std):
-        self.name, self.pixels, self.labels, self.classes, self.mean, self.std = (
-            name,
-            pixels,
-            labels,
-            classes,
-            mean,
-            std,
-        )
+    def __init__(self, name, pixels, labels, classes, mean, std, fingerprint):
+        self.name, self.pixels, self.labels, self.classes = name, pixels, labels, classes
+        self.mean, self.std, self.fingerprint = mean, std, fingerprint
 
     def __len__(self):
         return len(self.pixels)
@@ -38,7 +32,7 @@ class ImageSet:
     def subset(self, index):
         """The images at `index` (k,) int64, copied out of the file."""
         labels = None if self.labels is None else self.labels[index]
-        return ImageSet(self.name, self.pixels[index], labels, self.classes, self.mean, self.std)
+        return ImageSet(self.name, self.pixels[index], labels, self.classes, self.mean, self.std, self.fingerprint)
 
     def raw(self, index, device):
         """Pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32 on `device`, channels-last in memory."""
@@ -76,6 +70,7 @@ def load_images(name, split, size, root):
         record["classes"],
         torch.tensor(train["mean"], dtype=torch.float32),
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant
+        train["fingerprint"],
     )
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.readers import READERS, Raw, in_root, read
 from utils import progress
@@ -64,7 +64,9 @@ def decode(image, size):
     """
     try:
         with Image.open(image) if isinstance(image, Path) else Image.fromarray(image) as opened:
-            picture = opened.convert("RGB")
+            if opened.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+                opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
             if picture.size != (size, size):
                 picture = picture.resize((size, size), Image.Resampling.BILINEAR)  # PIL's bilinear antialiases
             return np.asarray(picture)
@@ -104,6 +106,7 @@ def _write(raw, stem, size, fingerprint, title):
     else:
         pixels.flush()
         os.replace(partial, stem.with_suffix(".npy"))
+    stem.with_suffix(".labels.npy").unlink(missing_ok=True)
     if raw.labels is not None:
         np.save(stem.with_suffix(".labels.npy"), np.asarray(raw.labels, dtype=np.int64)[kept])
     record = dict(format=FORMAT, fingerprint=fingerprint, count=len(kept), classes=raw.classes, damaged=damaged,

@@ -51,6 +51,9 @@ def main(argv):
         index = balanced_subset(source, args.num_images, args.seed)
         targets, method = source.labels[index], "random"
     run = Run(home / method / f"seed{args.seed}", "distilled.pt", settings)
+    if run.finished:
+        print(f"{run.artefact} is there already")
+        return
     meta = dict(source=source.name, method=method, seed=args.seed, preset=args.preset, settings=run.settings,
                 versions=versions())  # fmt: skip
     images = source.normalised(index, "cpu").contiguous()

@@ -15,11 +15,9 @@ from utils.evaluate import BATCH, evaluating
 
 @dataclass
 class Target:
-    """A frozen network with features (b, d_y), the statistics (3,) it expects, and where its file lies."""
+    """A frozen network with features (b, d_y), and where its file lies."""
 
     network: torch.nn.Module
-    mean: torch.Tensor
-    std: torch.Tensor
     path: Path
     digest: str
     device: torch.device
@@ -47,21 +45,21 @@ class Target:
 def load_target(path, source, device, precision):
     """The `Target` in a target.pt, for the `ImageSet` that it was trained on.
 
-    Raises UserError when there is none, or when it was trained on another source, on another number of images, or at
-    another image size.
+    Raises UserError when there is none, or when it was trained on another source, on other images of it, or at another
+    image size.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; make it with: python pretrain_target.py --source {source.name}")
-    saved = files.load(path, "target", required=("network", "arch", "width", "image_size", "source", "mean", "std"))
+    saved = files.load(path, "target", required=("network", "arch", "width", "image_size", "source", "fingerprint"))
     for what, there, needed in (
         ("source", saved["source"], source.name),
         ("image size", saved["image_size"], source.image_size),
-        ("number of images", saved["images"], len(source)),
+        ("version of the source", saved["fingerprint"], source.fingerprint),
     ):
         if there != needed:
             raise UserError(f"{path}: a target trained on another {what} ({there}, not {needed})")
     network = models.build(saved["arch"], saved["image_size"], 0, saved["width"])
     network.load_state_dict(saved["network"])
     network = network.to(device).requires_grad_(False)
-    return Target(network, saved["mean"], saved["std"], path, files.digest(path), device, precision)
+    return Target(network, path, files.digest(path), device, precision)

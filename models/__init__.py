@@ -8,6 +8,7 @@ from models.convnet import convnet
 from models.mobilenet import mobilenet
 from models.resnet import resnet, resnet50
 from models.vgg import POOL, vgg
+from utils.errors import UserError
 
 
 class Network(nn.Module):
@@ -62,10 +63,10 @@ def build(arch, image_size, num_outputs, width=1.0):
     """A freshly initialised `Network` (torch's global generator) in channels-last memory format.
 
     `arch`: a name of `ARCHITECTURES`; `image_size`: pixels of a side, at least 32; `width`: a factor on every
-    hidden width. Raises ValueError for a width that `arch` does not come in.
+    hidden width. Raises UserError for a width that `arch` does not come in.
     """
     if arch == "resnet50_target" and width != 1.0:
-        raise ValueError("resnet50_target comes at width 1 only")
+        raise UserError("resnet50_target comes at width 1 only")
     network = Network(*ARCHITECTURES[arch](image_size, width), num_outputs)
     return network.to(memory_format=torch.channels_last)
 

@@ -82,7 +82,7 @@ def test_target_of_another_source_or_size(refused, tmp_path, runs, distilled, da
     assert "not a target file (found: distilled)" in refused("distill", "--target", distilled, *DISTILL)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half a zip", b"plain text"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half a zip", b"plain text", b"a,b,c\n1,2,3\n"])
 def test_distilled_file_that_is_not_one(refused, tmp_path, content):
     path = tmp_path / "distilled.pt"
     path.write_bytes(content)
@@ -149,9 +149,11 @@ def test_backbone_that_does_not_fit(refused, tmp_path):
     (tmp_path / "text.pth").write_text("not weights")
     flags = ["--source", "digits", *TARGET]
     assert "does not fit" in refused("pretrain_target", *flags, "--weights", tmp_path / "w.pth", "--seed", "3")
-    for name in ("text.pth", "missing.pth"):
-        line = refused("pretrain_target", *flags, "--weights", tmp_path / name, "--seed", "4" + str(len(name)))
+    for name in ("text.pth", "missing.pth"):  # the same run folder: a refused run does not block it
+        line = refused("pretrain_target", *flags, "--weights", tmp_path / name, "--seed", "3")
         assert "not a readable state dict" in line
+    assert "width 1" in refused("pretrain_target", "--arch", "resnet50_target", "--width", "0.5", "--seed", "3")
+    assert "at least 2" in refused("pretrain_target", *flags, "--batch-size", "1", "--seed", "3")
 
 
 def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):
@@ -160,3 +162,15 @@ def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):
         main = importlib.import_module("pretrain_target").main
         cli.run(main, ["--source", "digits", *roots[:2], "--run-root", str(tmp_path / "file")])
     assert stop.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_target_of_a_folder_that_has_changed_since(capsys, tmp_path):
+    for i in range(4):
+        save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
+    roots = ["--data-root", str(tmp_path / "data"), "--run-root", str(tmp_path / "runs"), "--source", str(tmp_path)]
+    importlib.import_module("pretrain_target").main([*roots, "--preset", "digits", *TARGET])
+    (tmp_path / "0.png").unlink()
+    save_image(torch.rand(3, 32, 32), tmp_path / "4.png")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(importlib.import_module("distill").main, [*roots, "--preset", "digits", *DISTILL, "--num-images", "2"])
+    assert stop.value.code == 2 and "another version of the source" in capsys.readouterr().err

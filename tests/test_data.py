@@ -92,6 +92,20 @@ def test_unlabelled_folder_nested_unicode_modes_and_stray_files(tmp_path):
         load_images(str(top), "test", 64, tmp_path / "data")
 
 
+def test_sixteen_bits_and_turned_photographs(tmp_path):
+    top = tmp_path / "mine"
+    top.mkdir()
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(grey).save(top / "a.png")
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    tag = Image.Exif()
+    tag[0x0112] = 6  # shown turned by 90 degrees
+    upright.save(top / "b.png", exif=tag)
+    images = load_images(str(top), "train", 64, tmp_path / "data")
+    assert np.array_equal(images.pixels[0, :, :, 1].numpy(), grey >> 8)
+    assert np.array_equal(images.pixels[1].numpy(), np.rot90(np.asarray(upright), -1))
+
+
 def test_few_damaged_files_are_named_and_skipped_many_stop(tmp_path, capsys):
     top = tmp_path / "mine"
     for i in range(120):
@@ -215,6 +229,10 @@ def test_distilled_file_round_trip_and_pixels(tmp_path):
         (dict(target_kind="labels"), "target_kind labels"),
         (dict(images=torch.randn(4, 1, 8, 8)), "images of shape"),
         (dict(images=torch.randn(4, 3, 8, 9)), "images of shape"),
+        (dict(images=torch.randn(0, 3, 8, 8), targets=torch.randn(0, 5)), "images of shape"),
+        (dict(images=torch.randn(4, 3, 8, 8).double()), "images of torch.float64"),
+        (dict(images=[[1.0]]), "must be tensors"),
+        (dict(mean=torch.zeros(1)), "not 3 numbers"),
         (dict(targets=torch.randn(3, 5)), "3 targets for 4 images"),
         (dict(targets=torch.zeros(4, dtype=torch.int64)), "targets of torch.int64"),
         (dict(images=torch.full((4, 3, 8, 8), torch.nan)), "not finite"),

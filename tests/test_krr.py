@@ -26,13 +26,11 @@ def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias
     torch.testing.assert_close(ours, f_real @ primal, rtol=1e-9, atol=1e-9)
 
 
-def test_bias_column_absorbs_a_shift_of_the_targets():
+def test_bias_column_predicts_a_constant_that_features_alone_cannot():
     g = torch.Generator().manual_seed(1)
-    f_real, f_syn, y = features(g, 5, 30), features(g, 8, 30), features(g, 8, 3)
-    shifted = ridge_predict(f_real, f_syn, y + 2, 1e-9) - ridge_predict(f_real, f_syn, y, 1e-9)
-    assert not torch.allclose(shifted, torch.zeros_like(shifted))
-    interpolated = ridge_predict(f_syn, f_syn, y, 1e-10)
-    torch.testing.assert_close(interpolated, y, rtol=1e-5, atol=1e-5)
+    f_real, f_syn, y = features(g, 5, 3), features(g, 40, 3), torch.full((40, 2), 7.0, dtype=torch.float64)
+    torch.testing.assert_close(ridge_predict(f_real, f_syn, y, 1e-12), torch.full_like(y[:5], 7.0))
+    assert (ridge_predict(f_real, f_syn, y, 1e-12, bias=False) - 7).abs().max() > 1
 
 
 def test_meta_gradients_agree_with_central_differences():

@@ -112,7 +112,7 @@ def test_finetuning_protocols_and_results(weights, roots):
         assert 0 <= line["accuracy"] <= 100 and line["versions"]["torch"] and line["digest"]
     assert load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
     shown = table([weights.parents[4]])
-    assert "| KRR-ST (convnet3-x0.125, m = 20, digits) |" in shown and "digits knn, 2 labels/class" in shown
+    assert "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) |" in shown and "digits knn, 2 labels/class" in shown
 
 
 def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, roots):

@@ -110,14 +110,16 @@ def settings(args, **derived):
 
 
 def device(args):
-    """The torch device that --device asks for; sets TF32 as --precision says. Raises UserError if it is not there."""
+    """The torch device that --device asks for. Raises UserError if it is not there.
+
+    TF32 is set for convolutions only: the kernels need all of float32.
+    """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = next(each for each in ("cuda", "mps", "cpu") if there[each]) if args.device == "auto" else args.device
     if not there[name]:
         raise UserError(f"--device {name}: this machine has none that torch {torch.__version__} can use")
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     return torch.device(name)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,25 +36,27 @@ def load(path, kind, required=()):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a {kind} file)")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable {kind} file ({reason(error)})") from error
+    content = read_data(path, f"{kind} file")
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind", "unknown") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: not a {kind} file (found: {found})")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path}: {kind} file of format {content['format']}, this version reads format {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: {kind} file of format {content.get('format')}, this version reads format {FORMAT}")
     if missing := [key for key in required if key not in content]:
         raise UserError(f"{path}: {kind} file without {', '.join(missing)}")
     return content
 
 
-def reason(error):
-    """Why torch could not load a file, in a few words."""
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-        return "it holds more than data"
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def read_data(path, what):
+    """What torch.save wrote, on the CPU; nothing in the file is run. Raises UserError where that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that then cannot be read
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes that are no such file make the reader do
+        code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
+        reason = "it holds more than data" if code else (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: not a readable {what} ({reason})") from error
 
 
 def digest(path):

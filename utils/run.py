@@ -23,7 +23,7 @@ class Run:
     """One run in `folder`, whose product is the file `folder/artefact`.
 
     `settings` is a dict of plain values that decide the result; they are kept in config.json. Raises UserError when
-    the folder holds a run of other settings, naming those that differ.
+    the folder holds the artefact or a checkpoint of other settings, naming those that differ.
     """
 
     def __init__(self, folder, artefact, settings, log_every=50):
@@ -32,7 +32,7 @@ class Run:
         self._sums, self._count, self._started = {}, 0, time.time()
         settings = json.loads(json.dumps(settings))  # as they will be read back
         config = self.folder / "config.json"
-        if config.is_file():
+        if config.is_file() and (self.finished or self._checkpoint.is_file()):
             self._compare(json.loads(config.read_text())["settings"], settings)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,31 +52,41 @@ class Run:
             )
 
     @property
+    def _checkpoint(self):
+        return self.folder / "checkpoint.pt"
+
+    @property
     def finished(self):
         return self.artefact.is_file()
 
-    def resume(self, state):
+    def resume(self, device, state):
         """Take `state` (name -> object with state_dict and load_state_dict) as what a checkpoint keeps, and load the
-        checkpoint if there is one."""
-        self.state = state
-        path = self.folder / "checkpoint.pt"
-        if path.is_file():
-            checkpoint = files.load(path, "checkpoint", required=("done", "state"))
+        checkpoint if there is one. Raises UserError when that was written on another kind of device, whose random
+        generator has another state."""
+        self.state, self.device = state, device.type
+        if self._checkpoint.is_file():
+            checkpoint = files.load(self._checkpoint, "checkpoint", required=("done", "device", "state"))
+            if checkpoint["device"] != self.device:
+                raise UserError(
+                    f"{self._checkpoint} was written on {checkpoint['device']}, this is {self.device}; "
+                    f"go on with --device {checkpoint['device']}, or delete it to start afresh"
+                )
             for name, part in self.state.items():
                 part.load_state_dict(checkpoint["state"][name])
             self.done = checkpoint["done"]
-            self._drop_log_after_checkpoint()
+        self._drop_log_after_checkpoint()
 
     def _drop_log_after_checkpoint(self):
         log = self.folder / "log.jsonl"
         if log.is_file():
-            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            lines = [json.loads(line) for line in whole]
             kept = [line for line in lines if line["step"] <= self.done.get(line["phase"], 0)]
             log.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def checkpoint(self):
         state = {name: part.state_dict() for name, part in self.state.items()}
-        files.save(self.folder / "checkpoint.pt", "checkpoint", {"done": self.done, "state": state})
+        files.save(self._checkpoint, "checkpoint", {"done": self.done, "device": self.device, "state": state})
 
     def steps(self, phase, total):
         """Yield 0, 1, ... total-1, from where the checkpoint stands; show a bar; write checkpoints as time passes.
@@ -95,7 +105,7 @@ class Run:
                 if signals.received:
                     self.checkpoint()
                     raise Stopped(f"stopped after step {step + 1} of {total} ({phase}); the same command goes on there")
-                if time.time() - saved > CHECKPOINT_SECONDS:
+                if time.time() - saved > CHECKPOINT_SECONDS or step + 1 == total:
                     self.checkpoint()
                     saved = time.time()
 
@@ -117,7 +127,7 @@ class Run:
     def finish(self, kind, content):
         """Write the artefact, which ends the run; its checkpoint is deleted."""
         files.save(self.artefact, kind, content)
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
 
 
 class _Signals:
