@@ -99,7 +99,7 @@ def distill(source, chosen, target, args, run, device):
     )
 
     for _ in run.steps("initialise pool", sum(pool.ages)):  # line 5
-        pool.youngest().train_step(x_init, y_init)
+        pool.below_age().train_step(x_init, y_init)
 
     for step in run.steps("distil", args.outer_steps):  # line 6
         x_real, y_real = real.next()  # line 7
@@ -109,7 +109,8 @@ def distill(source, chosen, target, args, run, device):
         loss.backward()
         adamw.step()  # line 10
         pool.advance(member, x_syn.detach(), y_syn.detach(), args.keep_pool_count)  # lines 11-16
-        run.log(step, loss=loss, lr=scheduler.get_last_lr()[0])
+        # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
+        run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), lr=scheduler.get_last_lr()[0])
         scheduler.step()
         if args.image_every and (step + 1) % args.image_every == 0:
             save_picture(run.folder / "images.png", packed(x_syn, y_syn, source, args, {}))

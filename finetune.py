@@ -83,13 +83,11 @@ def main(argv):
         labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
         folder = beginning.folder / f"{train.name}_full{labels}_seed{beginning.seed}"
         run = Run(folder, "model.pt", settings, args.log_every)
-        if run.finished:  # stopped between the network's file and the line in results.jsonl
-            network = saved.rebuild(saved.load_model(run.artefact)).to(device)
-        else:
-            finetune(network, train, args, run, randomness, device)
-            meta = beginning.saved["meta"] | dict(target=train.name, finetune=run.settings)
-            arch, width = beginning.saved["arch"], beginning.saved["width"]
-            run.finish("model", saved.content(network, arch, width, size, len(train.classes), meta))
+        network = start.trained(
+            beginning, run, network, len(train.classes),
+            lambda: finetune(network, train, args, run, randomness, device),
+            target=train.name, finetune=run.settings,
+        )  # fmt: skip
         accuracy = evaluate.accuracy(network, test, device, args.precision)
     else:
         protocol = {"linear": evaluate.linear_accuracy, "knn": evaluate.knn_accuracy}[args.protocol]

@@ -82,13 +82,11 @@ def main(argv):
     student = saved.rebuild(beginning.saved, len(test.classes)).to(device)
     teacher = saved.rebuild(teaching).to(device)
     run = Run(beginning.folder / f"{test.name}_kd_seed{beginning.seed}", "model.pt", settings, args.log_every)
-    if run.finished:  # stopped between the network's file and the line in results.jsonl
-        student = saved.rebuild(saved.load_model(run.artefact)).to(device)
-    else:
-        imitate(student, teacher, distilled.images.to(device), args, run, randomness, device)
-        meta = beginning.saved["meta"] | dict(target=test.name, kd=run.settings)
-        arch, width = beginning.saved["arch"], beginning.saved["width"]
-        run.finish("model", saved.content(student, arch, width, size, len(test.classes), meta))
+    student = start.trained(
+        beginning, run, student, len(test.classes),
+        lambda: imitate(student, teacher, distilled.images.to(device), args, run, randomness, device),
+        target=test.name, kd=run.settings,
+    )  # fmt: skip
     accuracies = {
         f"{who}{suffix}": round(evaluate.accuracy(network, test, device, args.precision, batch_statistics), 4)
         for who, network in (("accuracy", student), ("teacher", teacher))

@@ -58,8 +58,8 @@ class Pool:
         self.max_steps = max_steps
         self.ages = torch.randint(1, max(2, max_steps), (size,), generator=generator).tolist()
 
-    def youngest(self):
-        """A member that has not reached its initial age yet."""
+    def below_age(self):
+        """The first member that has not reached its initial age yet."""
         return next(member for member, age in zip(self.members, self.ages, strict=True) if member.steps < age)
 
     def draw(self, generator):

@@ -16,9 +16,8 @@ def images(n=90, classes=3, seed=0, signal=0.6):
     labels = torch.arange(n) % classes
     x = torch.rand(n, 32, 32, 3, generator=g) * (1 - signal) + signal * labels[:, None, None, None] / (classes - 1)
     pixels = (x * 255).to(torch.uint8)
-    return ImageSet(
-        "noise", pixels, labels, [str(c) for c in range(classes)], torch.full((3,), 0.5), torch.full((3,), 0.3)
-    )
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.3)
+    return ImageSet("noise", pixels, labels, [str(c) for c in range(classes)], mean, std, fingerprint="")
 
 
 def network(seed=0, outputs=3):

@@ -31,7 +31,7 @@ class Batches:
 
 class Randomness:
     """The random states of a run: one CPU generator for orders and draws, one on the device for augmentation,
-    and torch's global ones, which initialise networks. All start from one seed."""
+    and torch's global one, which initialises networks (on the CPU). All start from one seed."""
 
     def __init__(self, seed, device):
         torch.manual_seed(seed)
@@ -39,14 +39,9 @@ class Randomness:
         self.device = torch.Generator(device).manual_seed(seed + 1)
 
     def state_dict(self):
-        state = {"cpu": self.cpu.get_state(), "device": self.device.get_state(), "global": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
+        return {"cpu": self.cpu.get_state(), "device": self.device.get_state(), "global": torch.get_rng_state()}
 
     def load_state_dict(self, state):
         self.cpu.set_state(state["cpu"])
         self.device.set_state(state["device"])
         torch.set_rng_state(state["global"])
-        if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])

@@ -60,6 +60,17 @@ def load(args):
     return Start(content, path.parent, files.digest(path), seed)
 
 
+def trained(start, run, network, num_outputs, train, **meta):
+    """`network` after a call of `train`, kept as the run's model.pt with the start's meta and `meta`; or the network
+    that is there, when the run ended between that file and its line in results.jsonl."""
+    if run.finished:
+        return saved.rebuild(saved.load_model(run.artefact)).to(network.fc.weight.device)
+    train()
+    content = (start.saved[name] for name in ("arch", "width", "image_size"))
+    run.finish("model", saved.content(network, *content, num_outputs, start.saved["meta"] | meta))
+    return network
+
+
 def settings(args, start, **derived):
     """`cli.settings` with the network's facts in place of the flags that may name it."""
     network = {name: start.saved[name] for name in ("arch", "width", "image_size")}
