@@ -116,10 +116,11 @@ def distill(source, chosen, target, args, run, device):
             save_picture(run.folder / "images.png", packed(x_syn, y_syn, source, args, {}))
 
     index = random_subset(source, min(args.outer_batch, len(source)), seed=0)
-    held = source.normalised(index, device), target.features(source.normalised(index, device))
+    x_held = source.normalised(index, device)
+    y_held = target.features(x_held)
     with torch.no_grad():
         before, after = (
-            torch.stack([outer_loss(member, *held, x, y, args) for member in pool.members]).mean().item()
+            torch.stack([outer_loss(member, x_held, y_held, x, y, args) for member in pool.members]).mean().item()
             for x, y in ((x_init, y_init), (x_syn, y_syn))
         )
     return x_syn.detach(), y_syn.detach(), before, after

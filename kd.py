@@ -65,9 +65,12 @@ def main(argv):
     beginning = start.load(args)
     distilled, teaching = load_distilled(args.distilled), saved.load_model(args.teacher)
     size = beginning.saved["image_size"]
-    saved.check_size(teaching, args.teacher, size, "the student")
-    if distilled.images.shape[-1] != size:
-        raise UserError(f"{args.distilled}: images of {distilled.images.shape[-1]} px, the student takes {size} px")
+    for path, what, there in (
+        (args.teacher, "a network for", teaching["image_size"]),
+        (args.distilled, "images of", distilled.images.shape[-1]),
+    ):
+        if there != size:
+            raise UserError(f"{path}: {what} {there} px, the student takes {size} px")
     test = load_images(args.target, "test", size, args.data_root)
     if test.labels is None or teaching["num_outputs"] != len(test.classes):
         raise UserError(f"{args.teacher}: {teaching['num_outputs']} classes, but {test.name} has {len(test.classes)}")

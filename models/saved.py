@@ -40,9 +40,3 @@ def fresh(arch, width, image_size):
     """As `load_model`, of a network that nobody has trained: torch's generator initialises it."""
     network = models.build(arch, image_size, 1, width)
     return content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
-
-
-def check_size(saved, path, image_size, what):
-    """Raise UserError when a network was made for another image size than `what` has."""
-    if saved["image_size"] != image_size:
-        raise UserError(f"{path}: a network for {saved['image_size']} px, but {what} has {image_size} px")
