@@ -8,26 +8,21 @@ images.png, log.jsonl (outer loss and learning rate by step), and a checkpoint w
 command goes on. At the end it prints the outer loss of the initial and of the distilled set under the final pool.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
 from data import augment
-from data.distilled import Distilled
-from data.images import load_images, normalise
+from data.images import normalise
+from data.subsets import random_subset
+from distillers import method
 from distillers.krr import ridge_predict
+from distillers.method import Method
 from distillers.pool import Pool
-from distillers.random import random_subset
-from distillers.target import load_target
 from utils import cli, optim
-from utils.presets import preset
-from utils.run import Run, versions
+from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    num_images="m, images to learn",
     arch="network of the pool's members",
     width="factor on its hidden widths",
     outer_steps="updates of the distilled set",
@@ -77,8 +72,8 @@ class RealBatches:
 
 
 def distill(source, chosen, target, args, run, device):
-    """Algorithm 1, from the images at `chosen` (m,). Returns the learned images (m, 3, S, S) and features (m, d_y),
-    and the loss under the final pool before and after."""
+    """Algorithm 1, from the images at `chosen` (m,): the learned images (m, 3, S, S) and features (m, d_y) as a
+    `Distilled`, with the loss under the final pool before and after in its meta."""
     randomness = Randomness(args.seed, device)
     real = RealBatches(source, target, args, randomness, device)
     x_init = source.raw(chosen, device) if args.raw_init else source.normalised(chosen, device)  # line 3
@@ -92,7 +87,7 @@ def distill(source, chosen, target, args, run, device):
     )  # fmt: skip
     adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", args.outer_steps)
-    learned = Learned(x_syn, y_syn)
+    learned = Tensors(x_syn=x_syn, y_syn=y_syn)
     run.resume(
         device,
         dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness),
@@ -112,8 +107,7 @@ def distill(source, chosen, target, args, run, device):
         # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), lr=scheduler.get_last_lr()[0])
         scheduler.step()
-        if args.image_every and (step + 1) % args.image_every == 0:
-            save_picture(run.folder / "images.png", packed(x_syn, y_syn, source, args, {}))
+        method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, source, args))
 
     index = random_subset(source, min(args.outer_batch, len(source)), seed=0)
     x_held = source.normalised(index, device)
@@ -123,67 +117,23 @@ def distill(source, chosen, target, args, run, device):
             torch.stack([outer_loss(member, x_held, y_held, x, y, args) for member in pool.members]).mean().item()
             for x, y in ((x_init, y_init), (x_syn, y_syn))
         )
-    return x_syn.detach(), y_syn.detach(), before, after
+    print(f"outer loss under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
+    return packed(x_syn, y_syn, source, args, outer_loss_initial=before, outer_loss_distilled=after)
 
 
-class Learned:
-    """X_s and Y_s as a part of the checkpoint."""
-
-    def __init__(self, x_syn, y_syn):
-        self.tensors = {"x_syn": x_syn, "y_syn": y_syn}
-
-    def state_dict(self):
-        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        for name, tensor in self.tensors.items():
-            tensor.copy_(state[name])
-
-
-def packed(x_syn, y_syn, source, args, meta):
+def packed(x_syn, y_syn, source, args, **measured):
     """The learned set as every later stage reads it."""
-    mean, std = (torch.zeros(3), torch.ones(3)) if args.raw_init else (source.mean, source.std)
-    return Distilled(x_syn.detach().cpu().contiguous(), y_syn.detach().cpu(), "feature", mean, std, meta)
+    result = method.packed(x_syn, y_syn, "feature", source, **measured)
+    if args.raw_init:
+        result.mean, result.std = torch.zeros(3), torch.ones(3)
+    return result
 
 
-def save_picture(path, distilled, most=100):
-    """A grid of the first `most` images as pixels, ten in a row, each enlarged to 64 screen pixels or more."""
-    pixels = distilled.pixels()[:most]
-    enlarged = F.interpolate(pixels, scale_factor=-(-64 // pixels.shape[-1]), mode="nearest")
-    save_image(enlarged, path, nrow=10, padding=2, pad_value=1.0)
+METHOD = Method("krr_st", distill, HELP, stage="distill", doc=__doc__, needs_target=True)
 
 
 def main(argv):
-    args = parse_args(argv)
-    device = cli.device(args)
-    source = load_images(args.source, "train", args.image_size, args.data_root)
-    chosen = random_subset(source, args.num_images, args.seed)
-    home = args.run_root / source.name
-    target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
-    settings = cli.settings(args, source=source.name, target=target.digest)
-    run = Run(home / "krr_st" / f"seed{args.seed}", "distilled.pt", settings, args.log_every)
-    if run.finished:
-        print(f"{run.artefact} is there already")
-        return
-    x_syn, y_syn, before, after = distill(source, chosen, target, args, run, device)
-    meta = dict(source=source.name, method="krr_st", seed=args.seed, preset=args.preset, settings=run.settings,
-                versions=versions(), outer_loss_initial=before, outer_loss_distilled=after)  # fmt: skip
-    result = packed(x_syn, y_syn, source, args, meta)
-    save_picture(run.folder / "images.png", result)
-    run.finish("distilled", result.content())
-    print(f"outer loss under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
-    print(f"wrote {run.artefact} and images.png")
-
-
-def parse_args(argv):
-    parser, name = cli.source_parser(__doc__, argv)
-    parser.add_argument("--target", type=Path, help="target.pt (default: that of the source, seed 0)")
-    parser.add_argument(
-        "--image-every", type=cli.count, default=0, metavar="STEPS", help="renew images.png (0: at the end)"
-    )
-    cli.add_settings(parser, preset(name, "distill"), HELP)
-    return parser.parse_args(argv)
+    method.main(METHOD, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from data import augment
-from data.images import few_labels, load_images, normalise
+from data.images import load_images, normalise
+from data.subsets import few_labels
 from models import saved
 from utils import cli, evaluate, optim, results, start
 from utils.errors import UserError

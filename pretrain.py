@@ -92,8 +92,7 @@ def parse_args(argv):
     path = cli.early("distilled", argv)
     distilled = load_distilled(path) if path else None
     name = cli.preset_name(distilled.meta.get("preset") if distilled else None)
-    made_with = distilled.meta.get("settings", {}) if distilled else {}
-    network = {key: made_with.get(key, preset(name, "distill")[key]) for key in ("arch", "width")}
+    network = {key: preset(name, "distill")[key] for key in ("arch", "width")}
     recipe = preset(name, "pretrain", distilled.target_kind if distilled else "feature")
     flags = {key: value for key, value in recipe.items() if key in HELP and (key not in ("epochs", "steps") or value)}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})  # the kind decides these

@@ -1,7 +1,6 @@
 """A split of a data set as every stage sees it: uint8 pixels in one tensor, gathered by index."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -72,20 +71,3 @@ def load_images(name, split, size, root):
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant
         train["fingerprint"],
     )
-
-
-def few_labels(images, per_class, fraction, generator):
-    """Indices of the labelled images to train on: `per_class` of each class, or a `fraction` of each, or all (0, 0).
-
-    Raises UserError when a class has fewer than `per_class` images.
-    """
-    if not per_class and not fraction:
-        return torch.arange(len(images))
-    chosen = []
-    for label, name in enumerate(images.classes):
-        members = (images.labels == label).nonzero()[:, 0]
-        wanted = per_class or math.ceil(fraction * len(members))
-        if wanted > len(members):
-            raise UserError(f"{images.name}: class {name} has {len(members)} images, fewer than {wanted}")
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
-    return torch.cat(chosen).sort().values

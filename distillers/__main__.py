@@ -1,19 +1,18 @@
 """Every other way to make a distilled set, under one command and with one kind of file.
 
-    python -m distillers random --source tinyimagenet
+    python -m distillers random --source cifar100
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt.
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png.
 """
 
 import importlib
 import sys
 
+from distillers import method
 from utils import cli
 from utils.errors import UserError
 
-METHODS = {  # name -> module with main(argv)
-    "random": "distillers.random",
-}
+METHODS = ("random", "random_features")  # modules of this package, each with a METHOD
 
 
 def main(argv):
@@ -24,7 +23,7 @@ def main(argv):
     if not argv or argv[0] not in METHODS:
         raise UserError(f"name a method first, one of: {', '.join(METHODS)}")
     sys.argv[0] += f" {argv[0]}"
-    importlib.import_module(METHODS[argv[0]]).main(argv[1:])
+    method.main(importlib.import_module(f"distillers.{argv[0]}").METHOD, argv[1:])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ run_side_by_side() {
 
 run pretrain_target.py --source digits
 run distill.py --source digits
-run -m distillers random --source digits
+run -m distillers random_features --source digits
 
 for seed in 0 1 2; do
   for method in krr_st random_features; do

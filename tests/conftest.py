@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 TARGET = ["--width", "0.125", "--epochs", "1", "--warmup-epochs", "0", "--projector-dim", "32"]
 DISTILL = ["--num-images", "20", "--width", "0.125", "--outer-steps", "4", "--outer-batch", "64", "--pool-size", "2",
            "--pool-steps", "3"]  # fmt: skip
-PRETRAIN = ["--epochs", "3"]
+PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from data import prepare
 from data.distilled import Distilled, load_distilled
-from data.images import few_labels, load_images
+from data.images import load_images
+from data.subsets import few_labels
 from utils import files
 from utils.errors import UserError
 

@@ -11,7 +11,7 @@ import distill
 import models
 from data.distilled import load_distilled
 from data.images import load_images
-from distillers.random import balanced_subset, random_subset
+from data.subsets import balanced_subset, random_subset
 from distillers.target import load_target
 from tests.conftest import DISTILL
 from utils import files, run

@@ -63,7 +63,8 @@ def test_stopped_training_goes_on_to_the_same_weights(script, roots, distilled, 
         top, augment = tmp_path / name, "--augment"
         flags = {
             "pretrain_target": ["--source", "digits", *TARGET],
-            "pretrain": ["--distilled", str(top / "distilled.pt"), "--epochs", "4", augment, "--batch-size", "7"],
+            "pretrain": ["--distilled", str(top / "distilled.pt"), "--epochs", "4", "--width", "0.125", augment,
+                         "--batch-size", "7"],
             "finetune": ["--weights", str(copies[name]), "--target", "digits", "--steps", "4", "--batch-size", "50"],
             "kd": ["--weights", str(copies[name]), "--distilled", str(top / "distilled.pt"), "--target", "digits",
                    "--teacher", str(tmp_path / "scratch/convnet3-x0.125_32px/digits_full_seed0/model.pt"),

@@ -71,7 +71,7 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
 
 
 def test_random_images_with_features_are_what_distillation_starts_from(roots, runs, distilled):
-    command("-m", "distillers", "random", "--source", "digits", "--num-images", "20", *roots)
+    command("-m", "distillers", "random_features", "--source", "digits", "--num-images", "20", *roots)
     real = load_distilled(runs / "random_features" / "seed0" / "distilled.pt")
     assert real.target_kind == "feature" and real.targets.shape == load_distilled(distilled).targets.shape
     assert (real.images - load_distilled(distilled).images).abs().max() < 0.1  # four small steps away
@@ -80,10 +80,10 @@ def test_random_images_with_features_are_what_distillation_starts_from(roots, ru
 def test_pretraining_by_kind_of_target(roots, runs, weights):
     saved = load_model(weights)
     assert saved["num_outputs"] == 64 and saved["meta"]["method"] == "krr_st" and saved["width"] == 0.125
-    command("-m", "distillers", "random", "--source", "digits", "--target-kind", "class", "--num-images", "20", *roots)
+    command("-m", "distillers", "random", "--source", "digits", "--num-images", "20", *roots)
     path = runs / "random" / "seed0" / "distilled.pt"
     assert load_distilled(path).targets.bincount().tolist() == [2] * 10
-    command("pretrain.py", "--distilled", path, *PRETRAIN, "--seed", "1", "--width", "0.125", *roots)
+    command("pretrain.py", "--distilled", path, *PRETRAIN, "--seed", "1", *roots)
     saved = load_model(path.parent / "convnet3-x0.125" / "seed1" / "model.pt")
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["loss"] == "cross_entropy"
     assert saved["meta"]["settings"]["augment"] is True

@@ -43,6 +43,9 @@ DISTILL = dict(  # distill.py
     augment_outer=False,  # [P, Algorithm 1 line 9]
 )
 
+SAME = object()  # in a method's settings: the value that distill.py has for the same source
+RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py
+
 PRETRAIN = {  # pretrain.py, by the kind of targets
     "feature": dict(  # [P 4.1]; no augmentation, constant rate [C]
         loss="mse", optimizer="sgd", lr=0.1, weight_decay=1e-3, schedule="constant", warmup=0, batch_size=256,
@@ -122,16 +125,19 @@ PRESETS = {  # what differs from the values above
 }
 
 
+STAGES = {"target": TARGET, "distill": DISTILL, "random": RANDOM, "finetune": FINETUNE, "kd": KD}
+
+
 def preset(name, stage, kind=None):
-    """The settings of `stage` (target, distill, pretrain, finetune, kd) of `PRESETS[name]`, as a new dict.
+    """The settings of `stage` (one of `STAGES`, or pretrain) under `PRESETS[name]`, as a new dict.
 
     `kind` is the kind of targets, for pretrain.
     """
-    base = {"target": TARGET, "distill": DISTILL, "finetune": FINETUNE, "kd": KD}
     changes = PRESETS[name].get(stage, {})
     if stage == "pretrain":
         return PRETRAIN[kind] | changes.get(kind, {})
-    return base[stage] | changes
+    values = STAGES[stage] | changes
+    return {key: preset(name, "distill")[key] if value is SAME else value for key, value in values.items()}
 
 
 def image_size(name):

@@ -130,6 +130,21 @@ class Run:
         self._checkpoint.unlink(missing_ok=True)
 
 
+class Tensors:
+    """Learned tensors by name, as a part of the checkpoint; loaded in place."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
+
 class _Signals:
     """Notes the first SIGINT or SIGTERM instead of acting on it; a second one acts as usual."""
 

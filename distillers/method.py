@@ -1,0 +1,92 @@
+"""What surrounds every method: its command line, its run folder, and the file it leaves.
+
+A method is a module with a `METHOD`; `distillers/__main__.py` lists them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn.functional as F
+from torchvision.utils import save_image
+
+from data.distilled import Distilled
+from data.images import load_images
+from data.subsets import random_subset
+from distillers.target import load_target
+from utils import cli
+from utils.presets import preset
+from utils.run import Run, versions
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a distilled set.
+
+    `name`: of its run folder. `distill(source, chosen, target, args, run, device)` returns a `Distilled`, whose meta
+    may hold what it measured: `source` is an `ImageSet`, `chosen` (m,) the indices of the real images to start from,
+    `target` a `Target` or None, `run` a `Run` to train in. `help`: setting -> description, for the flags. `stage`: of
+    its settings in utils/presets.py. `choose(source, m, seed)` returns `chosen`. `needs_target`: whether it uses the
+    target network.
+    """
+
+    name: str
+    distill: Callable
+    help: dict
+    stage: str
+    doc: str
+    choose: Callable = random_subset
+    needs_target: bool = False
+
+
+def main(method, argv):
+    """Run `method` as the command line `argv` says; writes distilled.pt and images.png."""
+    args = parse_args(method, argv)
+    device = cli.device(args)
+    source = load_images(args.source, "train", args.image_size, args.data_root)
+    chosen = method.choose(source, args.num_images, args.seed)
+    home, target = args.run_root / source.name, None
+    facts = dict(source=source.name, fingerprint=source.fingerprint)
+    if method.needs_target:
+        target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
+        facts["target"] = target.digest
+    run = Run(home / method.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
+    if run.finished:
+        print(f"{run.artefact} is there already")
+        return
+    result = method.distill(source, chosen, target, args, run, device)
+    result.meta |= dict(source=source.name, method=method.name, seed=args.seed, preset=args.preset,
+                        settings=run.settings, versions=versions())  # fmt: skip
+    save_picture(run.folder / "images.png", result)
+    run.finish("distilled", result.content())
+    print(f"wrote {run.artefact} and images.png")
+
+
+def packed(x_syn, targets, target_kind, source, **measured):
+    """Images normalised by the source's statistics, with their targets, as a `Distilled` on the CPU."""
+    x_syn, targets = x_syn.detach().cpu().contiguous(), targets.detach().cpu()
+    return Distilled(x_syn, targets, target_kind, source.mean, source.std, measured)
+
+
+def renew_picture(run, args, step, distilled):
+    """Every `args.image_every` steps, renew images.png by the `Distilled` that `distilled()` returns."""
+    if args.image_every and (step + 1) % args.image_every == 0:
+        save_picture(run.folder / "images.png", distilled())
+
+
+def save_picture(path, distilled, most=100):
+    """A grid of the first `most` images as pixels, ten in a row, each enlarged to 64 screen pixels or more."""
+    pixels = distilled.pixels()[:most]
+    enlarged = F.interpolate(pixels, scale_factor=-(-64 // pixels.shape[-1]), mode="nearest")
+    save_image(enlarged, path, nrow=10, padding=2, pad_value=1.0)
+
+
+def parse_args(method, argv):
+    parser, name = cli.source_parser(method.doc, argv)
+    if method.needs_target:
+        parser.add_argument("--target", type=Path, help="target.pt (default: that of the source, seed 0)")
+    parser.add_argument(
+        "--image-every", type=cli.count, default=0, metavar="STEPS", help="renew images.png (0: at the end)"
+    )
+    cli.add_settings(parser, preset(name, method.stage), dict(num_images="m, images in the set") | method.help)
+    return parser.parse_args(argv)
