@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from data import augment
-from data.images import normalise
+from data.images import normalise, unit
+from data.loading import Loader
 from data.subsets import random_subset
 from distillers import method
 from distillers.krr import ridge_predict
@@ -55,20 +56,20 @@ class RealBatches:
     augmented."""
 
     def __init__(self, source, target, args, randomness, device):
-        self.source, self.target, self.device = source, target, device
+        self.source, self.target = source, target
+        self.generator = randomness.device if args.augment_outer else None
         self.order = Batches(len(source), args.outer_batch, randomness.cpu)
-        self.randomness = randomness if args.augment_outer else None
-        self.features = None if args.augment_outer else target.features_of(source)
+        tensors = [source.pixels] if args.augment_outer else [source.pixels, target.features_of(source)]
+        self.loader = Loader(tensors, self.order, device)
 
     def next(self):
         """x_real (b, 3, S, S) normalised and y_real (b, d_y)."""
-        index = self.order.next()
-        x = self.source.raw(index, self.device)
-        if self.randomness:
-            x = augment.horizontal_flip(augment.random_crop(x, self.randomness.device), self.randomness.device)
+        pixels, *features = self.loader.next()
+        x = unit(pixels)
+        if self.generator:
+            x = augment.horizontal_flip(augment.random_crop(x, self.generator), self.generator)
         x = normalise(x, self.source.mean, self.source.std)
-        y = self.target.features(x) if self.features is None else self.features[index].to(self.device)
-        return x, y
+        return x, features[0] if features else self.target.features(x)
 
 
 def distill(source, chosen, target, args, run, device):

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from data import augment
-from data.images import load_images, normalise
+from data.images import load_images, normalise, unit
+from data.loading import Loader
 from data.subsets import few_labels
 from models import saved
 from utils import cli, evaluate, optim, results, start
@@ -42,15 +43,16 @@ def finetune(network, train, args, run, randomness, device):
     run.resume(
         device, dict(network=network, optimizer=sgd, scheduler=scheduler, batches=batches, randomness=randomness)
     )
+    loader = Loader([train.pixels, train.labels], batches, device)
     network.train()
     for step in run.steps("fine-tune", args.steps):
-        index = batches.next()
-        x = augment.random_crop(train.raw(index, device), randomness.device)
+        pixels, labels = loader.next()
+        x = augment.random_crop(unit(pixels), randomness.device)
         if args.flip:
             x = augment.horizontal_flip(x, randomness.device)
         with cli.autocast(device, args.precision):
             predicted = network(normalise(x, train.mean, train.std))
-        loss = F.cross_entropy(predicted.float(), train.labels[index].to(device))
+        loss = F.cross_entropy(predicted.float(), labels)
         sgd.zero_grad()
         loss.backward()
         sgd.step()
@@ -63,8 +65,8 @@ def main(argv):
     device, started = cli.device(args), time.time()
     beginning = start.load(args)
     size = beginning.saved["image_size"]
-    train = load_images(args.target, "train", size, args.data_root)
-    test = load_images(args.target, "test", size, args.data_root)
+    train = load_images(args.target, "train", size, args.data_root, labels=True)
+    test = load_images(args.target, "test", size, args.data_root, labels=True)
     settings = start.settings(args, beginning, target=train.name)
     if args.protocol != "full":
         settings = {name: value for name, value in settings.items() if name not in HELP}

@@ -71,7 +71,7 @@ def main(argv):
     ):
         if there != size:
             raise UserError(f"{path}: {what} {there} px, the student takes {size} px")
-    test = load_images(args.target, "test", size, args.data_root)
+    test = load_images(args.target, "test", size, args.data_root, labels=True)
     if test.labels is None or teaching["num_outputs"] != len(test.classes):
         raise UserError(f"{args.teacher}: {teaching['num_outputs']} classes, but {test.name} has {len(test.classes)}")
     digests = dict(distilled=files.digest(args.distilled), teacher=files.digest(args.teacher))

@@ -15,7 +15,8 @@ from torch import nn
 
 import models
 from data import augment
-from data.images import load_images, normalise
+from data.images import load_images, normalise, unit
+from data.loading import Loader
 from utils import cli, evaluate, files, optim
 from utils.errors import UserError
 from utils.presets import preset
@@ -85,9 +86,10 @@ def train(network, source, args, run, device):
         device,
         dict(network=network, head=head, batches=batches, optimizer=lars, scheduler=scheduler, randomness=randomness),
     )
+    loader = Loader([source.pixels], batches, device)
     network.train()
     for step in run.steps("train target", total):
-        x = source.raw(batches.next(), device)
+        x = unit(*loader.next())  # (b, 3, S, S)
         views = [view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
         with cli.autocast(device, args.precision):
             z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)

@@ -1,6 +1,5 @@
 """A split of a data set as every stage sees it: uint8 pixels in one tensor, gathered by index."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +34,16 @@ class ImageSet:
 
     def raw(self, index, device):
         """Pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32 on `device`, channels-last in memory."""
-        return self.pixels[index].to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        return unit(self.pixels[index].to(device))
 
     def normalised(self, index, device):
         """As `raw`, minus the mean, divided by the standard deviation."""
         return normalise(self.raw(index, device), self.mean, self.std)
+
+
+def unit(pixels):
+    """uint8 pixels (b, S, S, 3) as values in [0, 1]: (b, 3, S, S) float32, channels-last in memory."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def normalise(x, mean, std):
@@ -47,25 +51,24 @@ def normalise(x, mean, std):
     return (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
 
 
-def load_images(name, split, size, root):
-    """The `ImageSet` of a data set's name or a folder, decoded at the first use. Raises UserError (`prepare`)."""
+def load_images(name, split, size, root, labels=False):
+    """The `ImageSet` of a data set's name or a folder, decoded at the first use. Raises UserError (`prepare`).
+
+    With `labels`, a folder without a test split is split in two.
+    """
     root = Path(root)
     try:
-        stem = prepare(name, split, size, root)
-        record = json.loads(stem.with_suffix(".json").read_text())
-        train = (
-            record
-            if split == "train"
-            else json.loads(prepare(name, "train", size, root).with_suffix(".json").read_text())
-        )
+        record = prepare(name, split, size, root, labels)
+        train = record if split == "train" else prepare(name, "train", size, root, labels)
     except PermissionError as error:
         raise UserError(f"{error.filename}: no permission to read or write it") from error
+    stem = record["stem"]
     pixels = np.load(stem.with_suffix(".npy"), mmap_mode="c")
-    labels = stem.with_suffix(".labels.npy")
+    path = stem.with_suffix(".labels.npy")
     return ImageSet(
         folder_name(name, root),
         torch.from_numpy(pixels),
-        torch.from_numpy(np.load(labels)) if labels.is_file() else None,
+        torch.from_numpy(np.load(path)) if path.is_file() else None,
         record["classes"],
         torch.tensor(train["mean"], dtype=torch.float32),
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant

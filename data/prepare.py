@@ -1,47 +1,79 @@
-"""Decode a data set once into one uint8 file per (data set, size, split), which later runs map into memory."""
+"""Decode a data set once into one uint8 file per (data set, size, split), which later runs map into memory.
+
+    python -m data.prepare cifar100 cifar10 aircraft --size 32
+    python -m data.prepare ~/photos --size 64
+
+Writes <data root>/prepared/<set>-<size>px/<split>.npy (n, size, size, 3) with labels and statistics beside it, and
+prints counts, size on disk and statistics. Stopped, the same command goes on where it was. Every other script does
+this by itself at the first use of a set; here several sets are prepared ahead.
+"""
 
 import hashlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.readers import READERS, Raw, in_root, read
-from utils import progress
+from data import raw as raw_images
+from data.archives import ARCHIVES
+from data.folders import Raw
+from utils import cli, files, progress
 from utils.errors import UserError
+from utils.presets import image_size
 
-FORMAT = 1
+FORMAT = 2
 MOST_DAMAGED = 0.01  # share of unreadable images above which preparation stops
 CHUNK = 512  # images decoded at a time
+NOTE_SECONDS = 5  # between notes of how far the partial file has come
 
 
-def prepare(name, split, size, root):
-    """Make sure that <root>/prepared/<set>-<size>px/<split>.{npy,labels.npy,json} are there; return their stem.
+def prepare(name, split, size, root, labels=False, partial=False):
+    """Make sure that a split is decoded under <root>/prepared; return its record, with the file's `stem` in it.
 
-    <split>.npy holds (n, size, size, 3) uint8; the JSON file, written last, counts, classes and the mean and standard
-    deviation of each channel over [0, 1]. A folder of the user's is decoded again when its files have changed.
-    Raises UserError when the raw images are missing or more than 1 % of them cannot be decoded.
+    <stem>.npy holds (n, size, size, 3) uint8; <stem>.labels.npy int64 labels where there are any; <stem>.json, written
+    last, the record: `count`, `classes`, `whole` (whether a named set has its published counts, else None), `damaged`
+    files, and `mean` and `std` of each channel over [0, 1]. A folder of the user's is decoded again when its files
+    have changed. `labels` and `partial`: as in `raw.read` and `--partial`.
+
+    Raises UserError when the raw images are missing, fewer than published, or more than 1 % of them damaged.
     """
     stem = root / "prepared" / f"{folder_name(name, root)}-{size}px" / split
-    record = stem.with_suffix(".json")
-    known = json.loads(record.read_text()) if record.is_file() else None
-    if known and known["format"] == FORMAT and name in READERS:
-        return stem
-    raw = read(name, split, root)
+    if name in ARCHIVES and (known := _record(stem)) and known["whole"]:
+        return known
+    raw = raw_images.read(name, split, root, labels)
+    if raw.made_split:
+        stem = stem.parent.with_name(f"{folder_name(name, root)}-split-{size}px") / split
     fingerprint = _fingerprint(raw)
-    if known and known["format"] == FORMAT and known["fingerprint"] == fingerprint:
-        return stem
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    _write(raw, stem, size, fingerprint, f"{name} {split} {size}px")
-    return stem
+    if not _is(known := _record(stem), fingerprint):
+        if not partial:
+            raw_images.check_counts(name, split, raw)
+        if raw.made_split:
+            print(f"{name}: no test split there; a fifth of each class, drawn with seed 0, is kept for the test")
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with files.locked(stem.with_suffix(".lock")):
+            if not _is(known := _record(stem), fingerprint):  # another process may have done it meanwhile
+                _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", raw_images.is_whole(name, split, raw))
+                known = _record(stem)
+    return known
+
+
+def _record(stem):
+    path = stem.with_suffix(".json")
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return record | {"stem": stem} if record.get("format") == FORMAT else None
+
+
+def _is(record, fingerprint):
+    return record is not None and record["fingerprint"] == fingerprint
 
 
 def folder_name(name, root):
     """The name under which a set is kept; a path gets its last part and a digest of the whole."""
-    if name in READERS or in_root(name, root):
+    if name in ARCHIVES or raw_images.in_root(name, root):
         return name
     path = Path(name).resolve()
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
@@ -49,67 +81,168 @@ def folder_name(name, root):
 
 def _fingerprint(raw: Raw):
     """A digest of the list of files with their sizes and times; of the number of images where they are arrays."""
-    sha = hashlib.sha256(str(len(raw.images)).encode())
+    sha = hashlib.sha256(f"{len(raw.images)} {raw.made_split}".encode())
     for image in raw.images:
         if isinstance(image, Path):
-            stat = image.stat()
-            sha.update(f"{image}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            try:
+                stat = image.stat()
+                size, changed = stat.st_size, stat.st_mtime_ns
+            except FileNotFoundError:  # a list may name a file that is not there: it counts as damaged
+                size, changed = -1, 0
+            sha.update(f"{image}\0{size}\0{changed}\0".encode("utf-8", "surrogateescape"))
     return sha.hexdigest()[:16]
 
 
 def decode(image, size):
-    """A path or uint8 array to (size, size, 3) uint8: RGB, resized without cropping, bilinear with antialiasing.
+    """A path or uint8 array to (size, size, 3) uint8: RGB, resized without cropping by Lanczos' filter.
 
-    Returns None where the file cannot be decoded.
+    What is transparent becomes white. Returns None where the file cannot be decoded.
     """
     try:
         with Image.open(image) if isinstance(image, Path) else Image.fromarray(image) as opened:
             if opened.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
                 opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.exif_transpose(opened)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
             if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR)  # PIL's bilinear antialiases
+                picture = picture.resize((size, size), Image.Resampling.LANCZOS)  # as the released statistics: D25
             return np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
-def _write(raw, stem, size, fingerprint, title):
+class _Partial:
+    """A split while it is decoded: its file, and a note of how far it has come, by which a stopped run goes on."""
+
+    def __init__(self, stem, shape, fingerprint):
+        self.path, self.note = stem.with_suffix(".partial"), stem.with_suffix(".partial.json")
+        self.shape, self.kept, self.damaged = shape, [], []
+        self.total, self.squares = np.zeros(3, np.int64), np.zeros(3, np.int64)  # exact: below 2^63 for any set
+        self.fingerprint, self.done, self.noted = fingerprint, 0, time.monotonic()
+        known = json.loads(self.note.read_text()) if self.note.is_file() and self.path.is_file() else {}
+        fits = known.get("fingerprint") == fingerprint
+        if fits:
+            self.done, self.damaged, gaps = known["done"], known["damaged"], set(known["gaps"])
+            self.kept = [index for index in range(self.done) if index not in gaps]
+            self.total, self.squares = np.array(known["total"]), np.array(known["squares"])
+        self.pixels = np.lib.format.open_memmap(
+            self.path, mode="r+" if fits else "w+", dtype=None if fits else np.uint8, shape=None if fits else shape
+        )
+
+    def add(self, index, image, name):
+        self.done = index + 1
+        if image is None:
+            self.damaged.append(str(name))
+            return
+        self.pixels[len(self.kept)] = image
+        self.kept.append(index)
+        flat = image.reshape(-1, 3).astype(np.int64)
+        self.total += flat.sum(0)
+        self.squares += np.square(flat).sum(0)
+
+    def write_note(self, force=False):
+        """What a later run needs to go on, not before the pixels it speaks of are on disk."""
+        if force or time.monotonic() - self.noted > NOTE_SECONDS:
+            self.pixels.flush()
+            gaps = sorted(set(range(self.done)) - set(self.kept))
+            files.write_json(
+                self.note,
+                dict(fingerprint=self.fingerprint, done=self.done, damaged=self.damaged, gaps=gaps,
+                     total=self.total.tolist(), squares=self.squares.tolist()),
+            )  # fmt: skip
+            self.noted = time.monotonic()
+
+    def finish(self, path):
+        """The file without the room of the damaged images, under its own name."""
+        self.pixels.flush()
+        offset, size = self.pixels.offset, self.pixels[0].nbytes
+        del self.pixels
+        if self.damaged:
+            with open(self.path, "r+b") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.kept), *self.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+                if file.tell() != offset:
+                    raise RuntimeError("the header of a .npy file has changed its length")
+                file.truncate(offset + len(self.kept) * size)
+        os.replace(self.path, path)
+
+    def delete(self):
+        self.path.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+
+
+def _write(raw, stem, size, fingerprint, title, whole):
     n = len(raw.images)
-    partial = stem.with_suffix(f".{os.getpid()}.partial")  # two commands may prepare the same set at once
-    pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(n, size, size, 3))
-    kept, damaged = [], []
-    total, squares = np.zeros(3), np.zeros(3)
-    with ThreadPoolExecutor(os.cpu_count()) as workers, progress.bar(total=n, desc=title) as bar:
-        for start in range(0, n, CHUNK):
-            part = range(start, min(start + CHUNK, n))
-            for index, image in zip(part, workers.map(lambda i: decode(raw.images[i], size), part), strict=True):
-                if image is None:
-                    damaged.append(str(raw.images[index]))
-                    continue
-                pixels[len(kept)] = image
-                kept.append(index)
-            bar.update(len(part))
-            if len(damaged) > MOST_DAMAGED * n:
-                partial.unlink()
-                raise UserError(f"{title}: {len(damaged)} of {n} images cannot be decoded, such as {damaged[0]}")
-    for start in range(0, len(kept), CHUNK):
-        part = pixels[start : min(start + CHUNK, len(kept))].astype(np.float64) / 255
-        total, squares = total + part.sum((0, 1, 2)), squares + np.square(part).sum((0, 1, 2))
-    count = len(kept) * size * size
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    if damaged:
-        print(f"{title}: skipped {len(damaged)} unreadable: {', '.join(damaged[:5])}")
-        np.save(stem.with_suffix(".npy"), pixels[: len(kept)])
-        partial.unlink()
-    else:
-        pixels.flush()
-        os.replace(partial, stem.with_suffix(".npy"))
+    out = _Partial(stem, (n, size, size, 3), fingerprint)
+    with ThreadPoolExecutor(os.cpu_count()) as workers, progress.bar(total=n, initial=out.done, desc=title) as bar:
+        try:
+            for start in range(out.done, n, CHUNK):
+                part = range(start, min(start + CHUNK, n))
+                decoded = workers.map(lambda index: decode(raw.images[index], size), part)
+                for index, image in zip(part, decoded, strict=True):
+                    out.add(index, image, raw.images[index])
+                if len(out.damaged) > MOST_DAMAGED * n:
+                    out.delete()
+                    raise UserError(
+                        f"{title}: {len(out.damaged)} of {n} images cannot be decoded, such as {out.damaged[0]}"
+                    )
+                bar.update(len(part))
+                out.write_note()
+        except KeyboardInterrupt:
+            out.write_note(force=True)
+            raise
+    if out.damaged:
+        print(f"{title}: skipped {len(out.damaged)} unreadable: {', '.join(out.damaged[:5])}")
+    stem.with_suffix(".json").unlink(missing_ok=True)  # from here to the new one the split counts as not prepared
+    out.finish(stem.with_suffix(".npy"))
     stem.with_suffix(".labels.npy").unlink(missing_ok=True)
     if raw.labels is not None:
-        np.save(stem.with_suffix(".labels.npy"), np.asarray(raw.labels, dtype=np.int64)[kept])
-    record = dict(format=FORMAT, fingerprint=fingerprint, count=len(kept), classes=raw.classes, damaged=damaged,
-                  mean=mean.tolist(), std=std.tolist())  # fmt: skip
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, stem.with_suffix(".json"))
+        np.save(stem.with_suffix(".labels.npy"), np.asarray(raw.labels, dtype=np.int64)[out.kept])
+    count = len(out.kept) * size * size * 255
+    mean = out.total / count
+    std = np.sqrt(np.maximum(out.squares / (count * 255) - mean**2, 0))
+    record = dict(format=FORMAT, fingerprint=fingerprint, count=len(out.kept), classes=raw.classes, whole=whole,
+                  damaged=out.damaged, mean=mean.tolist(), std=std.tolist())  # fmt: skip
+    files.write_json(stem.with_suffix(".json"), record)
+    out.delete()
+
+
+def summary(name, split, record):
+    """One line for the terminal."""
+    stem = record["stem"]
+    size = sum(path.stat().st_size for path in stem.parent.glob(f"{split}.*"))
+    counts = f"{record['count']:,} images" + (f" of {len(record['classes'])} classes" if record["classes"] else "")
+    part = " (a part of the published set)" if record["whole"] is False else ""
+    damaged = f", {len(record['damaged'])} damaged ones left out" if record["damaged"] else ""
+    mean, std = (" ".join(f"{value:.4f}" for value in record[key]) for key in ("mean", "std"))
+    return f"{name} {split}: {counts}{part}{damaged}, {size / 1e6:,.1f} MB, mean {mean}, std {std}\n  {stem}.npy"
+
+
+def main(argv):
+    args = parse_args(argv)
+    for name in args.names:
+        size = args.size or image_size(cli.preset_name(name))
+        top = args.data_root / name if raw_images.in_root(name, args.data_root) else Path(name)
+        plain = name not in ARCHIVES and not (top / "train").is_dir() and not args.labels
+        for split in ("train",) if plain else ("train", "test"):
+            print(summary(name, split, prepare(name, split, size, args.data_root, args.labels, args.partial)))
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.prog = "python -m data.prepare"
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(ARCHIVES)}, class folders, or a folder")
+    parser.add_argument(
+        "--size", type=cli.pixels, help="pixels of a side, such as 32, 64 or 224 (default: the preset's)"
+    )
+    cli.add_data_root(parser)
+    parser.add_argument("--labels", action="store_true", help="a folder without train/ holds class folders; split them")
+    parser.add_argument("--partial", action="store_true", help="accept other counts than the published set's")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

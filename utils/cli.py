@@ -29,8 +29,7 @@ class Parser(argparse.ArgumentParser):
 def parser(docstring):
     """A parser with the flags that mean the same in every script."""
     shown = Parser(docstring)
-    root = os.environ.get("DATA_ROOT", "datasets")
-    shown.add_argument("--data-root", type=Path, default=Path(root), help="data sets' folder (default: %(default)s)")
+    add_data_root(shown)
     shown.add_argument("--run-root", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
@@ -38,6 +37,11 @@ def parser(docstring):
         "--log-every", type=positive_int, default=50, metavar="STEPS", help="steps per line of log.jsonl"
     )
     return shown
+
+
+def add_data_root(shown):
+    root = os.environ.get("DATA_ROOT", "datasets")
+    shown.add_argument("--data-root", type=Path, default=Path(root), help="data sets' folder (default: %(default)s)")
 
 
 def source_parser(docstring, argv):

@@ -1,6 +1,9 @@
 """Files that stages hand to each other: written whole or not at all, read as data only, known by their kind."""
 
+import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import pickle
 import warnings
@@ -66,3 +69,19 @@ def digest(path):
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()[:12]
+
+
+def write_json(path, content):
+    """Write plain values as JSON, replacing the old file at once."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Within: this process alone holds the lock file `path`; others wait. The lock ends with the process."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -37,9 +37,7 @@ class Run:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             record = {"command": sys.argv, "settings": settings, "versions": versions()}
-            partial = config.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-            partial.replace(config)
+            files.write_json(config, record)
         self.settings = settings
 
     def _compare(self, before, now):

@@ -18,9 +18,15 @@ class Batches:
         """The next batch of indices, (b,) int64 on the CPU."""
         if self.position == self.per_epoch:
             self.order, self.position = torch.randperm(self.n, generator=self.generator), 0
-        start = self.position * self.batch_size
+        batch = self.peek()
         self.position += 1
-        return self.order[start : start + self.batch_size]
+        return batch
+
+    def peek(self):
+        """What `next` will return, or None at the end of an epoch, when the next order is not drawn yet."""
+        if self.position == self.per_epoch:
+            return None
+        return self.order[self.position * self.batch_size : (self.position + 1) * self.batch_size]
 
     def state_dict(self):
         return {"order": self.order, "position": self.position}
