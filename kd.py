@@ -6,12 +6,19 @@
 The student starts from pre-trained weights under a new head and learns the teacher's probabilities on the augmented
 distilled images (equation 6). Both networks use each batch's own statistics in batch norm, in training and on the
 test split, as the paper's numbers do; the accuracy with running statistics is reported beside it. Adds a line to
-results.jsonl beside the weights and writes the student to <their folder>/<target>_kd_seed<k>/model.pt.
+results.jsonl beside the weights, which also says whose images were used, and writes the student to
+<folder of the weights>/<target>_kd_<method and digest of the images' file>_seed<k>/model.pt. With --weights none the
+student starts from scratch (<run root>/scratch/<arch>_<size>px), as with noise in place of images:
+
+    python -m distillers gaussian --source tinyimagenet
+    python kd.py --weights none --arch convnet4 --image-size 64 --lr 1e-3 --target cifar10 --teacher ... \\
+                 --distilled runs/tinyimagenet/gaussian/seed0/distilled.pt
 """
 
 import time
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 from data.augment import diff_augment
@@ -33,8 +40,9 @@ HELP = dict(
 )
 
 
-def imitate(student, teacher, x_syn, args, run, randomness, device):
-    """Train the student on the teacher's probabilities for the distilled images `x_syn` (m, 3, S, S)."""
+def imitate(student, teacher, distilled, args, run, randomness, device):
+    """Train the student on the teacher's probabilities for the images of a `Distilled`, or for as many of noise."""
+    x_syn, fresh_noise = distilled.images.to(device), distilled.meta.get("fresh_noise", False)  # (m, 3, S, S)
     batches = Batches(len(x_syn), args.batch_size, randomness.cpu)
     optimizer = optim.optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, "cosine", args.epochs)
@@ -44,6 +52,8 @@ def imitate(student, teacher, x_syn, args, run, randomness, device):
     student.train()
     for step in run.steps("imitate", args.epochs * batches.per_epoch):
         x = x_syn[batches.next().to(device)]
+        if fresh_noise:
+            x = torch.randn(x.shape, generator=randomness.device, device=device)
         if args.augment:
             x = diff_augment(x, randomness.device)
         with cli.autocast(device, args.precision):
@@ -84,10 +94,14 @@ def main(argv):
     randomness = Randomness(beginning.seed, device)
     student = saved.rebuild(beginning.saved, len(test.classes)).to(device)
     teacher = saved.rebuild(teaching).to(device)
-    run = Run(beginning.folder / f"{test.name}_kd_seed{beginning.seed}", "model.pt", settings, args.log_every)
+    images = {name: distilled.meta.get(name) for name in ("source", "method", "seed")}
+    images["num_images"] = len(distilled.images)
+    origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
+    folder = beginning.folder / f"{test.name}_kd_{origin}_seed{beginning.seed}"
+    run = Run(folder, "model.pt", settings, args.log_every)
     student = start.trained(
         beginning, run, student, len(test.classes),
-        lambda: imitate(student, teacher, distilled.images.to(device), args, run, randomness, device),
+        lambda: imitate(student, teacher, distilled, args, run, randomness, device),
         target=test.name, kd=run.settings,
     )  # fmt: skip
     accuracies = {
@@ -96,8 +110,8 @@ def main(argv):
         for suffix, batch_statistics in (("", True), ("_running_statistics", False))
     }
     line = beginning.result(
-        target=test.name, protocol="kd", **accuracies, digest=key, device=device.type, versions=versions(),
-        seconds=round(time.time() - started, 1),
+        target=test.name, protocol="kd", images=images, **accuracies, digest=key, device=device.type,
+        versions=versions(), seconds=round(time.time() - started, 1),
     )  # fmt: skip
     results.append(beginning.folder, line)
     print(f"{results.show(line)}; teacher {line['teacher']:.2f} %")

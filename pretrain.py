@@ -75,7 +75,7 @@ def main(argv):
         print(f"{run.artefact} is there already")
         return
     randomness = Randomness(args.seed, device)
-    outputs = distilled.targets.shape[1] if distilled.targets.ndim == 2 else int(distilled.targets.max()) + 1
+    outputs = distilled.num_outputs
     network = models.build(args.arch, size, outputs, args.width).to(device)
     pretrain(network, distilled, args, run, randomness, device)
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
@@ -93,7 +93,10 @@ def parse_args(argv):
     distilled = load_distilled(path) if path else None
     name = cli.preset_name(distilled.meta.get("preset") if distilled else None)
     network = {key: preset(name, "distill")[key] for key in ("arch", "width")}
-    recipe = preset(name, "pretrain", distilled.target_kind if distilled else "feature")
+    kind = distilled.target_kind if distilled else "feature"
+    if kind == "none":
+        raise UserError(f"{path}: images without targets, which nothing can be fitted to; they are for kd.py")
+    recipe = preset(name, "pretrain", kind, cli.early("arch", argv, network["arch"]))
     flags = {key: value for key, value in recipe.items() if key in HELP and (key not in ("epochs", "steps") or value)}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})  # the kind decides these
     cli.add_settings(parser, network | flags, HELP)

@@ -28,6 +28,11 @@ def column(line):
 def row(line):
     origin = f", m = {line['num_images']}, {line['source']}" if line["source"] else ""
     origin += f", distilled with seed {line['distilled_seed']}" if line["distilled_seed"] else ""
+    own = {"source": line["source"], "method": line["method"], "seed": line["distilled_seed"],
+           "num_images": line["num_images"]}  # fmt: skip
+    if (images := line.get("images", own)) != own:  # distillation of knowledge on other images
+        origin += f"; on {images['num_images']} images of {METHODS.get(images['method'], images['method'])}"
+        origin += f", {images['source']}" + (f", distilled with seed {images['seed']}" if images["seed"] else "")
     network = f"{label(line['arch'], line['width'])} at {line['image_size']} px"
     return f"{METHODS.get(line['method'], line['method'])} ({network}{origin})"
 

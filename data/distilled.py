@@ -11,7 +11,9 @@ TARGET_KINDS = {
     "feature": (torch.float32, 2),  # (m, d): a target network's features (KRR-ST)
     "soft": (torch.float32, 2),  # (m, c): learned labels (KIP, FRePo)
     "class": (torch.int64, 1),  # (m,): class indices (the rest)
+    "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
 }
+MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Distilled:
     """m distilled images with their targets.
 
     `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and `std` (3,);
-    `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions.
+    `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, and
+    `fresh_noise` where the images are noise that kd.py draws anew at each step.
     """
 
     images: torch.Tensor
@@ -33,6 +36,35 @@ class Distilled:
         """The images in [0, 1], clamped: (m, 3, S, S)."""
         return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
 
+    @property
+    def num_outputs(self):
+        """Outputs of a network that is fitted to the targets; classes that have no image may be missing at the end."""
+        return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
+
+    def fault(self):
+        """What makes this no distilled set, in words, or None."""
+        dtype, dims = TARGET_KINDS.get(self.target_kind, (None, None))
+        tensors = (self.images, self.targets, self.mean, self.std)
+        if not all(torch.is_tensor(each) for each in tensors) or not isinstance(self.meta, dict):
+            return "images, targets, mean and std must be tensors, meta a dictionary"
+        images, targets, shape = self.images, self.targets, tuple(self.images.shape)
+        if not images.ndim or not targets.ndim:
+            return "images or targets that are a single number"
+        faults = {
+            f"target_kind {self.target_kind}": dtype is None,
+            f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape,
+            f"images of {images.dtype}": images.dtype != torch.float32,
+            "mean or std that are not 3 numbers": self.mean.shape != (3,) or self.std.shape != (3,),
+            f"{len(targets)} targets for {len(images)} images": len(targets) != len(images),
+            f"targets of {targets.dtype}, {targets.ndim}-d": (targets.dtype, targets.ndim) != (dtype, dims),
+            "targets without a value": (targets.numel() == 0) != (self.target_kind == "none"),
+            "values that are not finite": not all(each.isfinite().all() for each in tensors),
+        }
+        if fault := next((fault for fault, there in faults.items() if there), None):
+            return fault
+        if self.target_kind == "class" and not (targets.min() >= 0 and targets.max() < MOST_CLASSES):
+            return f"class indices from {targets.min()} to {targets.max()}, not within 0 to {MOST_CLASSES - 1}"
+
     def content(self):
         """What `files.save(path, "distilled", ...)` writes."""
         return {key: value.cpu() if torch.is_tensor(value) else value for key, value in vars(self).items()}
@@ -42,21 +74,6 @@ def load_distilled(path):
     """Read a distilled.pt. Raises UserError when it is not one or its parts do not fit each other."""
     content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
     d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
-    dtype, dims = TARGET_KINDS.get(d.target_kind, (None, None))
-    tensors = (d.images, d.targets, d.mean, d.std)
-    if not all(torch.is_tensor(each) for each in tensors) or not isinstance(d.meta, dict):
-        raise UserError(f"{path}: images, targets, mean and std must be tensors, meta a dictionary")
-    shape = tuple(d.images.shape)
-    faults = {
-        f"target_kind {d.target_kind}": dtype is None,
-        f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape,
-        f"images of {d.images.dtype}": d.images.dtype != torch.float32,
-        "mean or std that are not 3 numbers": d.mean.shape != (3,) or d.std.shape != (3,),
-        f"{len(d.targets)} targets for {len(d.images)} images": len(d.targets) != len(d.images),
-        f"targets of {d.targets.dtype}, {d.targets.ndim}-d": (d.targets.dtype, d.targets.ndim) != (dtype, dims),
-        "values that are not finite": not (d.images.isfinite().all() and d.targets.isfinite().all()),
-    }
-    for fault, there in faults.items():
-        if there:
-            raise UserError(f"{path}: {fault}")
+    if fault := d.fault():
+        raise UserError(f"{path}: {fault}")
     return d

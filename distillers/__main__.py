@@ -1,27 +1,32 @@
 """Every other way to make a distilled set, under one command and with one kind of file.
 
     python -m distillers random --source cifar100
+    python -m distillers import --source cifar100 --method mtt_released --images images_best.pt ...
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png.
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that others released.
 """
 
 import importlib
 import sys
 
-from distillers import method
+from distillers import importing, method
 from utils import cli
 from utils.errors import UserError
 
-METHODS = ("random", "random_features")  # modules of this package, each with a METHOD
+METHODS = ("random", "random_features", "kmeans", "gaussian")  # modules of this package, each with a METHOD
 
 
 def main(argv):
     sys.argv[0] = "python -m distillers"
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\nMethods: {', '.join(METHODS)}. Each has its own --help.")
+        print(f"{__doc__}\nMethods: {', '.join(METHODS)}. Each, and import, has its own --help.")
+        return
+    if argv[:1] == ["import"]:
+        sys.argv[0] += " import"
+        importing.main(argv[1:], reserved=("krr_st", "target", *METHODS))
         return
     if not argv or argv[0] not in METHODS:
-        raise UserError(f"name a method first, one of: {', '.join(METHODS)}")
+        raise UserError(f"name a method first, one of: {', '.join(METHODS)}, or import")
     sys.argv[0] += f" {argv[0]}"
     method.main(importlib.import_module(f"distillers.{argv[0]}").METHOD, argv[1:])
 

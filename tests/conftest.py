@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+
+from data import download
 
 ROOT = Path(__file__).parent.parent
 TARGET = ["--width", "0.125", "--epochs", "1", "--warmup-epochs", "0", "--projector-dim", "32"]
@@ -18,6 +21,18 @@ PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 def two_threads():
     """The number of threads decides the order of sums, so it is part of what is reproduced."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test downloads: each call of the network is refused, as on a machine without one."""
+
+    def refuse(url, *args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(download, "download_url", refuse)
+    for module in ("cifar", "fgvc_aircraft", "flowers102", "imagenette"):
+        monkeypatch.setattr(getattr(torchvision.datasets, module), "download_and_extract_archive", refuse)
 
 
 def command(*words, check=True):

@@ -18,18 +18,6 @@ from tests.test_data import class_folders, picture
 from utils.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No test downloads: each call of the network is refused, as on a machine without one."""
-
-    def refuse(url, *args, **kwargs):
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr(download, "download_url", refuse)
-    for module in ("cifar", "fgvc_aircraft", "flowers102", "imagenette"):
-        monkeypatch.setattr(getattr(torchvision.datasets, module), "download_and_extract_archive", refuse)
-
-
 def load(name, split, size, root):
     """A tiny archive has not the published counts, so it is accepted as a part."""
     prepare(name, split, size, root, partial=True)

@@ -54,8 +54,11 @@ def test_empty_folder(refused, tmp_path):
 
 
 def test_folder_without_permission(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may read anything
-    assert "no permission" in refused("pretrain_target", "--source", tmp_path)
+    def denied(path):  # tests may run as root, who may read anything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert f"{tmp_path}: no permission" in refused("pretrain_target", "--source", tmp_path)
 
 
 def test_folder_of_broken_images(refused, tmp_path):

@@ -74,7 +74,7 @@ def test_stopped_training_goes_on_to_the_same_weights(script, roots, distilled, 
             "pretrain_target": top / "digits" / "target" / "seed0" / "target.pt",
             "pretrain": top / "convnet3-x0.125" / "seed0" / "model.pt",
             "finetune": top / "digits_full_seed0" / "model.pt",
-            "kd": top / "digits_kd_seed0" / "model.pt",
+            "kd": top / f"digits_kd_krr_st-{files.digest(distilled)[:6]}_seed0" / "model.pt",
         }[script]
         return [*flags, *data, "--run-root", str(top)], artefact
 

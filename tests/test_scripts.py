@@ -123,7 +123,8 @@ def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, 
             "--epochs", "2", *roots)  # fmt: skip
     [line] = [line for line in results.read(weights.parent / "results.jsonl") if line["protocol"] == "kd"]
     assert {"accuracy", "accuracy_running_statistics", "teacher", "teacher_running_statistics"} <= line.keys()
-    assert (weights.parent / "digits_kd_seed0" / "model.pt").is_file()
+    assert line["images"] == {"source": "digits", "method": "krr_st", "seed": 0, "num_images": 20}
+    assert len(list(weights.parent.glob("digits_kd_krr_st-*_seed0/model.pt"))) == 1
 
 
 def test_own_folder_of_images_as_a_source(tmp_path):

@@ -26,11 +26,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def parser(docstring):
-    """A parser with the flags that mean the same in every script."""
+def roots_parser(docstring):
+    """A parser with the flags that say where things lie."""
     shown = Parser(docstring)
     add_data_root(shown)
     shown.add_argument("--run-root", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    return shown
+
+
+def parser(docstring):
+    """A parser with the flags that mean the same in every script."""
+    shown = roots_parser(docstring)
     shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
     shown.add_argument(

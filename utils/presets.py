@@ -44,7 +44,7 @@ DISTILL = dict(  # distill.py
 )
 
 SAME = object()  # in a method's settings: the value that distill.py has for the same source
-RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py
+RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py, kmeans.py, gaussian.py
 
 PRETRAIN = {  # pretrain.py, by the kind of targets
     "feature": dict(  # [P 4.1]; no augmentation, constant rate [C]
@@ -86,7 +86,7 @@ PRESETS = {  # what differs from the values above
     "tinyimagenet": dict(
         image_size=64,  # [P 4.1]
         distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
-        pretrain=dict(soft=dict(steps=40_000)),  # [C]
+        pretrain={"soft": dict(steps=40_000), ("soft", "mobilenet"): dict(batch_size=256)},  # [C]
         **_LONG,
     ),
     "imagenet": dict(image_size=64, distill=_AT_64),  # [P 4.1]
@@ -128,14 +128,14 @@ PRESETS = {  # what differs from the values above
 STAGES = {"target": TARGET, "distill": DISTILL, "random": RANDOM, "finetune": FINETUNE, "kd": KD}
 
 
-def preset(name, stage, kind=None):
+def preset(name, stage, kind=None, arch=None):
     """The settings of `stage` (one of `STAGES`, or pretrain) under `PRESETS[name]`, as a new dict.
 
-    `kind` is the kind of targets, for pretrain.
+    `kind` is the kind of targets and `arch` the network, for pretrain.
     """
     changes = PRESETS[name].get(stage, {})
     if stage == "pretrain":
-        return PRETRAIN[kind] | changes.get(kind, {})
+        return PRETRAIN[kind] | changes.get(kind, {}) | changes.get((kind, arch), {})
     values = STAGES[stage] | changes
     return {key: preset(name, "distill")[key] if value is SAME else value for key, value in values.items()}
 

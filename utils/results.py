@@ -29,4 +29,6 @@ def append(folder, line):
 def show(line):
     """One line for the terminal."""
     labels = f", {line['labels_per_class']} labels a class" if line.get("labels_per_class") else ""
-    return f"{line['method']} {line['arch']} -> {line['target']} ({line['protocol']}{labels}): {line['accuracy']:.2f} %"
+    images = f" on {line['images']['method']} images" if "images" in line else ""
+    how = f"{line['protocol']}{labels}{images}"
+    return f"{line['method']} {line['arch']} -> {line['target']} ({how}): {line['accuracy']:.2f} %"
