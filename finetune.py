@@ -5,9 +5,11 @@
     python finetune.py --weights none --arch resnet18 --image-size 64 --target cifar10     # from scratch; a KD teacher
 
 `full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear classifier to the
-frozen features until it converges, `knn` classifies by nearest neighbours. The accuracy on the test split, of the
-last iterate, is printed and added to results.jsonl beside the weights; `full` also writes the network to
-<folder of the weights>/<target>_full_seed<k>/model.pt. From scratch the folder is <run root>/scratch/<arch>_<size>px.
+frozen features until it converges, `knn` classifies by nearest neighbours, `head` trains nothing: it asks the head that
+pre-training on a set with class or soft targets has left, where the target is that set's own source. The accuracy on
+the test split, of the last iterate, is printed and added to results.jsonl beside the weights; `full` also writes the
+network to <folder of the weights>/<target>_full_seed<k>/model.pt. From scratch that folder is
+<run root>/scratch/<arch>_<size>px.
 """
 
 import time
@@ -80,8 +82,16 @@ def main(argv):
     randomness = Randomness(beginning.seed, device)
     few = few_labels(train, args.labels_per_class, args.label_fraction, torch.Generator().manual_seed(beginning.seed))
     train = train if len(few) == len(train) else train.subset(few)
-    network = saved.rebuild(beginning.saved, len(train.classes)).to(device)
-    if args.protocol == "full":
+    as_it_is = args.protocol == "head"
+    if as_it_is and beginning.saved["num_outputs"] != len(train.classes):
+        raise UserError(
+            f"--protocol head: {args.weights} has {beginning.saved['num_outputs']} outputs, "
+            f"{train.name} {len(train.classes)} classes"
+        )
+    network = saved.rebuild(beginning.saved, None if as_it_is else len(train.classes)).to(device)
+    if as_it_is:
+        accuracy = evaluate.accuracy(network, test, device, args.precision)
+    elif args.protocol == "full":
         labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
         labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
         folder = beginning.folder / f"{train.name}_full{labels}_seed{beginning.seed}"
@@ -107,7 +117,7 @@ def main(argv):
 def parse_args(argv):
     parser = cli.parser(__doc__)
     start.add_flags(parser, argv)
-    parser.add_argument("--protocol", choices=["full", "linear", "knn"], default="full")
+    parser.add_argument("--protocol", choices=["full", "linear", "knn", "head"], default="full")
     few = parser.add_mutually_exclusive_group()
     few.add_argument("--labels-per-class", type=cli.count, default=0, metavar="N", help="train on N images a class")
     few.add_argument(

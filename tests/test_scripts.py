@@ -12,7 +12,8 @@ from PIL import Image
 
 from benchmarks.summary import table
 from data.distilled import load_distilled
-from models.saved import load_model
+from data.images import load_images
+from models.saved import load_model, rebuild
 from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, command
 from utils import files, results
 
@@ -77,6 +78,14 @@ def test_random_images_with_features_are_what_distillation_starts_from(roots, ru
     assert (real.images - load_distilled(distilled).images).abs().max() < 0.1  # four small steps away
 
 
+def accuracy_of(content, roots):
+    """Of a network's own head on the digits' test split, in percent."""
+    test = load_images("digits", "test", 32, roots[1])
+    with torch.no_grad():
+        predicted = rebuild(content).eval()(test.normalised(torch.arange(len(test)), "cpu")).argmax(1)
+    return 100 * (predicted == test.labels).float().mean().item()
+
+
 def test_pretraining_by_kind_of_target(roots, runs, weights):
     saved = load_model(weights)
     assert saved["num_outputs"] == 64 and saved["meta"]["method"] == "krr_st" and saved["width"] == 0.125
@@ -87,6 +96,10 @@ def test_pretraining_by_kind_of_target(roots, runs, weights):
     saved = load_model(path.parent / "convnet3-x0.125" / "seed1" / "model.pt")
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["loss"] == "cross_entropy"
     assert saved["meta"]["settings"]["augment"] is True
+    flags = ["--weights", path.parent / "convnet3-x0.125" / "seed1" / "model.pt", "--target", "digits", *roots]
+    command("finetune.py", *flags, "--protocol", "head")
+    [line] = results.read(path.parent / "convnet3-x0.125" / "seed1" / "results.jsonl")
+    assert line["protocol"] == "head" and line["accuracy"] == pytest.approx(accuracy_of(saved, roots), abs=1e-3)
 
     soft = load_distilled(path)
     soft.targets, soft.target_kind = torch.eye(10)[soft.targets], "soft"
