@@ -121,6 +121,22 @@ PRESETS = {  # what differs from the values above
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
     ),
+    "small": dict(  # [ours] any folder of images, on two CPU cores
+        image_size=64,
+        target=dict(arch="resnet10", width=0.25, epochs=20, batch_size=128, warmup_epochs=2, projector_dim=256),
+        distill=dict(
+            arch="convnet4",
+            num_images=30,
+            width=0.25,
+            outer_steps=300,
+            outer_lr=0.02,
+            outer_batch=256,
+            pool_size=5,
+            pool_steps=60,
+            pool_lr=0.05,  # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
+        ),
+        pretrain={"feature": dict(epochs=300, lr=0.05)},
+    ),
     "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3)),  # [ours] any other set or folder
 }
 
