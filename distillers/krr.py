@@ -19,11 +19,20 @@ def ridge_predict(f_real, f_syn, y_syn, ridge, per_image=False, bias=True):
     """
     if bias:
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
-    m = len(f_syn)
-    k_ss, k_rs = f_syn @ f_syn.T, f_real @ f_syn.T  # (m, m), (b, m)
+    return kernel_predict(f_real @ f_syn.T, f_syn @ f_syn.T, y_syn, ridge, per_image)
+
+
+def kernel_predict(k_rs, k_ss, y_syn, ridge, per_image=False):
+    """As `ridge_predict`, from the kernels themselves: `k_rs` (b, m), `k_ss` (m, m)."""
+    m = len(k_ss)
     exact = torch.float32 if k_ss.device.type == "mps" else torch.float64
     k_ss, y = k_ss.to(exact), y_syn.to(exact)
     damping = ridge * k_ss.diagonal().sum().detach() / (m if per_image else 1)
     eye = torch.eye(m, dtype=exact, device=k_ss.device)
     dual = torch.linalg.solve(k_ss + damping * eye, y)  # (m, d_y)
     return k_rs @ dual.to(k_rs.dtype)
+
+
+def centred_one_hot(labels, num_classes):
+    """Classes (n,) as 1 - 1/C at the class and -1/C elsewhere: (n, C) float32, whose rows sum to 0."""
+    return F.one_hot(labels, num_classes).float() - 1 / num_classes

@@ -11,9 +11,10 @@ class Member:
     """One (omega, W, t): a network, the optimiser of its weights, and `steps`, how often it was trained since it was
     initialised."""
 
-    def __init__(self, arch, image_size, num_outputs, width, device, lr, weight_decay, precision="fp32"):
+    def __init__(self, arch, image_size, num_outputs, width, device, lr, weight_decay, precision="fp32",
+                 optimizer="sgd"):  # fmt: skip
         self._build = lambda: models.build(arch, image_size, num_outputs, width).to(device)
-        self._optimizer = lambda network: optim.optimizer("sgd", network.parameters(), lr, weight_decay)
+        self._optimizer = lambda network: optim.optimizer(optimizer, network.parameters(), lr, weight_decay)
         self.device, self.precision = device, precision
         self.reset()
 

@@ -38,25 +38,60 @@ class LARS(torch.optim.Optimizer):
                 weight.sub_(group["lr"] * state["momentum_buffer"])
 
 
-def optimizer(name, params, lr, weight_decay):
-    """`name`: sgd (momentum 0.9), adamw (betas 0.9 and 0.999) or lars (momentum 0.9)."""
+class LAMB(torch.optim.Optimizer):
+    """Adam whose step is scaled per tensor to `lr` times the tensor's norm.
+
+    You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020, Algorithm 2,
+    with phi the identity and no weight decay. A tensor or a step of norm 0 takes Adam's own step.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["step"], state["m"], state["v"] = 0, torch.zeros_like(weight), torch.zeros_like(weight)
+                state["step"] += 1
+                for name, beta, sample in zip("mv", group["betas"], (weight.grad, weight.grad.square()), strict=True):
+                    state[name].lerp_(sample, 1 - beta)
+                m, v = (
+                    state[name] / (1 - beta ** state["step"]) for name, beta in zip("mv", group["betas"], strict=True)
+                )
+                update = m / (v.sqrt() + group["eps"])
+                norm, update_norm = weight.norm(), update.norm()
+                ratio = torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0)
+                weight.sub_(group["lr"] * ratio * update)
+
+
+def optimizer(name, params, lr, weight_decay=0.0):
+    """`name`: sgd (momentum 0.9), adam or adamw (betas 0.9 and 0.999), lars (momentum 0.9) or lamb (as Adam, without
+    weight decay)."""
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
-    return {"lars": LARS}[name](params, lr=lr, weight_decay=weight_decay)
+    if name == "lamb":
+        return LAMB(params, lr=lr)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": LARS}
+    return kinds[name](params, lr=lr, weight_decay=weight_decay)
 
 
 def schedule(optimizer, name, steps, warmup=0):
     """A scheduler to be stepped after each of `steps` optimiser steps; the first `warmup` rise linearly from near 0.
 
-    `name`: constant; linear, to 1/1000 of the initial rate; cosine, to 0; halfway, divided by 10 after half the steps.
+    `name`: constant; linear, to 1/1000 of the initial rate; cosine, to 0; cosine_to_tenth; halfway, divided by 10 after
+    half the steps.
     """
     length = max(1, steps - warmup)
     curves = {
         "constant": lambda done: 1.0,
         "linear": lambda done: 1.0 - (1.0 - 1e-3) * done,
         "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+        "cosine_to_tenth": lambda done: 0.1 + 0.45 * (1.0 + math.cos(math.pi * done)),
         "halfway": lambda done: 1.0 if done < 0.5 else 0.1,
     }
     curve = curves[name]

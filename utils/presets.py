@@ -2,7 +2,8 @@
 
 Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
 [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
-nor code says); [ours] chosen here, for a machine that the paper's settings do not fit.
+nor code says); [X name] another method's paper or public code; [ours] chosen here, for a machine that the paper's
+settings do not fit.
 """
 
 TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
@@ -45,6 +46,31 @@ DISTILL = dict(  # distill.py
 
 SAME = object()  # in a method's settings: the value that distill.py has for the same source
 RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py, kmeans.py, gaussian.py
+
+FREPO = dict(  # distillers/frepo.py; KRR-ST's release lists no settings of its re-run
+    num_images=SAME,
+    arch=SAME,
+    width=SAME,
+    outer_steps=500_000,  # [X FRePo]
+    outer_lr=3e-4,  # [X FRePo] LAMB, cosine to a tenth
+    outer_batch=1024,  # [X FRePo]
+    pool_size=10,  # [X FRePo]
+    pool_steps=100,  # [X FRePo]
+    pool_lr=3e-4,  # [X FRePo] Adam
+    pool_batch=1000,  # [X FRePo]
+    ridge=1e-6,  # [X FRePo] times the mean of the kernel's diagonal
+)
+
+KIP = dict(  # distillers/kip.py
+    num_images=SAME,
+    kernel="conv",  # [X KIP] but without its pooling [ours]
+    depth=3,  # [X KIP]
+    outer_steps=1000,  # [X KIP] of its published sets
+    outer_lr=4e-2,  # [X KIP] Adam
+    outer_batch=5000,  # [X KIP]
+    ridge=1e-6,  # [X KIP] times the mean of the kernel's diagonal
+    learn_labels=False,  # [X KIP] its published sets come with and without
+)
 
 PRETRAIN = {  # pretrain.py, by the kind of targets
     "feature": dict(  # [P 4.1]; no augmentation, constant rate [C]
@@ -117,6 +143,8 @@ PRESETS = {  # what differs from the values above
             pool_size=5,
             pool_steps=60,
         ),
+        frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=60, pool_lr=3e-3),
+        kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
@@ -141,7 +169,15 @@ PRESETS = {  # what differs from the values above
 }
 
 
-STAGES = {"target": TARGET, "distill": DISTILL, "random": RANDOM, "finetune": FINETUNE, "kd": KD}
+STAGES = {
+    "target": TARGET,
+    "distill": DISTILL,
+    "random": RANDOM,
+    "frepo": FREPO,
+    "kip": KIP,
+    "finetune": FINETUNE,
+    "kd": KD,
+}
 
 
 def preset(name, stage, kind=None, arch=None):

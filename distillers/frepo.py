@@ -1,0 +1,123 @@
+"""FRePo: images and soft labels on which a ridge head over a pool of networks' features predicts the real labels.
+
+    python -m distillers frepo --source cifar100
+
+Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022. KRR-ST has its head and
+its pool from there; here the targets are labels. With features f of a network of the pool, k_rs = f(X_t) f(X_s)^T,
+k_ss = f(X_s) f(X_s)^T and C classes, each step lowers
+
+    mean_i 1/2 || y_i - [k_rs (k_ss + lambda I)^-1 Y_s]_i ||^2  -  mean_j min(top1(y_j) - top2(y_j), 1/C)
+
+over the images X_s (m, 3, S, S) and labels Y_s (m, C). Here i runs over b real images with centred one-hot labels
+y_i (1 - 1/C and -1/C), lambda = 1e-6 trace(k_ss) / m, and the second term keeps the two largest entries of each
+learned label y_j apart. X_s starts as real images, Y_s as their centred one-hot labels divided by sqrt(C / 10). The
+pool's networks differ in age; the one drawn then takes one Adam step on (X_s, Y_s), or starts afresh after 100.
+
+Needs labels, no target network. A step costs as much as one of distill.py. Differs from the published recipe in the
+networks (those of KRR-ST: batch norm after each convolution, and its running statistics in the objective), in the
+images' normalisation (no ZCA, as KRR-ST re-ran it), and in that no image is mirrored or augmented.
+"""
+
+import math
+
+import torch
+
+from data.subsets import balanced_subset, random_subset
+from distillers import method
+from distillers.krr import centred_one_hot, ridge_predict
+from distillers.method import Method, packed
+from distillers.pool import Pool
+from utils import optim
+from utils.run import Tensors
+from utils.sampling import Batches, Randomness
+
+HELP = dict(
+    arch="network of the pool's members",
+    width="factor on its hidden widths",
+    outer_steps="updates of the distilled set",
+    outer_lr="LAMB learning rate of images and labels, to a tenth along a cosine",
+    outer_batch="b, real images in a mini-batch",
+    pool_size="members of the pool",
+    pool_steps="steps after which a member starts afresh",
+    pool_lr="Adam learning rate of the members",
+    pool_batch="distilled images in a member's step, at most",
+    ridge="lambda as a factor on the mean of the kernel's diagonal",
+)
+
+
+def label_margin(y_syn):
+    """Minus the mean over labels (m, C) of how far the largest entry exceeds the second, at most 1/C each."""
+    first, second = y_syn.topk(2).values.unbind(1)
+    return -(first - second).clamp(max=1 / y_syn.shape[1]).mean()
+
+
+def objective(member, x_real, y_real, x_syn, y_syn, ridge):
+    """The two terms above, for real images (b, 3, S, S) with targets (b, C) and a distilled set of m."""
+    with torch.no_grad():
+        f_real = member.embed(x_real)  # (b, d_h)
+    f_syn = member.embed(x_syn)  # (m, d_h)
+    predicted = ridge_predict(f_real, f_syn, y_syn, ridge, per_image=True, bias=False)  # (b, C)
+    return 0.5 * (predicted - y_real).square().sum(1).mean() + label_margin(y_syn)
+
+
+def distill(source, chosen, target, args, run, device):
+    """From the images at `chosen` (m,): the learned images (m, 3, S, S) and labels (m, C) as a `Distilled`, with the
+    objective under the final pool before and after in its meta."""
+    randomness, classes = Randomness(args.seed, device), len(source.classes)
+
+    def batch_of(index):
+        """x (b, 3, S, S) normalised and y (b, C) centred."""
+        return source.normalised(index, device), centred_one_hot(source.labels[index], classes).to(device)
+
+    order = Batches(len(source), args.outer_batch, randomness.cpu)
+    x_init, y_init = batch_of(chosen)
+    y_init = y_init / math.sqrt(classes / 10)
+    x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
+
+    pool = Pool(
+        args.pool_size, args.pool_steps, randomness.cpu,
+        arch=args.arch, image_size=source.image_size, num_outputs=classes, width=args.width, device=device,
+        lr=args.pool_lr, weight_decay=0.0, precision=args.precision, optimizer="adam",
+    )  # fmt: skip
+    lamb = optim.optimizer("lamb", [x_syn, y_syn], args.outer_lr)
+    scheduler = optim.schedule(lamb, "cosine_to_tenth", args.outer_steps)
+    learned = Tensors(x_syn=x_syn, y_syn=y_syn)
+    run.resume(
+        device, dict(learned=learned, pool=pool, optimizer=lamb, scheduler=scheduler, real=order, randomness=randomness)
+    )
+
+    def some_of(x, y):
+        """What a member's step sees of the set. Its mean squared error is FRePo's half sum of squares times 2 / C, and
+        Adam's step does not depend on a factor."""
+        if len(x) <= args.pool_batch:
+            return x.detach(), y.detach()
+        index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch].to(device)
+        return x.detach()[index], y.detach()[index]
+
+    for _ in run.steps("initialise pool", sum(pool.ages)):
+        pool.below_age().train_step(*some_of(x_init, y_init))
+
+    for step in run.steps("distil", args.outer_steps):
+        x_real, y_real = batch_of(order.next())
+        member = pool.draw(randomness.cpu)
+        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge)
+        lamb.zero_grad()
+        loss.backward()
+        lamb.step()
+        pool.advance(member, *some_of(x_syn, y_syn))
+        run.log(step, loss=loss, lr=scheduler.get_last_lr()[0])
+        scheduler.step()
+        method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, "soft", source))
+
+    # A seed of no run: another draw than the images that the set starts as.
+    x_held, y_held = batch_of(random_subset(source, min(args.outer_batch, len(source)), seed=-1))
+    with torch.no_grad():
+        before, after = (
+            torch.stack([objective(member, x_held, y_held, x, y, args.ridge) for member in pool.members]).mean().item()
+            for x, y in ((x_init, y_init), (x_syn, y_syn))
+        )
+    print(f"objective under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
+    return packed(x_syn, y_syn, "soft", source, objective_initial=before, objective_distilled=after)
+
+
+METHOD = Method("frepo", distill, HELP, stage="frepo", doc=__doc__, choose=balanced_subset)
