@@ -12,7 +12,7 @@ from distillers import method
 from utils import cli
 from utils.errors import UserError
 
-METHODS = ("random", "random_features")  # modules of this package, each with a METHOD
+METHODS = ("random", "random_features", "dm", "dsa", "mtt")  # modules of this package, each with a METHOD
 
 
 def main(argv):

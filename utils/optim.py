@@ -38,10 +38,10 @@ class LARS(torch.optim.Optimizer):
                 weight.sub_(group["lr"] * state["momentum_buffer"])
 
 
-def optimizer(name, params, lr, weight_decay):
-    """`name`: sgd (momentum 0.9), adamw (betas 0.9 and 0.999) or lars (momentum 0.9)."""
+def optimizer(name, params, lr, weight_decay, momentum=0.9):
+    """`name`: sgd (with `momentum`), adamw (betas 0.9 and 0.999) or lars (momentum 0.9)."""
     if name == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay)
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
     return {"lars": LARS}[name](params, lr=lr, weight_decay=weight_decay)

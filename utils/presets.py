@@ -2,7 +2,8 @@
 
 Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
 [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
-nor code says); [ours] chosen here, for a machine that the paper's settings do not fit.
+nor code says); [DC] the code of dataset condensation (DM, DSA) and [MTT] that of trajectory matching, as they set
+themselves; [ours] chosen here, for a machine that the paper's settings do not fit.
 """
 
 TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
@@ -46,6 +47,44 @@ DISTILL = dict(  # distill.py
 SAME = object()  # in a method's settings: the value that distill.py has for the same source
 RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py
 
+DM = dict(  # distillers/dm.py
+    num_images=SAME,
+    arch="dc_convnet3",  # [DC]
+    width=SAME,
+    outer_steps=20_000,  # [DC]
+    outer_lr=1.0,  # [DC]
+    real_batch=256,  # [DC]
+)
+
+DSA = dict(  # distillers/dsa.py
+    num_images=SAME,
+    arch="dc_convnet3",  # [DC]
+    width=SAME,
+    networks=1000,  # [DC]
+    outer_loops=0,  # [DC] as many as images per class
+    inner_epochs=0,  # [DC] a table, by images per class
+    outer_lr=0.1,  # [DC]
+    real_batch=256,  # [DC]
+    inner_lr=0.01,  # [DC]
+    inner_batch=256,  # [DC]
+)
+
+MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without ZCA
+    num_images=SAME,
+    arch="dc_convnet3",  # [MTT]
+    width=SAME,
+    outer_steps=5_000,  # [MTT]
+    outer_lr=1e3,  # [MTT]
+    rate_lr=1e-5,  # [MTT]
+    inner_steps=20,  # [MTT] N
+    inner_batch=0,  # [MTT] all
+    match_epochs=2,  # [MTT] M
+    max_start=20,  # [MTT]
+    experts=100,  # [MTT]
+    expert_lr=0.01,  # [MTT]
+    expert_batch=256,  # [MTT]
+)
+
 PRETRAIN = {  # pretrain.py, by the kind of targets
     "feature": dict(  # [P 4.1]; no augmentation, constant rate [C]
         loss="mse", optimizer="sgd", lr=0.1, weight_decay=1e-3, schedule="constant", warmup=0, batch_size=256,
@@ -79,22 +118,28 @@ KD = dict(  # kd.py
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
 _AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
+_LABELLED_AT_64 = {stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")}  # [DC], [MTT]
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
-    "cifar10": dict(image_size=32, **_LONG),
+    "cifar10": dict(image_size=32, dm=dict(outer_lr=10.0), **_LONG),  # [DC] for 100 images per class and more
     "tinyimagenet": dict(
         image_size=64,  # [P 4.1]
         distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
         pretrain=dict(soft=dict(steps=40_000)),  # [C]
+        **_LABELLED_AT_64
+        | dict(
+            mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
+        ),
         **_LONG,
     ),
-    "imagenet": dict(image_size=64, distill=_AT_64),  # [P 4.1]
+    "imagenet": dict(image_size=64, distill=_AT_64, **_LABELLED_AT_64),  # [P 4.1]
     "imagenette": dict(  # [P, appendix D]
         image_size=224,
         target=dict(arch="resnet50_target", weights="hub"),  # [C] Barlow Twins on ImageNet, 2048-d
         distill=dict(arch="convnet5", num_images=10, outer_lr=1e-5),  # [C]
         pretrain=dict(soft=dict(steps=1_000, batch_size=10)),  # [C]
+        **{stage: dict(arch="dc_convnet5") for stage in ("dm", "dsa", "mtt")},  # [ours] as deep as KRR-ST's
     ),
     "digits": dict(  # [ours] sized for the quick start on two CPU cores
         image_size=32,
@@ -117,15 +162,37 @@ PRESETS = {  # what differs from the values above
             pool_size=5,
             pool_steps=60,
         ),
+        dm=dict(outer_steps=60, real_batch=64),
+        dsa=dict(networks=5, outer_loops=4, inner_epochs=10, outer_lr=0.1, real_batch=32),
+        mtt=dict(
+            outer_steps=30,
+            outer_lr=500.0,
+            inner_steps=5,
+            max_start=2,
+            match_epochs=1,
+            experts=2,
+            expert_batch=64,
+        ),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
     ),
-    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3)),  # [ours] any other set or folder
+    "other": dict(
+        image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_LABELLED_AT_64
+    ),  # [ours] any other set or folder
 }
 
 
-STAGES = {"target": TARGET, "distill": DISTILL, "random": RANDOM, "finetune": FINETUNE, "kd": KD}
+STAGES = {
+    "target": TARGET,
+    "distill": DISTILL,
+    "random": RANDOM,
+    "dm": DM,
+    "dsa": DSA,
+    "mtt": MTT,
+    "finetune": FINETUNE,
+    "kd": KD,
+}
 
 
 def preset(name, stage, kind=None):
