@@ -163,7 +163,7 @@ PRESETS = {  # what differs from the values above
             pool_steps=60,
         ),
         dm=dict(outer_steps=60, real_batch=64),
-        dsa=dict(networks=5, outer_loops=4, inner_epochs=10, outer_lr=0.1, real_batch=32),
+        dsa=dict(networks=8, outer_loops=4, inner_epochs=5, real_batch=64),
         mtt=dict(
             outer_steps=30,
             outer_lr=500.0,
