@@ -187,3 +187,12 @@ def diff_augment(x, generator, siamese=False):
     which = int(torch.randint(len(DIFF_AUGMENTATIONS), (1,), generator=generator, device=x.device))
     u = torch.rand(4, 1 if siamese else len(x), generator=generator, device=x.device)
     return DIFF_AUGMENTATIONS[which](x, u.to(x.dtype).expand(4, len(x)))
+
+
+def diff_augment_alike(generator, *batches):
+    """Each of `batches` under the very same siamese draw, as real and distilled images are compared."""
+    state, augmented = generator.get_state(), []
+    for x in batches:
+        generator.set_state(state)
+        augmented.append(diff_augment(x, generator, siamese=True))
+    return augmented

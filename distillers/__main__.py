@@ -13,7 +13,17 @@ from distillers import importing, method
 from utils import cli
 from utils.errors import UserError
 
-METHODS = ("random", "random_features", "kmeans", "dm", "dsa", "mtt", "frepo", "kip", "gaussian")  # modules with a METHOD
+METHODS = (
+    "random",
+    "random_features",
+    "kmeans",
+    "dm",
+    "dsa",
+    "mtt",
+    "frepo",
+    "kip",
+    "gaussian",
+)  # modules with a METHOD
 
 
 def main(argv):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.alexnet import alexnet
-from models.convnet import convnet
+from models.convnet import convnet, instance_norm
 from models.mobilenet import mobilenet
 from models.resnet import resnet, resnet50
 from models.vgg import POOL, vgg
@@ -48,6 +48,9 @@ ARCHITECTURES = {
     "convnet3": lambda size, w: convnet(_scaled(w, 128, 256, 512), size),
     "convnet4": lambda size, w: convnet(_scaled(w, 64, 128, 256, 512), size),
     "convnet5": lambda size, w: convnet(_scaled(w, 32, 64, 128, 256, 512), size),
+    "dc_convnet3": lambda size, w: convnet(_scaled(w, *[128] * 3), size, instance_norm),
+    "dc_convnet4": lambda size, w: convnet(_scaled(w, *[128] * 4), size, instance_norm),
+    "dc_convnet5": lambda size, w: convnet(_scaled(w, *[128] * 5), size, instance_norm),
     "vgg11": lambda size, w: vgg(_scaled(w, *_VGG11), size),
     "alexnet": lambda size, w: alexnet(_scaled(w, 128, 192, 256, 192, 192), size),
     "mobilenet": _mobilenet,

@@ -102,11 +102,15 @@ def test_blends_equal_torchvision():
         torch.testing.assert_close(augment.blend(x, mean, factor)[i], contrasted, rtol=1e-3, atol=1e-3)
 
 
+def seed_of(operation):
+    """A seed whose first draw is this one of the six differentiable augmentations."""
+    index = augment.DIFF_AUGMENTATIONS.index(operation)
+    return next(s for s in range(100) if int(torch.randint(6, (1,), generator=generator(s))) == index)
+
+
 @pytest.mark.parametrize("operation", augment.DIFF_AUGMENTATIONS, ids=lambda f: f.__name__)
 def test_siamese_draw_treats_batches_alike_and_gradients_flow(operation):
-    x = batch(5)
-    index = augment.DIFF_AUGMENTATIONS.index(operation)
-    seed = next(s for s in range(100) if int(torch.randint(6, (1,), generator=generator(s))) == index)
+    x, seed = batch(5), seed_of(operation)
     real = augment.diff_augment(torch.cat([x, x]), generator(seed), siamese=True)
     synthetic = augment.diff_augment(x, generator(seed), siamese=True)
     torch.testing.assert_close(real[:5], synthetic)
@@ -114,6 +118,21 @@ def test_siamese_draw_treats_batches_alike_and_gradients_flow(operation):
     x.requires_grad_()
     augment.diff_augment(x, generator(seed)).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("operation", augment.DIFF_AUGMENTATIONS, ids=lambda f: f.__name__)
+def test_batches_augmented_alike_share_the_transform_and_the_next_have_another(operation):
+    x, g = batch(3), generator(seed_of(operation))
+    (real, synthetic), again = augment.diff_augment_alike(g, torch.cat([x.flip(0), x]), x), []
+    torch.testing.assert_close(real[3:], synthetic)
+    for _ in range(20):
+        again.append(augment.diff_augment_alike(g, x)[0])
+    assert not all(torch.equal(each, synthetic) for each in again)
+    expected = generator(seed_of(operation))
+    augment.diff_augment(x, expected, siamese=True)
+    once = generator(seed_of(operation))
+    augment.diff_augment_alike(once, x, x, x)
+    assert torch.equal(once.get_state(), expected.get_state())  # as far on as one draw
 
 
 def test_cutout_clears_half_a_side_and_rotation_keeps_the_centre():

@@ -12,6 +12,9 @@ EXPECTED = [
     ("convnet3", 32, 8192, 1_480_704),
     ("convnet4", 64, 8192, 1_552_896),
     ("convnet5", 224, 25_088, 1_570_560),
+    ("dc_convnet3", 32, 2048, 299_520),
+    ("dc_convnet4", 64, 2048, 447_360),
+    ("dc_convnet5", 224, 6272, 595_200),
     ("vgg11", 32, 512, 9_225_984),
     ("vgg11", 64, 2048, 9_225_984),
     ("vgg11", 224, 25_088, 9_225_984),
@@ -51,6 +54,18 @@ def test_every_network_narrow_at_every_size(arch, size):
     loss = network(torch.randn(2, 3, size, size)).square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_instance_norm_treats_each_image_by_itself():
+    """Its output is each channel of each image minus its mean over its deviation, and no image sees another."""
+    network, x = models.build("dc_convnet3", 32, 4, width=0.05).double(), torch.randn(3, 3, 32, 32).double()
+    maps = network.features[0](x)
+    normalised = (maps - maps.mean((2, 3), keepdim=True)) / (
+        maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(network.features[1](maps), normalised)
+    torch.testing.assert_close(network(x)[1:2], network(x[1:2]))
+    assert network.features[1].weight.shape == network.features[1].bias.shape == (6,)
 
 
 def test_resnet50_target():

@@ -31,15 +31,16 @@ def save(path, kind, content):
     os.replace(partial, path)
 
 
-def load(path, kind, required=()):
-    """Read a file that `save` wrote, on the CPU and as data only (no code in it is run).
+def load(path, kind, required=(), mapped=False):
+    """Read a file that `save` wrote, on the CPU and as data only (no code in it is run); if `mapped`, a tensor's values
+    are read when they are used.
 
     Raises UserError when it is missing, unreadable, of another kind or format, or lacks a `required` key.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a {kind} file)")
-    content = read_data(path, f"{kind} file")
+    content = read_data(path, f"{kind} file", mapped)
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind", "unknown") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: not a {kind} file (found: {found})")
@@ -50,12 +51,12 @@ def load(path, kind, required=()):
     return content
 
 
-def read_data(path, what):
+def read_data(path, what, mapped=False):
     """What torch.save wrote, on the CPU; nothing in the file is run. Raises UserError where that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that then cannot be read
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever bytes that are no such file make the reader do
         code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
         reason = "it holds more than data" if code else (str(error).splitlines() or [type(error).__name__])[0][:120]

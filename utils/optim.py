@@ -69,11 +69,11 @@ class LAMB(torch.optim.Optimizer):
                 weight.sub_(group["lr"] * ratio * update)
 
 
-def optimizer(name, params, lr, weight_decay=0.0):
-    """`name`: sgd (momentum 0.9), adam or adamw (betas 0.9 and 0.999), lars (momentum 0.9) or lamb (as Adam, without
+def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
+    """`name`: sgd (with `momentum`), adam or adamw (betas 0.9 and 0.999), lars (momentum 0.9) or lamb (as Adam, without
     weight decay)."""
     if name == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay)
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "lamb":
         return LAMB(params, lr=lr)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": LARS}

@@ -2,8 +2,8 @@
 
 Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
 [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
-nor code says); [X name] another method's paper or public code; [ours] chosen here, for a machine that the paper's
-settings do not fit.
+nor code says); [DC] the code of dataset condensation (DM, DSA), [MTT] that of trajectory matching, [FRePo] and [KIP]
+those methods' papers and code; [ours] chosen here, for a machine that the paper's settings do not fit.
 """
 
 TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
@@ -51,25 +51,63 @@ FREPO = dict(  # distillers/frepo.py; KRR-ST's release lists no settings of its 
     num_images=SAME,
     arch=SAME,
     width=SAME,
-    outer_steps=500_000,  # [X FRePo]
-    outer_lr=3e-4,  # [X FRePo] LAMB, cosine to a tenth
-    outer_batch=1024,  # [X FRePo]
-    pool_size=10,  # [X FRePo]
-    pool_steps=100,  # [X FRePo]
-    pool_lr=3e-4,  # [X FRePo] Adam
-    pool_batch=1000,  # [X FRePo]
-    ridge=1e-6,  # [X FRePo] times the mean of the kernel's diagonal
+    outer_steps=500_000,  # [FRePo]
+    outer_lr=3e-4,  # [FRePo] LAMB, cosine to a tenth
+    outer_batch=1024,  # [FRePo]
+    pool_size=10,  # [FRePo]
+    pool_steps=100,  # [FRePo]
+    pool_lr=3e-4,  # [FRePo] Adam
+    pool_batch=1000,  # [FRePo]
+    ridge=1e-6,  # [FRePo] times the mean of the kernel's diagonal
 )
 
 KIP = dict(  # distillers/kip.py
     num_images=SAME,
-    kernel="conv",  # [X KIP] but without its pooling [ours]
-    depth=3,  # [X KIP]
-    outer_steps=1000,  # [X KIP] of its published sets
-    outer_lr=4e-2,  # [X KIP] Adam
-    outer_batch=5000,  # [X KIP]
-    ridge=1e-6,  # [X KIP] times the mean of the kernel's diagonal
-    learn_labels=False,  # [X KIP] its published sets come with and without
+    kernel="conv",  # [KIP] but without its pooling [ours]
+    depth=3,  # [KIP]
+    outer_steps=1000,  # [KIP] of its published sets
+    outer_lr=4e-2,  # [KIP] Adam
+    outer_batch=5000,  # [KIP]
+    ridge=1e-6,  # [KIP] times the mean of the kernel's diagonal
+    learn_labels=False,  # [KIP] its published sets come with and without
+)
+
+DM = dict(  # distillers/dm.py
+    num_images=SAME,
+    arch="dc_convnet3",  # [DC]
+    width=SAME,
+    outer_steps=20_000,  # [DC]
+    outer_lr=1.0,  # [DC]
+    real_batch=256,  # [DC]
+)
+
+DSA = dict(  # distillers/dsa.py
+    num_images=SAME,
+    arch="dc_convnet3",  # [DC]
+    width=SAME,
+    networks=1000,  # [DC]
+    outer_loops=0,  # [DC] as many as images per class
+    inner_epochs=0,  # [DC] a table, by images per class
+    outer_lr=0.1,  # [DC]
+    real_batch=256,  # [DC]
+    inner_lr=0.01,  # [DC]
+    inner_batch=256,  # [DC]
+)
+
+MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without ZCA
+    num_images=SAME,
+    arch="dc_convnet3",  # [MTT]
+    width=SAME,
+    outer_steps=5_000,  # [MTT]
+    outer_lr=1e3,  # [MTT]
+    rate_lr=1e-5,  # [MTT]
+    inner_steps=20,  # [MTT] N
+    inner_batch=0,  # [MTT] all
+    match_epochs=2,  # [MTT] M
+    max_start=20,  # [MTT]
+    experts=100,  # [MTT]
+    expert_lr=0.01,  # [MTT]
+    expert_batch=256,  # [MTT]
 )
 
 PRETRAIN = {  # pretrain.py, by the kind of targets
@@ -105,22 +143,28 @@ KD = dict(  # kd.py
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
 _AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
+_LABELLED_AT_64 = {stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")}  # [DC], [MTT]
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
-    "cifar10": dict(image_size=32, **_LONG),
+    "cifar10": dict(image_size=32, dm=dict(outer_lr=10.0), **_LONG),  # [DC] for 100 images per class and more
     "tinyimagenet": dict(
         image_size=64,  # [P 4.1]
         distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
         pretrain={"soft": dict(steps=40_000), ("soft", "mobilenet"): dict(batch_size=256)},  # [C]
+        **_LABELLED_AT_64
+        | dict(
+            mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
+        ),
         **_LONG,
     ),
-    "imagenet": dict(image_size=64, distill=_AT_64),  # [P 4.1]
+    "imagenet": dict(image_size=64, distill=_AT_64, **_LABELLED_AT_64),  # [P 4.1]
     "imagenette": dict(  # [P, appendix D]
         image_size=224,
         target=dict(arch="resnet50_target", weights="hub"),  # [C] Barlow Twins on ImageNet, 2048-d
         distill=dict(arch="convnet5", num_images=10, outer_lr=1e-5),  # [C]
         pretrain=dict(soft=dict(steps=1_000, batch_size=10)),  # [C]
+        **{stage: dict(arch="dc_convnet5") for stage in ("dm", "dsa", "mtt")},  # [ours] as deep as KRR-ST's
     ),
     "digits": dict(  # [ours] sized for the quick start on two CPU cores
         image_size=32,
@@ -145,6 +189,17 @@ PRESETS = {  # what differs from the values above
         ),
         frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=60, pool_lr=3e-3),
         kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
+        dm=dict(outer_steps=60, real_batch=64),
+        dsa=dict(networks=8, outer_loops=4, inner_epochs=5, real_batch=64),
+        mtt=dict(
+            outer_steps=30,
+            outer_lr=500.0,
+            inner_steps=5,
+            max_start=2,
+            match_epochs=1,
+            experts=2,
+            expert_batch=64,
+        ),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
@@ -165,7 +220,11 @@ PRESETS = {  # what differs from the values above
         ),
         pretrain={"feature": dict(epochs=300, lr=0.05)},
     ),
-    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3)),  # [ours] any other set or folder
+    "other": dict(  # [ours] any other set or folder
+        image_size=64,
+        distill=_AT_64 | dict(outer_lr=1e-3),
+        **_LABELLED_AT_64,
+    ),
 }
 
 
@@ -173,6 +232,9 @@ STAGES = {
     "target": TARGET,
     "distill": DISTILL,
     "random": RANDOM,
+    "dm": DM,
+    "dsa": DSA,
+    "mtt": MTT,
     "frepo": FREPO,
     "kip": KIP,
     "finetune": FINETUNE,

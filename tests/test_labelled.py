@@ -1,0 +1,396 @@
+"""DM, DSA and MTT: their formulas against naive ones in float64, and the real commands at toy size."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
+
+import models
+from data.distilled import load_distilled
+from data.images import load_images
+from data.subsets import balanced_subset
+from distillers import __main__ as distillers
+from distillers import dm, dsa, labelled, mtt
+from utils import files, run
+from utils.errors import UserError
+from utils.sampling import Randomness
+
+TOY = dict(
+    dm=["--outer-steps", "4", "--real-batch", "8"],
+    dsa=["--networks", "2", "--outer-loops", "2", "--inner-epochs", "2", "--real-batch", "4"],
+    mtt=["--outer-steps", "4", "--inner-steps", "2", "--inner-batch", "7", "--max-start", "2", "--experts", "2",
+         "--expert-batch", "64", "--outer-lr", "100", "--match-epochs", "2"],
+)  # fmt: skip
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tiny_network(num_outputs=3):
+    torch.manual_seed(0)
+    return models.build("dc_convnet3", 32, num_outputs, width=0.03).double()
+
+
+@pytest.fixture(scope="session")
+def small_root(tmp_path_factory):
+    """A data root with 200 of the digits, 14 of the 3 and 20 or more of each other class, as class folders."""
+    root = tmp_path_factory.mktemp("small")
+    digits = load_images("digits", "train", 32, root)
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = root / "few" / split / str(label)
+            folder.mkdir(parents=True)
+            for i in (digits.labels == label).nonzero()[: 14 if label == 3 else 20 + (label < 6), 0].tolist():
+                save_image(digits.raw(torch.tensor([i]), "cpu")[0], folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def source(small_root):
+    return load_images("few", "train", 32, small_root)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, which is faster for networks this small, and few draws to measure with."""
+    torch.set_num_threads(1)
+    for module, name in ((dm, "MEASURED_NETWORKS"), (dsa, "MEASURED_NETWORKS"), (mtt, "MEASURED_STARTS")):
+        monkeypatch.setattr(module, name, 2)
+
+
+# The formulas
+
+
+def test_mean_distance_equals_loops_over_classes_and_images():
+    f_real, f_syn = normal(0, 7, 5), normal(1, 6, 5)
+    y_real, y_syn = torch.tensor([0, 2, 1, 2, 2, 0, 1]), torch.tensor([0, 1, 2, 2, 1, 0])
+    expected = 0.0
+    for c in range(3):
+        for j in range(5):
+            real = [f_real[i, j].item() for i in range(7) if y_real[i] == c]
+            syn = [f_syn[i, j].item() for i in range(6) if y_syn[i] == c]
+            expected += (sum(real) / len(real) - sum(syn) / len(syn)) ** 2
+    assert dm.mean_distance(f_real, y_real, f_syn, y_syn, 3).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("images_in_a_pass", [1, 24, 10_000])
+def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(source, monkeypatch, images_in_a_pass):
+    """Loss and gradient of DM, from the pieces: one draw of augmentation and one of real images for each class."""
+    device = torch.device("cpu")
+    real = labelled.ClassBatches(source, 8, device)
+    torch.manual_seed(0)
+    network = models.build("dc_convnet3", 32, 0, width=0.05).requires_grad_(False)
+    x = source.normalised(balanced_subset(source, 20, 0), device).requires_grad_()
+    randomness, naive = Randomness(5, device), 0.0
+    for c in range(10):
+        a, b = dm.diff_augment_alike(randomness.device, real.draw(c, randomness.cpu), x[2 * c : 2 * c + 2])
+        naive = naive + (network.embed(a).mean(0) - network.embed(b).mean(0)).square().sum()
+    (expected,) = torch.autograd.grad(naive, x)
+    monkeypatch.setattr(dm, "PASS", images_in_a_pass)
+    parts = list(dm.losses(network, x, real, Randomness(5, device), "fp32"))
+    assert len(parts) == {1: 10, 24: 4, 10_000: 1}[images_in_a_pass]
+    for part in parts:
+        part.backward()
+    torch.testing.assert_close(sum(parts), naive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_distance_equals_loops_over_rows():
+    real, syn = ([normal(s, 4, 3, 2, 2), normal(s + 1, 2, 7)] for s in (0, 10))
+    expected = 0.0
+    for a, b in zip(real, syn, strict=True):
+        for row in range(len(a)):
+            p, q = a[row].flatten().tolist(), b[row].flatten().tolist()
+            dot = sum(i * j for i, j in zip(p, q, strict=True))
+            expected += 1 - dot / (sum(i * i for i in p) ** 0.5 * sum(j * j for j in q) ** 0.5)
+    assert dsa.gradient_distance(real, syn).item() == pytest.approx(expected, rel=1e-5)
+    assert dsa.gradient_distance(real, [5 * each for each in real]).item() == pytest.approx(0, abs=1e-5)
+    assert dsa.gradient_distance(real, [-each for each in real]).item() == pytest.approx(2 * 6, rel=1e-5)
+
+
+def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
+    syn = torch.zeros(1, 3, requires_grad=True)
+    distance = dsa.gradient_distance([torch.ones(1, 3)], [syn])
+    distance.backward()
+    assert distance.item() == 1 and syn.grad.isfinite().all()
+
+
+def test_weight_gradients_are_those_of_convolutions_and_head_only():
+    network, x = tiny_network().float(), normal(0, 4, 3, 32, 32).float()
+    F.cross_entropy(network(x), torch.full((4,), 2)).backward()
+    expected = [m.weight.grad for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    ours = dsa.weight_gradients(network, x, 2, "fp32")
+    assert len(ours) == 4
+    for gradient, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, theirs)
+
+
+def test_dsa_image_gradient_agrees_with_central_differences():
+    network, x_real, x = tiny_network().double(), normal(0, 5, 3, 32, 32), normal(1, 2, 3, 32, 32).requires_grad_()
+
+    def gradients(x, create_graph=False):
+        weights = [p for p in network.parameters() if p.ndim > 1]
+        loss = F.cross_entropy(network(x), torch.ones(len(x), dtype=torch.int64))
+        return torch.autograd.grad(loss, weights, create_graph=create_graph)
+
+    g_real = gradients(x_real)
+    dsa.gradient_distance(g_real, gradients(x, create_graph=True)).backward(inputs=[x])
+    for seed in range(4):
+        direction, h = normal(seed + 5, *x.shape), 1e-6
+        up, down = (dsa.gradient_distance(g_real, gradients(x.detach() + s * h * direction)) for s in (1, -1))
+        torch.testing.assert_close((x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "expected"),
+    [(1, (1, 1)), (2, (2, 50)), (10, (10, 50)), (11, (11, 25)), (20, (20, 25)), (30, (30, 20)), (40, (40, 15)),
+     (50, (50, 10)), (100, (50, 10))],
+)  # fmt: skip
+def test_loops_by_images_per_class(per_class, expected):
+    assert dsa.loops(per_class) == expected
+
+
+@pytest.fixture
+def unrolled():
+    """A tiny network, theta*_t, theta*_{t+M}, images in three inner batches, and the rate; and the loss the naive way:
+    one graph through all steps."""
+    network = tiny_network()
+    start = mtt.flat(network)
+    goal = start + 0.05 * normal(1, len(start))
+    x, y, rate = normal(2, 6, 3, 32, 32).requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor(0.03).double()
+    parts = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 5]), torch.tensor([1, 4, 5])]
+
+    def naive(x, rate):
+        theta = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+        for part in parts:
+            loss = F.cross_entropy(torch.func.functional_call(network, theta, (x[part],)), y[part])
+            gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            theta = {name: p - rate * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+        reached = torch.cat([p.flatten() for p in theta.values()])
+        return (reached - goal).norm() ** 2 / (start - goal).norm() ** 2
+
+    batches = [(x[part], y[part]) for part in parts]
+    return SimpleNamespace(network=network, start=start, goal=goal, x=x, rate=rate, batches=batches, naive=naive)
+
+
+def test_mtt_loss_and_gradients_equal_one_graph_through_all_steps(unrolled):
+    u = unrolled
+    loss, by_x, by_rate = mtt.matching(u.network, u.start, u.goal, u.batches, u.rate)
+    torch.autograd.backward([x for x, _ in u.batches], by_x)
+    rate = u.rate.clone().requires_grad_()
+    expected = u.naive(u.x, rate)
+    for_x, for_rate = torch.autograd.grad(expected, (u.x, rate))
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(u.x.grad, for_x)
+    torch.testing.assert_close(by_rate, for_rate)
+    assert not loss.requires_grad and for_rate.abs() > 1e-6
+
+
+def test_mtt_gradients_agree_with_central_differences(unrolled):
+    u, h = unrolled, 1e-6
+    _, by_x, by_rate = mtt.matching(u.network, u.start, u.goal, u.batches, u.rate)
+    torch.autograd.backward([x for x, _ in u.batches], by_x)
+    for seed in range(4):
+        direction = normal(seed + 5, *u.x.shape)
+        up, down = (u.naive(u.x.detach() + s * h * direction, u.rate).detach() for s in (1, -1))
+        torch.testing.assert_close((u.x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-10)
+    up, down = (u.naive(u.x.detach(), u.rate + s * h).detach() for s in (1, -1))
+    torch.testing.assert_close(by_rate, (up - down) / (2 * h), rtol=1e-5, atol=1e-10)
+
+
+def test_mtt_loss_is_one_at_the_start_and_zero_at_the_goal(unrolled):
+    u, still = unrolled, torch.zeros((), dtype=torch.float64)
+    assert mtt.matching(u.network, u.start, u.goal, u.batches, still)[0].item() == pytest.approx(1, rel=1e-12)
+    x, y = u.batches[0]
+    goal = u.start - 0.1 * mtt.inner_gradient(u.network, u.start.clone().requires_grad_(), x.detach(), y)
+    assert mtt.matching(u.network, u.start, goal, [(x, y)], still + 0.1)[0].item() == pytest.approx(0, abs=1e-20)
+
+
+def test_flat_parameters_come_back_by_name():
+    network = tiny_network()
+    for name, value in mtt.unflat(mtt.flat(network), network).items():
+        assert torch.equal(value, network.get_parameter(name))
+
+
+def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(source):
+    real = labelled.ClassBatches(source, 18, torch.device("cpu"))
+    for label in range(10):
+        members = source.normalised((source.labels == label).nonzero()[:, 0], "cpu")
+        drawn = real.draw(label, torch.Generator().manual_seed(0))
+        same = (drawn[:, None] == members).flatten(2).all(2)  # (b, n_c)
+        assert len(drawn) == (14 if label == 3 else 18)
+        assert same.sum(1).tolist() == [1] * len(drawn) and same.sum(0).max() == 1
+
+
+# The commands
+
+
+def distil(method, top, small_root, *flags, seed=0):
+    """The real command in this process: the set, its log, and its folder."""
+    words = ["--source", "few", "--preset", "digits", "--num-images", "20", "--width", "0.05", "--log-every", "1"]
+    roots = ["--data-root", str(small_root), "--run-root", str(top), "--seed", str(seed)]
+    distillers.main([method, *words, *roots, *TOY[method], *flags])
+    folder = top / "few" / method / f"seed{seed}"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return load_distilled(folder / "distilled.pt"), log
+
+
+@pytest.mark.parametrize("method", TOY)
+def test_same_seed_same_set_and_another_seed_another(method, small_root, tmp_path):
+    first, log = distil(method, tmp_path / "a", small_root)
+    again, _ = distil(method, tmp_path / "b", small_root)
+    other, _ = distil(method, tmp_path / "a", small_root, seed=1)
+    assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
+    assert first.target_kind == "class" and first.targets.tolist() == sorted([*range(10)] * 2)
+    assert first.meta["method"] == method and len(log) == 4
+    assert (tmp_path / "a/few" / method / "seed0/images.png").is_file()
+
+
+@pytest.mark.parametrize("method", TOY)
+def test_start_is_the_set_of_random(method, small_root, source, tmp_path):
+    start, _ = distil(method, tmp_path, small_root, "--outer-lr", "0")
+    chosen = balanced_subset(source, 20, 0)
+    torch.testing.assert_close(start.images, source.normalised(chosen, "cpu"), rtol=0, atol=0)
+    assert torch.equal(start.targets, source.labels[chosen])
+
+
+def stopping_at(stops):
+    """As `Run.steps`, stopped once after each (phase, step) of `stops`, as a signal would."""
+    steps = run.Run.steps
+
+    def stopping(self, phase, total):
+        for step in steps(self, phase, total):
+            yield step
+            if (phase, step) in stops:
+                stops.remove((phase, step))
+                self.done[phase] = step + 1
+                self.checkpoint()
+                raise run.Stopped("test")
+
+    return stopping
+
+
+@pytest.mark.parametrize("method", TOY)
+def test_stopped_run_goes_on_to_the_very_same_set(method, small_root, tmp_path, monkeypatch):
+    stops = [("distil", 0), ("distil", 2)]
+    if method == "mtt":
+        stops = [("expert 0", 4), ("expert 1", 2), *stops]  # within an epoch
+    whole, log = distil(method, tmp_path / "whole", small_root)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "steps", stopping_at(left := [*stops]))
+        for _ in stops:
+            with pytest.raises(run.Stopped):
+                distil(method, tmp_path / "parts", small_root)
+    assert not left
+    parts, log_of_parts = distil(method, tmp_path / "parts", small_root)
+    assert torch.equal(parts.images, whole.images)
+    assert [line["loss"] for line in log_of_parts] == [line["loss"] for line in log]
+    assert parts.meta["objective_distilled"] == whole.meta["objective_distilled"]
+    assert not list((tmp_path / "parts").rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    ("method", "share", "flags"),
+    [
+        ("dm", 0.85, ["--width", "0.1", "--outer-lr", "0.5", "--outer-steps", "25", "--real-batch", "20"]),
+        ("dsa", 0.9, ["--networks", "20", "--outer-loops", "1", "--real-batch", "20"]),
+        ("mtt", 0.9, ["--outer-lr", "1000", "--outer-steps", "15", "--experts", "1", "--max-start", "1"]),
+    ],
+)  # fmt: skip
+def test_distillation_of_digits_lowers_the_objective(method, share, flags, small_root, tmp_path, monkeypatch):
+    """For DSA under one and the same network each time: over fresh ones so few steps are lost in the noise."""
+
+    def same_network(*args):
+        torch.manual_seed(0)
+        return labelled.fresh_network(*args)
+
+    monkeypatch.setattr(dsa, "fresh_network", same_network)
+    learned, _ = distil(method, tmp_path, small_root, *flags)
+    assert learned.meta["objective_distilled"] < share * learned.meta["objective_initial"]
+    assert learned.images.isfinite().all()
+
+
+def experts_in(top):
+    return sorted((top / "few" / "mtt_experts").rglob("expert.pt"))
+
+
+def test_experts_are_trained_once_and_again_when_what_decides_them_changes(small_root, tmp_path):
+    distil("mtt", tmp_path, small_root)
+    kept = {path: path.stat().st_mtime_ns for path in experts_in(tmp_path)}
+    assert len(kept) == 2
+    distil("mtt", tmp_path, small_root, "--outer-lr", "7", "--inner-steps", "1", seed=1)
+    assert {path: path.stat().st_mtime_ns for path in experts_in(tmp_path)} == kept
+    distil("mtt", tmp_path, small_root, "--experts", "3", seed=2)
+    assert len(experts_in(tmp_path)) == 3
+    distil("mtt", tmp_path, small_root, "--expert-lr", "0.02", seed=3)
+    assert len(experts_in(tmp_path)) == 5
+
+
+def test_expert_holds_the_parameters_of_plain_sgd_after_each_epoch(small_root, source, tmp_path, monkeypatch):
+    """Without augmentation, in one batch an epoch: theta_{t+1} = theta_t - lr * gradient on the whole source."""
+    monkeypatch.setattr(mtt, "diff_augment", lambda x, generator: x)
+    distil("mtt", tmp_path, small_root, "--expert-batch", "1000", "--expert-lr", "0.05", "--outer-steps", "1")
+    trajectories = [files.load(path, "expert")["trajectory"] for path in experts_in(tmp_path)]
+    for k, trajectory in enumerate(trajectories):
+        torch.manual_seed(k)
+        network = models.build("dc_convnet3", 32, 10, 0.05)
+        assert trajectory.shape == (2 + 2, mtt.flat(network).numel())  # epochs 0 to max_start - 1 + M
+        torch.testing.assert_close(trajectory[0], mtt.flat(network))
+        for epoch in range(3):
+            loss = F.cross_entropy(network(source.normalised(torch.arange(len(source)), "cpu")), source.labels)
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            with torch.no_grad():
+                for p, gradient in zip(network.parameters(), gradients, strict=True):
+                    p -= 0.05 * gradient
+            torch.testing.assert_close(trajectory[epoch + 1], mtt.flat(network), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(*trajectories)
+
+
+def test_learned_rate_is_updated_and_stays_positive(small_root, tmp_path):
+    learned, log = distil("mtt", tmp_path / "usual", small_root, "--rate-lr", "1e-4")
+    assert 0 < learned.meta["learned_rate"] != 0.01 and log[-1]["rate"] == pytest.approx(learned.meta["learned_rate"])
+    # Eight inner steps where the expert took one: the rate is pushed below 0 if nothing holds it.
+    one_step = ["--experts", "1", "--expert-batch", "1000", "--max-start", "1", "--match-epochs", "1"]
+    flags = [*one_step, "--outer-steps", "1", "--inner-steps", "8", "--outer-lr", "0", "--rate-lr", "1000"]
+    pushed, _ = distil("mtt", tmp_path / "pushed", small_root, *flags)
+    assert pushed.meta["learned_rate"] == pytest.approx(0.01 * mtt.LEAST_RATE)
+
+
+# What a user gives that cannot work
+
+
+@pytest.mark.parametrize("method", TOY)
+def test_batch_norm_is_refused(method, small_root, tmp_path):
+    with pytest.raises(UserError, match=r"convnet3 has batch norm.*dc_convnet3, dc_convnet4"):
+        distil(method, tmp_path, small_root, "--arch", "convnet3")
+
+
+@pytest.mark.parametrize("method", TOY)
+def test_number_that_is_no_multiple_of_the_classes(method, small_root, tmp_path):
+    with pytest.raises(UserError, match="not a multiple"):
+        distil(method, tmp_path, small_root, "--num-images", "15")
+
+
+@pytest.mark.parametrize("method", TOY)
+def test_loss_that_is_not_finite_stops_with_advice(method, small_root, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf).*delete .*seed0.*lower --outer-lr"):
+        distil(method, tmp_path, small_root, "--outer-lr", "1e38")
+    assert not (tmp_path / "few" / method / "seed0" / "distilled.pt").exists()
+
+
+def test_expert_that_diverges_stops_with_advice(small_root, tmp_path):
+    with pytest.raises(UserError, match="lower --expert-lr"):
+        distil("mtt", tmp_path, small_root, "--expert-lr", "1e30")
+
+
+def test_images_without_labels(tmp_path):
+    for i in range(3):
+        save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
+    for method in TOY:
+        with pytest.raises(UserError, match="no labels"):
+            distillers.main([method, "--source", str(tmp_path), "--data-root", str(tmp_path / "data"),
+                             "--run-root", str(tmp_path / "runs")])  # fmt: skip
