@@ -218,6 +218,7 @@ PRESETS = {  # what differs from the values above
             pool_steps=60,
             pool_lr=0.05,  # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
         ),
+        **_LABELLED_AT_64,
         pretrain={"feature": dict(epochs=300, lr=0.05)},
     ),
     "other": dict(  # [ours] any other set or folder
