@@ -51,7 +51,7 @@ def prepare(name, split, size, root, labels=False, partial=False):
     if not _is(known := _record(stem), fingerprint):
         if not partial:
             raw_images.check_counts(name, split, raw)
-        if raw.made_split:
+        if raw.made_split and split == "train":
             print(f"{name}: no test split there; a fifth of each class, drawn with seed 0, is kept for the test")
         stem.parent.mkdir(parents=True, exist_ok=True)
         with files.locked(stem.with_suffix(".lock")):
