@@ -143,7 +143,7 @@ PRESETS = {  # what differs from the values above
             pool_size=5,
             pool_steps=60,
         ),
-        frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=60, pool_lr=3e-3),
+        frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=40, pool_lr=3e-3),
         kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
