@@ -78,6 +78,7 @@ def distill(source, chosen, target, args, run, device):
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_(args.learn_labels)
     adam = optim.optimizer("adam", [x_syn, y_syn] if args.learn_labels else [x_syn], args.outer_lr)
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
+    torch.rand((), generator=randomness.cpu)  # else the first batch would be the very images that the set starts as
     run.resume(device, dict(learned=learned, optimizer=adam, randomness=randomness))
 
     for step in run.steps("distil", args.outer_steps):

@@ -19,7 +19,8 @@ def ridge_predict(f_real, f_syn, y_syn, ridge, per_image=False, bias=True):
     """
     if bias:
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
-    return kernel_predict(f_real @ f_syn.T, f_syn @ f_syn.T, y_syn, ridge, per_image)
+    k_ss, k_rs = f_syn @ f_syn.T, f_real @ f_syn.T  # (m, m), (b, m)
+    return kernel_predict(k_rs, k_ss, y_syn, ridge, per_image)
 
 
 def kernel_predict(k_rs, k_ss, y_syn, ridge, per_image=False):

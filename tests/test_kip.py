@@ -62,7 +62,7 @@ def empirical(name, x, y, depth, width, inits):
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "width"), [("fc", 1, 2000), ("fc", 3, 1000), ("conv", 1, 500), ("conv", 3, 200)]
+    ("name", "depth", "width"), [("fc", 1, 2000), ("fc", 3, 500), ("conv", 1, 500), ("conv", 3, 200)]
 )
 def test_kernel_is_the_limit_of_a_wide_network(name, depth, width, inits=16):
     x, y = images(0, 3, 4), images(1, 2, 4)

@@ -187,7 +187,7 @@ PRESETS = {  # what differs from the values above
             pool_size=5,
             pool_steps=60,
         ),
-        frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=60, pool_lr=3e-3),
+        frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=40, pool_lr=3e-3),
         kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
         dm=dict(outer_steps=60, real_batch=64),
         dsa=dict(networks=8, outer_loops=4, inner_epochs=5, real_batch=64),
