@@ -110,7 +110,8 @@ def distill(source, chosen, target, args, run, device):
         scheduler.step()
         method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, source, args))
 
-    index = random_subset(source, min(args.outer_batch, len(source)), seed=0)
+    # A seed of no run: another draw than the images that the set starts as.
+    index = random_subset(source, min(args.outer_batch, len(source)), seed=-1)
     x_held = source.normalised(index, device)
     y_held = target.features(x_held)
     with torch.no_grad():
