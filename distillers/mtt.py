@@ -10,8 +10,8 @@ rate that is learned with them, and follows the gradient of
     || theta_N - theta*_{t+M} ||^2 / || theta*_t - theta*_{t+M} ||^2.
 
 Needs labels; starts from the images of `random` under the same seed. The first run on a source trains the experts into
-runs/<source>/mtt_experts/<network and settings>/seed<k>/expert.pt: 100 of them take 3 GB for CIFAR-100 and 15 GB for
-TinyImageNet. Later runs with the same settings of the experts, whatever their seed, find them there. Images are
+runs/<source>/mtt_experts/<network and settings>/seed<k>/expert.pt: 100 of them take 4.4 GB for CIFAR-100 and 14 GB
+for TinyImageNet. Later runs with the same settings of the experts, whatever their seed, find them there. Images are
 normalised by the source's mean and deviation, without ZCA whitening; the last ones are kept, none is chosen by test
 accuracy.
 """

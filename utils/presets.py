@@ -143,7 +143,7 @@ KD = dict(  # kd.py
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
 _AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
-_LABELLED_AT_64 = {stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")}  # [DC], [MTT]
+_LABELLED_AT_64 = {stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")}  # [ours] as TinyImageNet
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
@@ -152,10 +152,9 @@ PRESETS = {  # what differs from the values above
         image_size=64,  # [P 4.1]
         distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
         pretrain={"soft": dict(steps=40_000), ("soft", "mobilenet"): dict(batch_size=256)},  # [C]
-        **_LABELLED_AT_64
-        | dict(
-            mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
-        ),
+        dm=dict(arch="dc_convnet4"),  # [DC]
+        dsa=dict(arch="dc_convnet4"),  # [DC]
+        mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
         **_LONG,
     ),
     "imagenet": dict(image_size=64, distill=_AT_64, **_LABELLED_AT_64),  # [P 4.1]
@@ -221,11 +220,8 @@ PRESETS = {  # what differs from the values above
         **_LABELLED_AT_64,
         pretrain={"feature": dict(epochs=300, lr=0.05)},
     ),
-    "other": dict(  # [ours] any other set or folder
-        image_size=64,
-        distill=_AT_64 | dict(outer_lr=1e-3),
-        **_LABELLED_AT_64,
-    ),
+    # [ours] any other set or folder
+    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_LABELLED_AT_64),
 }
 
 
