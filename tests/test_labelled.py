@@ -297,7 +297,7 @@ def test_stopped_run_goes_on_to_the_very_same_set(method, small_root, tmp_path, 
     ("method", "share", "flags"),
     [
         ("dm", 0.85, ["--width", "0.1", "--outer-lr", "0.5", "--outer-steps", "25", "--real-batch", "20"]),
-        ("dsa", 0.9, ["--networks", "20", "--outer-loops", "1", "--real-batch", "20"]),
+        ("dsa", 0.95, ["--networks", "20", "--outer-loops", "1", "--real-batch", "20"]),
         ("mtt", 0.9, ["--outer-lr", "1000", "--outer-steps", "15", "--experts", "1", "--max-start", "1"]),
     ],
 )  # fmt: skip
