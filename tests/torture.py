@@ -153,7 +153,7 @@ def attempt(stage, root, at=0, wait=None):
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return told.partition("end")[0]
     if status:
-        sys.exit(f"{stage.words}: status {status} at {told!r}\n{(root / 'output.txt').read_text()}")
+        sys.exit(f"{(root / 'output.txt').read_text()}\n{stage.words}: status {status} at {told!r}")
     return int(told.partition("end ")[2])
 
 
@@ -193,7 +193,7 @@ def compare(root, reference, stage):
         ),
     }
     if fault := next((fault for fault, there in faults.items() if there), None):
-        sys.exit(f"{stage.words}: {fault}: {ours} and {theirs}\n{(root / 'output.txt').read_text()}")
+        sys.exit(f"{(root / 'output.txt').read_text()}\n{stage.words}: {fault}")
 
 
 def flip_a_byte(root, stage, dice):
