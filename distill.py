@@ -16,7 +16,7 @@ from data.images import normalise, unit
 from data.loading import Loader
 from data.subsets import random_subset
 from distillers import method
-from distillers.krr import ridge_predict
+from distillers.krr import LIMITS, larger_ridges, ridge_predict
 from distillers.method import Method
 from distillers.pool import Pool
 from utils import cli, optim
@@ -94,6 +94,7 @@ def distill(source, chosen, target, args, run, device):
         dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness),
     )
 
+    run.limits = LIMITS
     for _ in run.steps("initialise pool", sum(pool.ages)):  # line 5
         pool.below_age().train_step(x_init, y_init)
 
@@ -103,10 +104,11 @@ def distill(source, chosen, target, args, run, device):
         loss = outer_loss(member, x_real, y_real, x_syn, y_syn, args)  # line 9
         adamw.zero_grad()
         loss.backward()
+        # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
+        gradient, lr = x_syn.grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
+        run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=larger_ridges(device))
         adamw.step()  # line 10
         pool.advance(member, x_syn.detach(), y_syn.detach(), args.keep_pool_count)  # lines 11-16
-        # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
-        run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), lr=scheduler.get_last_lr()[0])
         scheduler.step()
         method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, source, args))
 

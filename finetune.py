@@ -57,14 +57,14 @@ def finetune(network, train, args, run, randomness, device):
         loss = F.cross_entropy(predicted.float(), labels)
         sgd.zero_grad()
         loss.backward()
+        run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
         sgd.step()
         scheduler.step()
-        run.log(step, loss=loss)
 
 
 def main(argv):
     args = parse_args(argv)
-    device, started = cli.device(args), time.time()
+    device, started = cli.device(args), time.monotonic()
     beginning = start.load(args)
     size = beginning.saved["image_size"]
     train = load_images(args.target, "train", size, args.data_root, labels=True)
@@ -108,7 +108,7 @@ def main(argv):
     line = beginning.result(
         target=train.name, protocol=args.protocol, accuracy=round(accuracy, 4), labels_per_class=args.labels_per_class,
         label_fraction=args.label_fraction, digest=key, device=device.type, versions=versions(),
-        seconds=round(time.time() - started, 1),
+        seconds=round(time.monotonic() - started, 1),
     )  # fmt: skip
     results.append(beginning.folder, line)
     print(results.show(line))

@@ -63,15 +63,15 @@ def imitate(student, teacher, distilled, args, run, randomness, device):
         loss = F.cross_entropy(predicted.float(), wanted)
         optimizer.zero_grad()
         loss.backward()
+        run.log(step, loss=loss, gradient=optim.gradient_norm(student.parameters()))
         optimizer.step()
         if (step + 1) % batches.per_epoch == 0:
             scheduler.step()
-        run.log(step, loss=loss)
 
 
 def main(argv):
     args = parse_args(argv)
-    device, started = cli.device(args), time.time()
+    device, started = cli.device(args), time.monotonic()
     beginning = start.load(args)
     distilled, teaching = load_distilled(args.distilled), saved.load_model(args.teacher)
     size = beginning.saved["image_size"]
@@ -111,7 +111,7 @@ def main(argv):
     }
     line = beginning.result(
         target=test.name, protocol="kd", images=images, **accuracies, digest=key, device=device.type,
-        versions=versions(), seconds=round(time.time() - started, 1),
+        versions=versions(), seconds=round(time.monotonic() - started, 1),
     )  # fmt: skip
     results.append(beginning.folder, line)
     print(f"{results.show(line)}; teacher {line['teacher']:.2f} %")

@@ -57,9 +57,9 @@ def pretrain(network, distilled, args, run, randomness, device):
         loss = LOSSES[args.loss](predicted.float(), y_syn[index])
         optimizer.zero_grad()
         loss.backward()
+        run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
         optimizer.step()
         scheduler.step()
-        run.log(step, loss=loss)
 
 
 def main(argv):

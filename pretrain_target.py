@@ -96,9 +96,9 @@ def train(network, source, args, run, device):
         loss = barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale)
         lars.zero_grad()
         loss.backward()
+        run.log(step, loss=loss, gradient=optim.gradient_norm(weights))
         lars.step()
         scheduler.step()
-        run.log(step, loss=loss)
 
 
 def load_backbone(network, weights):
@@ -116,6 +116,8 @@ def load_backbone(network, weights):
             ) from error
     else:
         state = files.read_data(weights, "state dict")
+        if name := files.not_finite(state):
+            raise UserError(f"{weights}: values that are not finite ({name})")
     try:
         network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -13,6 +13,7 @@ TARGET_KINDS = {
     "class": (torch.int64, 1),  # (m,): class indices (the rest)
     "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
 }
+META = {"source": str, "method": str, "preset": str, "seed": int}  # what later stages take from there
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
@@ -43,15 +44,20 @@ class Distilled:
 
     def fault(self):
         """What makes this no distilled set, in words, or None."""
-        dtype, dims = TARGET_KINDS.get(self.target_kind, (None, None))
+        dtype, dims = TARGET_KINDS.get(str(self.target_kind), (None, None))
         tensors = (self.images, self.targets, self.mean, self.std)
-        if not all(torch.is_tensor(each) for each in tensors) or not isinstance(self.meta, dict):
-            return "images, targets, mean and std must be tensors, meta a dictionary"
+        if not all(torch.is_tensor(each) and each.layout == torch.strided for each in tensors):
+            return "images, targets, mean and std must be tensors"
+        if not isinstance(self.meta, dict):
+            return "meta must be a dictionary"
+        for name, kind in META.items():
+            if not isinstance(self.meta.get(name), (kind, type(None))):
+                return f"{name} of the wrong type in meta"
         images, targets, shape = self.images, self.targets, tuple(self.images.shape)
         if not images.ndim or not targets.ndim:
             return "images or targets that are a single number"
         faults = {
-            f"target_kind {self.target_kind}": dtype is None,
+            f"target_kind {str(self.target_kind)[:40]}": dtype is None,
             f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape,
             f"images of {images.dtype}": images.dtype != torch.float32,
             "mean or std that are not 3 numbers": self.mean.shape != (3,) or self.std.shape != (3,),

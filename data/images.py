@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data.prepare import folder_name, prepare
+from utils import files
 from utils.errors import UserError
 
 
@@ -62,13 +62,14 @@ def load_images(name, split, size, root, labels=False):
         train = record if split == "train" else prepare(name, "train", size, root, labels)
     except PermissionError as error:
         raise UserError(f"{error.filename}: no permission to read or write it") from error
-    stem = record["stem"]
-    pixels = np.load(stem.with_suffix(".npy"), mmap_mode="c")
-    path = stem.with_suffix(".labels.npy")
+    arrays = {
+        name: torch.from_numpy(files.open_array(record["stem"].parent / name, expected))
+        for name, expected in record["files"].items()
+    }
     return ImageSet(
         folder_name(name, root),
-        torch.from_numpy(pixels),
-        torch.from_numpy(np.load(path)) if path.is_file() else None,
+        arrays[f"{split}.npy"],
+        arrays.get(f"{split}.labels.npy"),
         record["classes"],
         torch.tensor(train["mean"], dtype=torch.float32),
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant

@@ -9,7 +9,6 @@ this by itself at the first use of a set; here several sets are prepared ahead.
 """
 
 import hashlib
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from utils import cli, files, progress
 from utils.errors import UserError
 from utils.presets import image_size
 
-FORMAT = 2
+FORMAT = 3
 MOST_DAMAGED = 0.01  # share of unreadable images above which preparation stops
 CHUNK = 512  # images decoded at a time
 NOTE_SECONDS = 5  # between notes of how far the partial file has come
@@ -36,8 +35,8 @@ def prepare(name, split, size, root, labels=False, partial=False):
 
     <stem>.npy holds (n, size, size, 3) uint8; <stem>.labels.npy int64 labels where there are any; <stem>.json, written
     last, the record: `count`, `classes`, `whole` (whether a named set has its published counts, else None), `damaged`
-    files, and `mean` and `std` of each channel over [0, 1]. A folder of the user's is decoded again when its files
-    have changed. `labels` and `partial`: as in `raw.read` and `--partial`.
+    files, `mean` and `std` of each channel over [0, 1], and `files`: name -> `files.sums`. A folder of the user's is
+    decoded again when its files have changed. `labels` and `partial`: as in `raw.read` and `--partial`.
 
     Raises UserError when the raw images are missing, fewer than published, or more than 1 % of them damaged.
     """
@@ -56,15 +55,25 @@ def prepare(name, split, size, root, labels=False, partial=False):
         stem.parent.mkdir(parents=True, exist_ok=True)
         with files.locked(stem.with_suffix(".lock")):
             if not _is(known := _record(stem), fingerprint):  # another process may have done it meanwhile
+                for partial in stem.parent.glob(f"{split}.*.*.partial"):  # of a process that was killed
+                    partial.unlink()
                 _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", raw_images.is_whole(name, split, raw))
                 known = _record(stem)
     return known
 
 
 def _record(stem):
+    """The record of a split, with its `stem`; None where it is not prepared. Raises UserError for a damaged one."""
     path = stem.with_suffix(".json")
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    return record | {"stem": stem} if record.get("format") == FORMAT else None
+    record = files.read_json(path, "record of prepared images", FORMAT) if path.is_file() else None
+    if record and record["name"] != _name(stem):
+        raise UserError(f"{path}: the record of {record['name']}; delete it, and it is made again")
+    return record and record | {"stem": stem}
+
+
+def _name(stem):
+    """What a record says that it is of."""
+    return f"{stem.parent.name}/{stem.name}"
 
 
 def _is(record, fingerprint):
@@ -122,15 +131,20 @@ class _Partial:
         self.shape, self.kept, self.damaged = shape, [], []
         self.total, self.squares = np.zeros(3, np.int64), np.zeros(3, np.int64)  # exact: below 2^63 for any set
         self.fingerprint, self.done, self.noted = fingerprint, 0, time.monotonic()
-        known = json.loads(self.note.read_text()) if self.note.is_file() and self.path.is_file() else {}
-        fits = known.get("fingerprint") == fingerprint
+        known = _note(self.note) if self.path.is_file() else {}
+        fits = known.get("fingerprint") == fingerprint and self.path.stat().st_size == known["bytes"]
         if fits:
             self.done, self.damaged, gaps = known["done"], known["damaged"], set(known["gaps"])
             self.kept = [index for index in range(self.done) if index not in gaps]
             self.total, self.squares = np.array(known["total"]), np.array(known["squares"])
-        self.pixels = np.lib.format.open_memmap(
-            self.path, mode="r+" if fits else "w+", dtype=None if fits else np.uint8, shape=None if fits else shape
-        )
+            self.pixels = np.lib.format.open_memmap(self.path, mode="r+")
+        else:
+            self.note.unlink(missing_ok=True)
+            try:
+                self.pixels = files.new_array(self.path, np.uint8, shape)
+            except OSError:
+                self.path.unlink(missing_ok=True)
+                raise
 
     def add(self, index, image, name):
         self.done = index + 1
@@ -151,7 +165,7 @@ class _Partial:
             files.write_json(
                 self.note,
                 dict(fingerprint=self.fingerprint, done=self.done, damaged=self.damaged, gaps=gaps,
-                     total=self.total.tolist(), squares=self.squares.tolist()),
+                     total=self.total.tolist(), squares=self.squares.tolist(), bytes=self.path.stat().st_size),
             )  # fmt: skip
             self.noted = time.monotonic()
 
@@ -167,11 +181,20 @@ class _Partial:
                 if file.tell() != offset:
                     raise RuntimeError("the header of a .npy file has changed its length")
                 file.truncate(offset + len(self.kept) * size)
-        os.replace(self.path, path)
+        with files.aside(path) as partial:
+            os.replace(self.path, partial)
 
     def delete(self):
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
+
+
+def _note(path):
+    """What a stopped preparation has noted; nothing where that is damaged: then it begins again."""
+    try:
+        return files.read_json(path, "note") if path.is_file() else {}
+    except files.Damaged:
+        return {}
 
 
 def _write(raw, stem, size, fingerprint, title, whole):
@@ -199,13 +222,17 @@ def _write(raw, stem, size, fingerprint, title, whole):
     stem.with_suffix(".json").unlink(missing_ok=True)  # from here to the new one the split counts as not prepared
     out.finish(stem.with_suffix(".npy"))
     stem.with_suffix(".labels.npy").unlink(missing_ok=True)
+    paths = [stem.with_suffix(".npy")]
     if raw.labels is not None:
-        np.save(stem.with_suffix(".labels.npy"), np.asarray(raw.labels, dtype=np.int64)[out.kept])
+        paths.append(stem.with_suffix(".labels.npy"))
+        with files.aside(paths[-1]) as partial, open(partial, "wb") as file:
+            np.save(file, np.asarray(raw.labels, dtype=np.int64)[out.kept])
     count = len(out.kept) * size * size * 255
     mean = out.total / count
     std = np.sqrt(np.maximum(out.squares / (count * 255) - mean**2, 0))
-    record = dict(format=FORMAT, fingerprint=fingerprint, count=len(out.kept), classes=raw.classes, whole=whole,
-                  damaged=out.damaged, mean=mean.tolist(), std=std.tolist())  # fmt: skip
+    record = dict(format=FORMAT, name=_name(stem), fingerprint=fingerprint, count=len(out.kept), classes=raw.classes,
+                  whole=whole, damaged=out.damaged, mean=mean.tolist(), std=std.tolist(),
+                  files={path.name: files.sums(path) for path in paths})  # fmt: skip
     files.write_json(stem.with_suffix(".json"), record)
     out.delete()
 
@@ -228,7 +255,10 @@ def main(argv):
         top = args.data_root / name if raw_images.in_root(name, args.data_root) else Path(name)
         plain = name not in ARCHIVES and not (top / "train").is_dir() and not args.labels
         for split in ("train",) if plain else ("train", "test"):
-            print(summary(name, split, prepare(name, split, size, args.data_root, args.labels, args.partial)))
+            record = prepare(name, split, size, args.data_root, args.labels, args.partial)
+            for file, expected in record["files"].items() if args.verify else ():
+                files.check(record["stem"].parent / file, expected, whole=True)
+            print(summary(name, split, record))
 
 
 def parse_args(argv):
@@ -241,6 +271,7 @@ def parse_args(argv):
     cli.add_data_root(parser)
     parser.add_argument("--labels", action="store_true", help="a folder without train/ holds class folders; split them")
     parser.add_argument("--partial", action="store_true", help="accept other counts than the published set's")
+    parser.add_argument("--verify", action="store_true", help="read all of what is prepared and compare its checksums")
     return parser.parse_args(argv)
 
 

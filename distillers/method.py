@@ -14,7 +14,7 @@ from data.distilled import Distilled
 from data.images import load_images
 from data.subsets import random_subset
 from distillers.target import load_target
-from utils import cli
+from utils import cli, files
 from utils.presets import preset
 from utils.run import Run, versions
 
@@ -78,7 +78,8 @@ def save_picture(path, distilled, most=100):
     """A grid of the first `most` images as pixels, ten in a row, each enlarged to 64 screen pixels or more."""
     pixels = distilled.pixels()[:most]
     enlarged = F.interpolate(pixels, scale_factor=-(-64 // pixels.shape[-1]), mode="nearest")
-    save_image(enlarged, path, nrow=10, padding=2, pad_value=1.0)
+    with files.aside(path) as partial:
+        save_image(enlarged, partial, format="png", nrow=10, padding=2, pad_value=1.0)
 
 
 def parse_args(method, argv):

@@ -1,6 +1,5 @@
 """The target network g_phi: reading its file, and its features of the whole source, computed once."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 import models
+from models import saved as networks
 from utils import cli, files, progress
 from utils.errors import UserError
 from utils.evaluate import BATCH, evaluating
@@ -31,15 +31,27 @@ class Target:
     def features_of(self, images):
         """g_phi(X_t): (n, d_y) float32 of the whole set, kept beside the target's file and mapped from there."""
         path = self.path.parent / f"features-{self.digest}-{self.precision}.npy"
-        if not path.is_file():
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            shape = (len(images), self.network.feature_dim)
-            table = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        record = path.with_suffix(".json")
+        if not record.is_file():
+            with files.locked(path.with_suffix(".lock")):
+                if not record.is_file():  # another process may have done it meanwhile
+                    for partial in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
+                        partial.unlink()
+                    self._write_features(images, path)
+                    files.write_json(record, {"name": path.name, "features": files.sums(path)})
+        content = files.read_json(record, "record of features")
+        if content.get("name") != path.name:
+            raise UserError(f"{record}: not the record of {path.name}; delete it, and it is made again")
+        return torch.from_numpy(files.open_array(path, content["features"]))
+
+    def _write_features(self, images, path):
+        with files.aside(path) as partial:
+            table = files.new_array(partial, np.float32, (len(images), self.network.feature_dim))
             for index in progress.bar(torch.arange(len(images)).split(BATCH), desc="target features"):
                 table[index.numpy()] = self.features(images.normalised(index, self.device)).cpu().numpy()
+            if not np.isfinite(table).all():
+                raise UserError(f"{self.path}: a target whose features of {images.name} are not finite")
             table.flush()
-            os.replace(partial, path)
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def load_target(path, source, device, precision):
@@ -59,7 +71,9 @@ def load_target(path, source, device, precision):
     ):
         if there != needed:
             raise UserError(f"{path}: a target trained on another {what} ({there}, not {needed})")
+    if fault := networks.fault_of(saved):
+        raise UserError(f"{path}: {fault}")
     network = models.build(saved["arch"], saved["image_size"], 0, saved["width"])
-    network.load_state_dict(saved["network"])
+    networks.fill(network, saved["network"], saved["arch"], path)
     network = network.to(device).requires_grad_(False)
     return Target(network, path, files.digest(path), device, precision)

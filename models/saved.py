@@ -1,5 +1,9 @@
 """A trained network's file, model.pt."""
 
+import math
+
+import torch
+
 import models
 from utils import files
 from utils.errors import UserError
@@ -12,8 +16,29 @@ def content(network, arch, width, image_size, num_outputs, meta):
 
 
 def load_model(path):
-    """The dict that `content` made. Raises UserError when it is not one."""
-    return files.load(path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta"))
+    """The dict that `content` made, with its `path`. Raises UserError when it is not one."""
+    saved = files.load(path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta"))
+    outputs = saved["num_outputs"]
+    wrong = None if isinstance(outputs, int) and outputs > 0 else f"num_outputs {str(outputs)[:40]}"
+    wrong = wrong or (None if isinstance(saved["meta"], dict) else "meta that is no dictionary")
+    if fault := fault_of(saved) or wrong:
+        raise UserError(f"{path}: {fault}")
+    return saved | {"path": str(path)}
+
+
+def fault_of(saved):
+    """What makes `network`, `arch`, `width` and `image_size` in a file no network, in words, or None."""
+    arch, width, size, network = (saved[name] for name in ("arch", "width", "image_size", "network"))
+    if not isinstance(arch, str) or arch not in models.ARCHITECTURES:
+        return f"unknown network {str(arch)[:40]}"
+    if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+        return f"width {str(width)[:40]}"
+    if not isinstance(size, int) or size < models.SMALLEST_SIZE:
+        return f"image size {str(size)[:40]}"
+    if not isinstance(network, dict) or not all(torch.is_tensor(value) for value in network.values()):
+        return "weights that are not tensors by name"
+    if name := files.not_finite(network):
+        return f"values that are not finite ({name})"
 
 
 def rebuild(saved, num_outputs=None):
@@ -29,11 +54,16 @@ def rebuild(saved, num_outputs=None):
     if new_head:
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         state |= {f"fc.{name}": value for name, value in network.fc.state_dict().items()}
+    fill(network, state, saved["arch"], saved.get("path", "model file"))
+    return network
+
+
+def fill(network, state, arch, path):
+    """Load `state` into `network`. Raises UserError, naming `path`, when it does not fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"model file: weights do not fit {saved['arch']} ({str(error).splitlines()[-1]})") from error
-    return network
+        raise UserError(f"{path}: weights do not fit {arch} ({str(error).splitlines()[-1].strip()[:160]})") from error
 
 
 def fresh(arch, width, image_size):

@@ -201,7 +201,8 @@ def test_stopped_preparation_goes_on_and_equals_one_that_was_not(tmp_path, monke
     parts = prepare.prepare(str(top), "train", 32, tmp_path / "parts")
     assert min(path.name for path in calls) == "050.png"  # those before it were kept
     assert parts["stem"].with_suffix(".npy").read_bytes() == whole["stem"].with_suffix(".npy").read_bytes()
-    assert {**parts, "stem": 0} == {**whole, "stem": 0} and whole["count"] == 129
+    apart = {"stem": 0, "files": 0}  # where and when they were written
+    assert {**parts, **apart} == {**whole, **apart} and whole["count"] == 129
     assert sorted(path.name for path in parts["stem"].parent.iterdir()) == ["train.json", "train.lock", "train.npy"]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from models import ARCHITECTURES, SMALLEST_SIZE
 from utils.errors import UserError
 from utils.presets import PRESETS, image_size
 from utils.run import FREE_SETTINGS, Stopped
+
+_sizes = []  # flags, among those that were added, that a run's memory grows with
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +42,7 @@ def parser(docstring):
     shown = roots_parser(docstring)
     shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
+    shown.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits in each run, more slowly")
     shown.add_argument(
         "--log-every", type=positive_int, default=50, metavar="STEPS", help="steps per line of log.jsonl"
     )
@@ -76,6 +80,8 @@ def add_settings(shown, defaults, help):
     """
     for name, value in defaults.items():
         flag, text = "--" + name.replace("_", "-"), f"{help[name]} (default: {value})".replace("%", "%%")
+        if "batch" in name or "chunk" in name:
+            _sizes.append(flag)
         if isinstance(value, bool):
             shown.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=text)
         elif name == "arch":
@@ -130,6 +136,9 @@ def device(args):
         raise UserError(f"--device {name}: this machine has none that torch {torch.__version__} can use")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a warning names what has no such form
     return torch.device(name)
 
 
@@ -140,15 +149,26 @@ def autocast(device, precision):
 
 def run(main, argv=None):
     """Call `main(argv)`; what the user can put right, or a stop, becomes one line and an exit code (2, 130)."""
-    name = Path(sys.argv[0]).name
+    name, code = Path(sys.argv[0]).name, 2
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main(sys.argv[1:] if argv is None else argv)
+        return
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = f"error: {error}"
+    except (torch.OutOfMemoryError, MemoryError):
+        lower = " or ".join(dict.fromkeys(_sizes)) or "the number or size of the images"
+        message = f"error: out of memory; lower {lower}, or use --precision bf16"
     except OSError as error:
-        print(f"{name}: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        message = f"error: {error.filename or 'system'}: {error.strerror or error}"
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"{name}: {stop or 'interrupted before the first checkpoint'}", file=sys.stderr)
-        sys.exit(130)
+        message, code = str(stop) or "interrupted; the same command goes on from what is on disk", 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _interrupt(number, frame):
+    """SIGTERM does as SIGINT."""
+    raise KeyboardInterrupt

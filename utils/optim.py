@@ -80,6 +80,11 @@ def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
     return kinds[name](params, lr=lr, weight_decay=weight_decay)
 
 
+def gradient_norm(params):
+    """Euclidean norm of all gradients together, as a () tensor on their device."""
+    return torch.nn.utils.get_total_norm([weight.grad for weight in params if weight.grad is not None])
+
+
 def schedule(optimizer, name, steps, warmup=0):
     """A scheduler to be stepped after each of `steps` optimiser steps; the first `warmup` rise linearly from near 0.
 

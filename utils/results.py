@@ -3,6 +3,9 @@
 import hashlib
 import json
 
+from utils import files
+from utils.errors import UserError
+
 
 def digest(settings):
     """12 hexadecimal digits that are equal for equal settings."""
@@ -15,15 +18,22 @@ def find(folder, key):
 
 
 def read(path):
-    """All results in a file, oldest first; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """All results in a file, oldest first; none where there is no file. Raises UserError for a line that is none."""
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(keepends=True) if path.is_file() else (), 1):
+        if text.endswith("\n"):  # else a process has died while writing it; the evaluation will be done again
+            try:
+                lines.append(json.loads(text))
+                lines[-1]["digest"], lines[-1]["accuracy"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}: line {number} is not a result; correct or delete it") from error
+    return lines
 
 
 def append(folder, line):
-    """Add a result; one write of one line, so that several processes can share the file."""
+    """Add a result; several processes can share the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "results.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    files.append_line(folder / "results.jsonl", json.dumps(line))
 
 
 def show(line):

@@ -1,9 +1,14 @@
-"""The folder of a run: its settings, its log, its checkpoint, and the loop that goes on where it was stopped."""
+"""The folder of a run: its settings, its log, its checkpoints, and the loop that goes on where it was stopped."""
 
+import contextlib
 import json
+import math
+import os
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -12,6 +17,9 @@ from utils import files, progress
 from utils.errors import UserError
 
 CHECKPOINT_SECONDS = 120
+CHECKPOINT_SHARE = 0.02  # of the time of a run that may go into writing checkpoints; a slow disk makes them rarer
+RECENT = 100  # steps over which a limit on a logged value counts
+ELSEWHERE = "choose another --run-root or --seed, or delete that folder"
 FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every"}  # these do not decide the result
 
 
@@ -22,36 +30,62 @@ class Stopped(Exception):
 class Run:
     """One run in `folder`, whose product is the file `folder/artefact`.
 
-    `settings` is a dict of plain values that decide the result; they are kept in config.json. Raises UserError when
-    the folder holds the artefact or a checkpoint of other settings, naming those that differ.
+    `settings` is a dict of plain values that decide the result; they are kept in config.json. `limits`: logged name ->
+    (value, advice): the run stops with that advice when the mean over the last `RECENT` steps is above the value.
+    Until the run has finished, its process alone may work in the folder.
+
+    Raises UserError when another process does, when the folder holds the artefact or a checkpoint of other settings
+    (naming those that differ), or when its files are damaged.
     """
 
     def __init__(self, folder, artefact, settings, log_every=50):
         self.folder, self.artefact, self.log_every = Path(folder), Path(folder) / artefact, log_every
-        self.done, self.state = {}, {}  # phase -> steps taken; name -> object with state_dict()
-        self._sums, self._count, self._started = {}, 0, time.time()
-        settings = json.loads(json.dumps(settings))  # as they will be read back
-        config = self.folder / "config.json"
-        if config.is_file() and (self.finished or self._checkpoint.is_file()):
-            self._compare(json.loads(config.read_text())["settings"], settings)
-        else:
+        self.done, self.state, self.device = {}, {}, "cpu"  # phase -> steps taken; name -> object with state_dict()
+        self.phase, self.total, self.limits, self._recent = artefact, 0, {}, {}
+        self._unread, self._window = [], {}
+        self._started = self._saved = time.monotonic()
+        self._cost, self._kept = 0.0, {}
+        self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        if not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
-            record = {"command": sys.argv, "settings": settings, "versions": versions()}
-            files.write_json(config, record)
-        self.settings = settings
+            files.hold(self._lock)
+        begun = self.finished or any(path.is_file() for path in self._checkpoints)
+        if begun and self._config.is_file():
+            self._compare(files.read_json(self._config, "settings file"), self._config)
+        elif self.finished:
+            raise UserError(f"{self._config}: missing, so nobody knows what {artefact} is; {ELSEWHERE}")
+        elif not begun:  # else the checkpoint knows the settings
+            self._write_config()
+        if self.finished:
+            self._delete_checkpoints()  # of a process that was killed before it could
+        else:
+            for partial in self.folder.glob("*.partial"):
+                partial.unlink()
 
-    def _compare(self, before, now):
-        keys = sorted(before.keys() | now.keys())
-        if differ := [f"{key}: {before.get(key)} there, {now.get(key)} now" for key in keys
-                      if before.get(key) != now.get(key)]:  # fmt: skip
-            raise UserError(
-                f"{self.folder} holds a run of other settings ({'; '.join(differ)}); "
-                "give those, choose another --run-root or --seed, or delete that folder"
-            )
+    def _write_config(self):
+        files.write_json(self._config, {"command": sys.argv, "settings": self.settings, "versions": versions()})
+
+    def _compare(self, content, path):
+        before, now = content.get("settings"), self.settings
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: holds no settings")
+        differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if differ:
+            listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in differ)
+            raise UserError(f"{self.folder} holds a run of other settings ({listed}); give those, {ELSEWHERE}")
 
     @property
-    def _checkpoint(self):
-        return self.folder / "checkpoint.pt"
+    def _config(self):
+        return self.folder / "config.json"
+
+    @property
+    def _lock(self):
+        return self.folder / "lock"
+
+    @property
+    def _checkpoints(self):
+        """The newest, and the one before, to which a run goes back when the newest is damaged."""
+        return self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
 
     @property
     def finished(self):
@@ -59,32 +93,79 @@ class Run:
 
     def resume(self, device, state):
         """Take `state` (name -> object with state_dict and load_state_dict) as what a checkpoint keeps, and load the
-        checkpoint if there is one. Raises UserError when that was written on another kind of device, whose random
-        generator has another state."""
+        newest checkpoint, if there is one. Raises UserError when it was written on another kind of device, whose random
+        generator has another state, under other settings, or when none is whole."""
         self.state, self.device = state, device.type
-        if self._checkpoint.is_file():
-            checkpoint = files.load(self._checkpoint, "checkpoint", required=("done", "device", "state"))
+        path, checkpoint = self._newest()
+        if checkpoint:
+            self._compare(checkpoint, path)
             if checkpoint["device"] != self.device:
                 raise UserError(
-                    f"{self._checkpoint} was written on {checkpoint['device']}, this is {self.device}; "
+                    f"{path} was written on {checkpoint['device']}, this is {self.device}; "
                     f"go on with --device {checkpoint['device']}, or delete it to start afresh"
                 )
-            for name, part in self.state.items():
-                part.load_state_dict(checkpoint["state"][name])
-            self.done = checkpoint["done"]
+            try:
+                for name, part in self.state.items():
+                    part.load_state_dict(checkpoint["state"][name])
+                self.done = {str(phase): int(steps) for phase, steps in checkpoint["done"].items()}
+            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
+                raise UserError(f"{path}: does not fit this run ({reason}); delete it to start afresh") from error
+            self._kept = dict(self.done)
+            if not self._config.is_file():
+                self._write_config()
+        self._saved = time.monotonic()
         self._drop_log_after_checkpoint()
 
+    def _newest(self):
+        """Path and content of the newest checkpoint that is whole, or (None, None) where there is none at all. Raises
+        Damaged when there are some but none is whole."""
+        broken = None
+        for path in self._checkpoints:
+            if path.is_file():
+                try:
+                    content = files.load(path, "checkpoint", required=("done", "device", "settings", "state"))
+                except files.Damaged as error:
+                    broken = broken or error
+                    continue
+                if broken:
+                    aside = self.folder / "checkpoint.damaged.pt"
+                    os.replace(self._checkpoints[0], aside)
+                    print(f"warning: {broken}; going on from {path.name}, the other is now {aside}", file=sys.stderr)
+                return path, content
+        if broken:
+            raise files.Damaged(f"{broken}, and no older one is whole; delete it to start afresh")
+        return None, None
+
     def _drop_log_after_checkpoint(self):
-        log = self.folder / "log.jsonl"
+        log, kept = self.folder / "log.jsonl", []
+        for line in log.read_text(errors="replace").splitlines(keepends=True) if log.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # what a killed process has left of a line
+                content = json.loads(line)
+                if line.endswith("\n") and content["step"] <= self.done.get(content["phase"], 0):
+                    kept.append(line)
         if log.is_file():
-            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            lines = [json.loads(line) for line in whole]
-            kept = [line for line in lines if line["step"] <= self.done.get(line["phase"], 0)]
-            log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with files.aside(log) as partial:
+                partial.write_text("".join(kept))
 
     def checkpoint(self):
+        """Write a checkpoint; the one before is kept. Raises UserError where the state is not finite."""
+        self._read()
+        started = time.monotonic()
         state = {name: part.state_dict() for name, part in self.state.items()}
-        files.save(self._checkpoint, "checkpoint", {"done": self.done, "device": self.device, "state": state})
+        if part := files.not_finite(state):
+            raise self._spoiled(part, max(self.done.get(self.phase, 0) - 1, 0))
+        content = {"done": self.done, "device": self.device, "settings": self.settings, "state": state}
+        newest, before = self._checkpoints
+        files.save(newest, "checkpoint", content, previous=before)
+        self._saved, self._kept = time.monotonic(), dict(self.done)
+        self._cost = self._saved - started
+
+    def _due(self, end):
+        """Whether to write a checkpoint now: at a phase's end, or when the last one is old; but none that would make
+        writing them take more than its share."""
+        age = time.monotonic() - self._saved
+        return age * CHECKPOINT_SHARE >= self._cost and (end or age > CHECKPOINT_SECONDS)
 
     def steps(self, phase, total):
         """Yield 0, 1, ... total-1, from where the checkpoint stands; show a bar; write checkpoints as time passes.
@@ -93,8 +174,7 @@ class Run:
         """
         self.phase, self.total = phase, total
         first = self.done.get(phase, 0)
-        self._sums, self._count = {}, 0
-        saved = time.time()
+        self._unread, self._window = [], {}
         with _Signals() as signals, progress.bar(total=total, initial=first, desc=phase) as self.bar:
             for step in range(first, total):
                 yield step
@@ -103,29 +183,73 @@ class Run:
                 if signals.received:
                     self.checkpoint()
                     raise Stopped(f"stopped after step {step + 1} of {total} ({phase}); the same command goes on there")
-                if time.time() - saved > CHECKPOINT_SECONDS or step + 1 == total:
+                if self._due(end=step + 1 == total):
                     self.checkpoint()
-                    saved = time.time()
 
     def log(self, step, **scalars):
-        """Take the scalars of a step (tensors stay on their device); every `log_every` steps their means become a line
-        of log.jsonl and the bar's text."""
-        self._count += 1
+        """Take the scalars of a step; every `log_every` steps their means become a line of log.jsonl and the bar's
+        text. Raises UserError for one that is not finite: on the CPU in that very step, elsewhere, where reading a
+        value would make the device wait, with the line or before the next checkpoint."""
+        here = self.device == "cpu"
         for name, value in scalars.items():
-            value = value.detach() if torch.is_tensor(value) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        if (step + 1) % self.log_every == 0 or step + 1 == self.total:
-            means = {name: float(total) / self._count for name, total in self._sums.items()}
-            self._sums, self._count = {}, 0
+            if torch.is_tensor(value):
+                value = value.item() if here else value.detach().clone()
+            self._unread.append((step, name, value))
+        writing = (step + 1) % self.log_every == 0 or step + 1 == self.total
+        if here or writing:
+            self._read()
+        if writing:
+            means = {name: statistics.fmean(values) for name, values in self._window.items()}
+            self._window = {}
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
-            line = {"phase": self.phase, "step": step + 1, **means, "seconds": round(time.time() - self._started, 2)}
-            with open(self.folder / "log.jsonl", "a") as file:
+            seconds = round(time.monotonic() - self._started, 2)
+            line = {"phase": self.phase, "step": step + 1, **means, "seconds": seconds}
+            log = self.folder / "log.jsonl"
+            with files.named(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def _read(self):
+        """Read the scalars that are still on the device. Raises UserError for one that is not finite or beyond its
+        limit."""
+        tensors = [value.float() for _, _, value in self._unread if torch.is_tensor(value)]
+        read = iter(torch.stack(tensors).tolist() if tensors else ())
+        for step, name, value in self._unread:
+            value = next(read) if torch.is_tensor(value) else value
+            if not math.isfinite(value):
+                raise self._spoiled(name, step)
+            self._window.setdefault(name, []).append(value)
+            if name in self.limits:
+                recent = self._recent.setdefault(name, deque(maxlen=RECENT))
+                recent.append(value)
+                most, advice = self.limits[name]
+                if len(recent) == RECENT and statistics.fmean(recent) > most:
+                    raise UserError(f"{self._at(step)}: {name} {statistics.fmean(recent):g}, above {most:g}: {advice}")
+        self._unread = []
+
+    def _at(self, step):
+        return f"{self.phase}, step {step + 1} of {self.total}"
+
+    def _spoiled(self, part, step):
+        """The UserError for a value that is not finite; nothing of that state is on disk."""
+        at = [f"{steps} of {phase}" for phase, steps in self._kept.items()]
+        start = f"the checkpoint at step {at[-1]}" if at else "the beginning"
+        return UserError(
+            f"{self._at(step)}: {part} is not finite; nothing of it was written, and the same command goes on from "
+            f"{start}; should it come to the same, lower the learning rate and {ELSEWHERE}"
+        )
+
     def finish(self, kind, content):
-        """Write the artefact, which ends the run; its checkpoint is deleted."""
+        """Write the artefact, which ends the run; its checkpoints are deleted. Raises UserError where it holds values
+        that are not finite."""
+        if part := files.not_finite(content):
+            raise UserError(f"{self.artefact} not written: {part} is not finite; {ELSEWHERE}")
         files.save(self.artefact, kind, content)
-        self._checkpoint.unlink(missing_ok=True)
+        self._delete_checkpoints()
+        files.release(self._lock)
+
+    def _delete_checkpoints(self):
+        for path in self.folder.glob("checkpoint*.pt"):
+            path.unlink(missing_ok=True)
 
 
 class Tensors:
@@ -140,6 +264,8 @@ class Tensors:
     @torch.no_grad()
     def load_state_dict(self, state):
         for name, tensor in self.tensors.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} of shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(state[name])
 
 
