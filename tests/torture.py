@@ -38,6 +38,7 @@ IMPORTED = ("sklearn.cluster", "sklearn.datasets", "distillers.kmeans", "pretrai
             "finetune", "kd")  # fmt: skip
 MILLISECONDS = 60  # at most, after the chosen moment
 WRITES = 25  # of the many writes that make a file, each 25th is a moment
+ANYWHERE = 0.2  # share of the moments that are drawn from the whole of a run
 FLIPPED = 0.2  # share of the kills after which a byte of the newest checkpoint is flipped
 
 
@@ -214,7 +215,8 @@ def torture(name, reference, moments, kills, folder, dice):
     done, flipped, compared = Counter(), 0, 0
     fresh(root, reference, stage)
     while True:
-        at = dice.randint(1, max(2, 2 * moments // min(kills, 20))) if done.total() < kills else 0
+        soon = 2 * moments // min(kills, 20)  # so that a run is killed some 20 times; now and then anywhere
+        at = dice.randint(1, moments if dice.random() < ANYWHERE else max(2, soon)) if done.total() < kills else 0
         wait = dice.choice((None, dice.random() * MILLISECONDS / 1000))
         killed = attempt(stage, root, at, wait)
         if isinstance(killed, str):

@@ -30,9 +30,9 @@ class Stopped(Exception):
 class Run:
     """One run in `folder`, whose product is the file `folder/artefact`.
 
-    `settings` is a dict of plain values that decide the result; they are kept in config.json. `limits`: logged name ->
-    (value, advice): the run stops with that advice when the mean over the last `RECENT` steps is above the value.
-    Until the run has finished, its process alone may work in the folder.
+    `settings` is a dict of plain values that decide the result; they are kept in config.json. The attribute `limits`
+    may hold logged name -> (value, advice): the run stops with that advice when the mean over the last `RECENT` steps
+    is above the value. Until the run has finished, its process alone may work in the folder.
 
     Raises UserError when another process does, when the folder holds the artefact or a checkpoint of other settings
     (naming those that differ), or when its files are damaged.
@@ -57,7 +57,8 @@ class Run:
         elif not begun:  # else the checkpoint knows the settings
             self._write_config()
         if self.finished:
-            self._delete_checkpoints()  # of a process that was killed before it could
+            with contextlib.suppress(OSError):  # on a disk that is read-only now
+                self._delete_checkpoints()  # of a process that was killed before it could
         else:
             for partial in self.folder.glob("*.partial"):
                 partial.unlink()
