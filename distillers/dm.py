@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from data.augment import diff_augment_alike
 from data.subsets import balanced_subset
 from distillers import method
-from distillers.labelled import MEASURE, ClassBatches, check_finite, fresh_network
+from distillers.labelled import MEASURE, ClassBatches, fresh_network
 from distillers.method import Method
 from utils import cli, optim
 from utils.run import Tensors
@@ -85,13 +85,11 @@ def distill(source, chosen, target, args, run, device):
         for part in losses(network, x_syn, real, randomness, args.precision):
             part.backward()
             loss += part.detach()
-        check_finite(loss, run, "a lower --outer-lr")
         sgd.step()
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt())
         method.renew_picture(run, args, step, lambda: method.packed(x_syn, y_syn, "class", source))
 
     before, after = (measured(x, real, source, args, device) for x in (x_init, x_syn))
-    check_finite(after, run, "a lower --outer-lr")
     print(f"distance of the class means: initial images {before:.4f}, distilled images {after:.4f}")
     return method.packed(
         x_syn, y_syn, "class", source, objective_initial=before.item(), objective_distilled=after.item()

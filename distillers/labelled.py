@@ -35,9 +35,3 @@ def fresh_network(args, source, num_outputs, device):
         known = ", ".join(name for name in models.ARCHITECTURES if name.startswith("dc_"))
         raise UserError(f"--arch {args.arch} has batch norm; this method needs instance norm: one of {known}")
     return network.to(device)
-
-
-def check_finite(loss, run, advice):
-    """Raise UserError, with what to do, when the objective has become infinite or no number."""
-    if not torch.isfinite(loss):
-        raise UserError(f"the loss is {float(loss)}: delete {run.folder} and begin again with {advice}")

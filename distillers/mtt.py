@@ -24,7 +24,7 @@ import models
 from data.augment import diff_augment
 from data.subsets import balanced_subset
 from distillers import method
-from distillers.labelled import MEASURE, check_finite, fresh_network
+from distillers.labelled import MEASURE, fresh_network
 from distillers.method import Method
 from utils import cli, files, optim, results
 from utils.run import Run, Tensors
@@ -46,7 +46,6 @@ HELP = dict(
 )
 LEAST_RATE = 1e-3  # of its first value: the learned rate is held above that share, so it stays positive
 MEASURED_STARTS = 10
-ADVICE = "a lower --outer-lr or --rate-lr"
 
 
 def flat(network):
@@ -126,7 +125,6 @@ def expert(k, folder, source, args, device):
             run.log(step, loss=loss)
             if (step + 1) % batches.per_epoch == 0:
                 trajectory[(step + 1) // batches.per_epoch] = flat(network)
-        check_finite(trajectory.sum(), run, "a lower --expert-lr")
         run.finish("expert", {"trajectory": trajectory})
     return files.load(run.artefact, "expert", required=("trajectory",), mapped=True)["trajectory"]
 
@@ -168,7 +166,6 @@ def distill(source, chosen, target, args, run, device):
     for step in run.steps("distil", args.outer_steps):
         start, goal, batches = draws.next(x_syn)
         loss, by_x, rate.grad = matching(network, start, goal, batches, rate, args.precision)
-        check_finite(loss, run, ADVICE)
         x_syn.grad = None
         torch.autograd.backward([x for x, _ in batches], by_x)
         sgd.step()
@@ -182,7 +179,6 @@ def distill(source, chosen, target, args, run, device):
         measured(experts, network, x, y_syn, each, args, device)
         for x, each in ((x_init, first), (x_syn.detach(), rate.detach()))
     )
-    check_finite(after, run, ADVICE)
     print(f"distance to the experts: initial images {before:.4f}, distilled images {after:.4f}")
     return method.packed(
         x_syn, y_syn, "class", source,
