@@ -35,7 +35,7 @@ class Target:
         if not record.is_file():
             with files.locked(path.with_suffix(".lock")):
                 if not record.is_file():  # another process may have done it meanwhile
-                    for partial in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
+                    for partial in path.parent.glob(f"{path.stem}.*.partial"):  # of a process that was killed
                         partial.unlink()
                     self._write_features(images, path)
                     files.write_json(record, {"name": path.name, "features": files.sums(path)})
