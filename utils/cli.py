@@ -37,12 +37,16 @@ def roots_parser(docstring):
 def parser(docstring):
     """A parser with the flags that mean the same in every script."""
     shown = roots_parser(docstring)
-    shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
+    add_device(shown)
     shown.add_argument(
         "--log-every", type=positive_int, default=50, metavar="STEPS", help="steps per line of log.jsonl"
     )
     return shown
+
+
+def add_device(shown):
+    shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
 
 
 def add_data_root(shown):

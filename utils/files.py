@@ -73,9 +73,14 @@ def digest(path):
 
 def write_json(path, content):
     """Write plain values as JSON, replacing the old file at once."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path, text):
+    """Write a text file, replacing the old one at once."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
 
 

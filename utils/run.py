@@ -12,7 +12,7 @@ from utils import files, progress
 from utils.errors import UserError
 
 CHECKPOINT_SECONDS = 120
-FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every"}  # these do not decide the result
+FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every", "name"}  # do not decide the result
 
 
 class Stopped(Exception):
@@ -118,7 +118,8 @@ class Run:
             means = {name: float(total) / self._count for name, total in self._sums.items()}
             self._sums, self._count = {}, 0
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
-            line = {"phase": self.phase, "step": step + 1, **means, "seconds": round(time.time() - self._started, 2)}
+            line = {"phase": self.phase, "step": step + 1, "of": self.total, **means}
+            line["seconds"] = round(time.time() - self._started, 2)
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
