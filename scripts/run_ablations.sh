@@ -10,7 +10,6 @@ lower="--outer-lr 1e-4"
 [ -z "$quick" ] || lower="--outer-lr 5e-4" # a tenth of the usual rate, too
 
 prepared "cifar100 $targets"
-target_network cifar100
 for method in $methods; do
   case $method in
     krr_st) changes="" ;;

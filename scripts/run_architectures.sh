@@ -7,7 +7,6 @@ archs="vgg11 alexnet mobilenet resnet10"
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 
 prepared "tinyimagenet $targets"
-target_network tinyimagenet
 for method in $methods; do distilled_set tinyimagenet "$method"; done
 for seed in $seeds; do
   for arch in $archs; do

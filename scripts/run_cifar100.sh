@@ -7,7 +7,6 @@ quick_width=0.25
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 
 prepared "cifar100 $targets"
-target_network cifar100
 for method in $methods; do distilled_set cifar100 "$method"; done
 for seed in $seeds; do
   for method in $methods; do

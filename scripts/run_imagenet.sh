@@ -6,7 +6,6 @@ targets="cifar10 cifar100 aircraft cars cub2011 dogs flowers"
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 
 prepared "imagenet $targets"
-target_network imagenet
 for method in $methods; do distilled_set imagenet "$method"; done
 for seed in $seeds; do
   for method in $methods; do

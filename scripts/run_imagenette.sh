@@ -8,7 +8,6 @@ archs="convnet5 resnet18"
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 
 prepared "imagenette $targets"
-target_network imagenette
 for method in $methods; do distilled_set imagenette "$method"; done
 for seed in $seeds; do
   for arch in $archs; do

@@ -8,7 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 
 prepared "tinyimagenet $targets"
 for target in $targets; do fine_tuned tinyimagenet scratch resnet18 0 64 "$target"; done # the teachers
-target_network tinyimagenet
 for method in $methods; do distilled_set tinyimagenet "$method"; done
 for seed in $seeds; do
   for arch in $archs; do

@@ -7,7 +7,6 @@ quick_targets="cifar10 imagenette cars"
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 
 prepared "tinyimagenet $targets"
-target_network tinyimagenet
 for method in $methods; do distilled_set tinyimagenet "$method"; done
 for seed in $seeds; do
   for method in $methods; do

@@ -80,10 +80,13 @@ target_network() { # SOURCE
   task "$runs/$1/target/seed0/target.pt" pretrain_target.py --source "$1" $(preset "$1")
 }
 
-distilled_set() { # SOURCE METHOD [FLAGS]: with flags, a variant of KRR-ST under the name METHOD
+distilled_set() { # SOURCE METHOD [FLAGS]: with flags, a variant of KRR-ST under the name METHOD; and the target it needs
   local source=$1 method=$2 folder=$runs/$1/$2/seed0 script="" target="--target $runs/$1/target/seed0/target.pt"; shift 2
   case $method in
     scratch) return ;;
+    krr_st* | kmeans | random_features) target_network "$source" ;;
+  esac
+  case $method in
     krr_st) script="distill.py $target" ;;
     krr_st_*) script="distill.py --name $method $target" ;;
     kmeans | random_features) script="-m distillers $method $target" ;;

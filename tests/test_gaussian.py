@@ -114,5 +114,5 @@ def test_students_from_scratch_on_different_images_do_not_collide(made, distille
     assert [line["images"]["method"] for line in lines] == ["gaussian", "krr_st", "krr_st"]
     assert [line["images"]["num_images"] for line in lines] == [30, 20, 20]
     shown = document(gathered([folder]))["digits"]
-    assert "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of gaussian, digits) " in shown
+    assert "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of Gaussian noise, digits) " in shown
     assert "| no pre-training (convnet3-x0.125 at 32 px; on 20 images of KRR-ST, digits) " in shown
