@@ -39,6 +39,7 @@ HELP = dict(
     keep_pool_count="never set a member's count back, as the released code does (D5)",
     raw_init="start from pixels in [0, 1] instead of normalised ones, as the released code does (D7)",
     augment_outer="crop and flip the real batch, as the released code does (D8)",
+    random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's appendix E compares (D31)",
 )
 
 
@@ -79,6 +80,8 @@ def distill(source, chosen, target, args, run, device):
     real = RealBatches(source, target, args, randomness, device)
     x_init = source.raw(chosen, device) if args.raw_init else source.normalised(chosen, device)  # line 3
     y_init = target.features(source.normalised(chosen, device))  # line 4
+    if args.random_targets:
+        y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
 
     pool = Pool(

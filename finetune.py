@@ -24,8 +24,8 @@ from data.subsets import few_labels
 from models import saved
 from utils import cli, evaluate, optim, results, start
 from utils.errors import UserError
-from utils.presets import preset
-from utils.run import Run, versions
+from utils.presets import differences, preset
+from utils.run import Run
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
@@ -89,26 +89,28 @@ def main(argv):
             f"{train.name} {len(train.classes)} classes"
         )
     network = saved.rebuild(beginning.saved, None if as_it_is else len(train.classes)).to(device)
+    labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
+    labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
+    name = f"{train.name}_{args.protocol}{labels}_seed{beginning.seed}"
+    scale = train.part | test.part
     if as_it_is:
         accuracy = evaluate.accuracy(network, test, device, args.precision)
     elif args.protocol == "full":
-        labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
-        labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
-        folder = beginning.folder / f"{train.name}_full{labels}_seed{beginning.seed}"
-        run = Run(folder, "model.pt", settings, args.log_every)
+        run = Run(beginning.folder / name, "model.pt", settings, args.log_every)
         network = start.trained(
             beginning, run, network, len(train.classes),
             lambda: finetune(network, train, args, run, randomness, device),
             target=train.name, finetune=run.settings,
         )  # fmt: skip
         accuracy = evaluate.accuracy(network, test, device, args.precision)
+        used = {key: value for key, value in run.settings.items() if key in HELP}
+        scale |= differences(cli.preset_name(train.name), "finetune", used)
     else:
         protocol = {"linear": evaluate.linear_accuracy, "knn": evaluate.knn_accuracy}[args.protocol]
         accuracy = protocol(network.embed, train, test, device, args.precision)
     line = beginning.result(
-        target=train.name, protocol=args.protocol, accuracy=round(accuracy, 4), labels_per_class=args.labels_per_class,
-        label_fraction=args.label_fraction, digest=key, device=device.type, versions=versions(),
-        seconds=round(time.monotonic() - started, 1),
+        scale, device, started, name=name, target=train.name, protocol=args.protocol, accuracy=round(accuracy, 4),
+        labels_per_class=args.labels_per_class, label_fraction=args.label_fraction, digest=key,
     )  # fmt: skip
     results.append(beginning.folder, line)
     print(results.show(line))

@@ -27,8 +27,8 @@ from data.images import load_images
 from models import saved
 from utils import cli, evaluate, files, optim, results, start
 from utils.errors import UserError
-from utils.presets import preset
-from utils.run import Run, versions
+from utils.presets import differences, preset
+from utils.run import Run
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
@@ -109,9 +109,11 @@ def main(argv):
         for who, network in (("accuracy", student), ("teacher", teacher))
         for suffix, batch_statistics in (("", True), ("_running_statistics", False))
     }
+    used = {key: value for key, value in run.settings.items() if key in HELP}
+    scale = test.part | distilled.meta.get("scale", {}) | differences(cli.preset_name(test.name), "kd", used)
     line = beginning.result(
-        target=test.name, protocol="kd", images=images, **accuracies, digest=key, device=device.type,
-        versions=versions(), seconds=round(time.monotonic() - started, 1),
+        scale, device, started, name=f"{test.name}_kd_{Path(str(images['method'])).name}_seed{beginning.seed}",
+        target=test.name, protocol="kd", images=images, **accuracies, digest=key,
     )  # fmt: skip
     results.append(beginning.folder, line)
     print(f"{results.show(line)}; teacher {line['teacher']:.2f} %")

@@ -17,7 +17,7 @@ from data.distilled import load_distilled
 from models import saved
 from utils import cli, files, optim
 from utils.errors import UserError
-from utils.presets import preset
+from utils.presets import differences, preset
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
@@ -79,8 +79,11 @@ def main(argv):
     network = models.build(args.arch, size, outputs, args.width).to(device)
     pretrain(network, distilled, args, run, randomness, device)
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
+    name = cli.preset_name(meta["source"])
+    scale = differences(name, "pretrain", vars(args), distilled.target_kind, args.arch)
+    scale = distilled.meta.get("scale", {}) | scale | differences(name, "distill", {"width": args.width})
     meta |= dict(seed=args.seed, distilled=settings["distilled"], distilled_seed=distilled.meta.get("seed"),
-                 num_images=len(distilled.images), settings=run.settings)  # fmt: skip
+                 num_images=len(distilled.images), scale=scale, settings=run.settings)  # fmt: skip
     run.finish("model", saved.content(network, args.arch, args.width, size, outputs, meta))
     print(f"wrote {run.artefact}")
 

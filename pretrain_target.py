@@ -19,7 +19,7 @@ from data.images import load_images, normalise, unit
 from data.loading import Loader
 from utils import cli, evaluate, files, optim
 from utils.errors import UserError
-from utils.presets import preset
+from utils.presets import differences, preset
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
@@ -165,6 +165,7 @@ def main(argv):
         mean=source.mean,
         std=source.std,
         settings=run.settings,
+        scale=source.part | differences(cli.preset_name(source.name), "target", vars(args)),
         knn_accuracy=None,
     )
     if test is not None:

@@ -22,7 +22,8 @@ class Distilled:
     """m distilled images with their targets.
 
     `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and `std` (3,);
-    `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, and
+    `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, `scale`
+    (`presets.differences` of all stages so far), `initial` (the source's images that it started from, by index), and
     `fresh_noise` where the images are noise that kd.py draws anew at each step.
     """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from data.prepare import folder_name, prepare
+from data.raw import published
 from utils import files
 from utils.errors import UserError
 
@@ -13,12 +14,14 @@ class ImageSet:
     """n images of S x S pixels.
 
     `pixels` (n, S, S, 3) uint8, mapped from disk; `labels` (n,) int64 or None; `classes` their names; `mean` and
-    `std` (3,) float32 of the set's training split over [0, 1]; `fingerprint` differs when the raw images do.
+    `std` (3,) float32 of the set's training split over [0, 1]; `fingerprint` differs when the raw images do; `part` is
+    {"name split": [n, published count]} where these are a part of a named set, else empty.
     """
 
-    def __init__(self, name, pixels, labels, classes, mean, std, fingerprint):
+    def __init__(self, name, pixels, labels, classes, mean, std, fingerprint, part=None):
         self.name, self.pixels, self.labels, self.classes = name, pixels, labels, classes
         self.mean, self.std, self.fingerprint = mean, std, fingerprint
+        self.part = part or {}
 
     def __len__(self):
         return len(self.pixels)
@@ -30,7 +33,8 @@ class ImageSet:
     def subset(self, index):
         """The images at `index` (k,) int64, copied out of the file."""
         labels = None if self.labels is None else self.labels[index]
-        return ImageSet(self.name, self.pixels[index], labels, self.classes, self.mean, self.std, self.fingerprint)
+        facts = (self.classes, self.mean, self.std, self.fingerprint, self.part)
+        return ImageSet(self.name, self.pixels[index], labels, *facts)
 
     def raw(self, index, device):
         """Pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32 on `device`, channels-last in memory."""
@@ -74,4 +78,5 @@ def load_images(name, split, size, root, labels=False):
         torch.tensor(train["mean"], dtype=torch.float32),
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant
         train["fingerprint"],
+        {f"{name} {split}": [record["count"], published(name, split)[0]]} if record["whole"] is False else {},
     )

@@ -47,19 +47,20 @@ def is_whole(name, split, raw):
     """Whether a named set has its published number of images and classes; None for any other."""
     if name not in ARCHIVES:
         return None
-    return (len(raw.images), len(raw.classes)) == _published(name, split)
+    return (len(raw.images), len(raw.classes)) == published(name, split)
 
 
 def check_counts(name, split, raw):
     """Raise UserError when a named set has another number of images or classes than the published one."""
     if is_whole(name, split, raw) is False:
-        images, classes = _published(name, split)
+        images, classes = published(name, split)
         raise UserError(
             f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, the published set has "
             f"{images:,} of {classes:,}; to use a part on purpose: python -m data.prepare {name} --partial"
         )
 
 
-def _published(name, split):
+def published(name, split):
+    """Images and classes of a named set's split as its makers count them."""
     archive = ARCHIVES[name]
     return getattr(archive, split), archive.classes

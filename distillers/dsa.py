@@ -121,8 +121,8 @@ def distill(source, chosen, target, args, run, device):
         for part in losses(network, x_syn, real, randomness, args.precision):
             part.backward(inputs=[x_syn])
             loss += part.detach()
-        sgd.step()
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt())
+        sgd.step()
         method.renew_picture(run, args, step, lambda: method.packed(x_syn, y_syn, "class", source))
 
     before, after = (measured(x, real, source, args, device) for x in (x_init, x_syn.detach()))

@@ -24,7 +24,7 @@ import torch
 
 from data.subsets import balanced_subset, random_subset
 from distillers import method
-from distillers.krr import centred_one_hot, ridge_predict
+from distillers.krr import LIMITS, centred_one_hot, larger_ridges, ridge_predict
 from distillers.method import Method, packed
 from distillers.pool import Pool
 from utils import optim
@@ -94,6 +94,7 @@ def distill(source, chosen, target, args, run, device):
         index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch].to(device)
         return x.detach()[index], y.detach()[index]
 
+    run.limits = LIMITS
     for _ in run.steps("initialise pool", sum(pool.ages)):
         pool.below_age().train_step(*some_of(x_init, y_init))
 
@@ -103,9 +104,12 @@ def distill(source, chosen, target, args, run, device):
         loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge)
         lamb.zero_grad()
         loss.backward()
+        run.log(
+            step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), larger_ridge=larger_ridges(device),
+            lr=scheduler.get_last_lr()[0],
+        )  # fmt: skip
         lamb.step()
         pool.advance(member, *some_of(x_syn, y_syn))
-        run.log(step, loss=loss, lr=scheduler.get_last_lr()[0])
         scheduler.step()
         method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, "soft", source))
 

@@ -18,7 +18,6 @@ training images, which must then be at hand), `imagenet`, or six numbers for pix
 Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png, by which the answers can be checked.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from data.distilled import TARGET_KINDS, Distilled
 from data.images import load_images, normalise
 from data.prepare import folder_name
 from data.raw import in_root
-from distillers.method import save_picture
+from distillers.method import check_name, save_picture
 from utils import cli, files
 from utils.errors import UserError
 from utils.presets import PRESETS
@@ -208,8 +207,7 @@ def source_name(name, root):
 def main(argv, reserved=()):
     """Import as `argv` says; `reserved` are names that --method may not be."""
     args = parse_args(argv)
-    if not re.fullmatch(r"\w[\w.-]*", args.method) or args.method in reserved:
-        raise UserError(f"--method {args.method}: must be a plain word that is no method of this suite")
+    check_name("--method", args.method, reserved)
     result = imported(args)
     digests = {name: files.digest(path) if (path := getattr(args, name)) else None for name in ("images", "targets")}
     values = dict(source=source_name(args.source, args.data_root), mean=result.mean.tolist(), std=result.std.tolist())

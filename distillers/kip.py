@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from data.subsets import balanced_subset, few_labels
 from distillers import method
-from distillers.krr import centred_one_hot, kernel_predict
+from distillers.krr import LIMITS, centred_one_hot, kernel_predict, larger_ridges
 from distillers.method import Method, packed
 from distillers.ntk import KERNELS, kernel
 from utils import optim
@@ -81,13 +81,15 @@ def distill(source, chosen, target, args, run, device):
     torch.rand((), generator=randomness.cpu)  # else the first batch would be the very images that the set starts as
     run.resume(device, dict(learned=learned, optimizer=adam, randomness=randomness))
 
+    run.limits = LIMITS
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = batch_of(balanced_batch(source, args.outer_batch, randomness.cpu))
         loss = objective(x_real, y_real, x_syn, y_syn, args)
         adam.zero_grad()
         loss.backward()
+        gradient = x_syn.grad.square().mean().sqrt()
+        run.log(step, loss=loss, gradient=gradient, larger_ridge=larger_ridges(device))
         adam.step()
-        run.log(step, loss=loss)
         method.renew_picture(run, args, step, lambda: packed(x_syn.float(), y_syn.float(), "soft", source))
 
     # A seed of no run: another draw than the images that the set starts as.

@@ -3,6 +3,7 @@
 A method is a module with a `METHOD`; `distillers/__main__.py` lists them.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from data.images import load_images
 from data.subsets import random_subset
 from distillers.target import load_target
 from utils import cli, files
-from utils.presets import preset
+from utils.errors import UserError
+from utils.presets import differences, preset
 from utils.run import Run, versions
 
 
@@ -47,16 +49,19 @@ def main(method, argv):
     chosen = method.choose(source, args.num_images, args.seed)
     home, target = args.run_root / source.name, None
     facts = dict(source=source.name, fingerprint=source.fingerprint)
+    scale = source.part | differences(cli.preset_name(source.name), method.stage, vars(args))
     if method.needs_target:
         target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
         facts["target"] = target.digest
-    run = Run(home / method.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
+        scale |= target.scale
+    run = Run(home / args.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
     if run.finished:
         print(f"{run.artefact} is there already")
         return
     result = method.distill(source, chosen, target, args, run, device)
-    result.meta |= dict(source=source.name, method=method.name, seed=args.seed, preset=args.preset,
-                        settings=run.settings, versions=versions())  # fmt: skip
+    result.meta |= dict(source=source.name, method=args.name, seed=args.seed, preset=args.preset, scale=scale,
+                        initial=None if chosen is None else chosen.tolist(), settings=run.settings,
+                        versions=versions())  # fmt: skip
     save_picture(run.folder / "images.png", result)
     run.finish("distilled", result.content())
     print(f"wrote {run.artefact} and images.png")
@@ -84,10 +89,19 @@ def save_picture(path, distilled, most=100):
 
 def parse_args(method, argv):
     parser, name = cli.source_parser(method.doc, argv)
+    parser.add_argument("--name", default=method.name, help="of the run's folder and in tables (default: %(default)s)")
     if method.needs_target:
         parser.add_argument("--target", type=Path, help="target.pt (default: that of the source, seed 0)")
     parser.add_argument(
         "--image-every", type=cli.count, default=0, metavar="STEPS", help="renew images.png (0: at the end)"
     )
     cli.add_settings(parser, preset(name, method.stage), dict(num_images="m, images in the set") | method.help)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_name("--name", args.name, reserved=("target",))
+    return args
+
+
+def check_name(flag, name, reserved):
+    """Raise UserError where `name` is no plain word or one of `reserved`."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in reserved:
+        raise UserError(f"{flag} {name}: must be a plain word, and none of {', '.join(reserved)}")

@@ -121,8 +121,8 @@ def expert(k, folder, source, args, device):
             loss = F.cross_entropy(predicted.float(), source.labels[index].to(device))
             sgd.zero_grad()
             loss.backward()
-            sgd.step()
             run.log(step, loss=loss)
+            sgd.step()
             if (step + 1) % batches.per_epoch == 0:
                 trajectory[(step + 1) // batches.per_epoch] = flat(network)
         run.finish("expert", {"trajectory": trajectory})
@@ -168,10 +168,10 @@ def distill(source, chosen, target, args, run, device):
         loss, by_x, rate.grad = matching(network, start, goal, batches, rate, args.precision)
         x_syn.grad = None
         torch.autograd.backward([x for x, _ in batches], by_x)
+        run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), rate=rate)
         sgd.step()
         with torch.no_grad():
             rate.clamp_(min=LEAST_RATE * args.expert_lr)
-        run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), rate=rate)
         method.renew_picture(run, args, step, lambda: method.packed(x_syn, y_syn, "class", source))
 
     first = torch.tensor(args.expert_lr, device=device)

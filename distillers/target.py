@@ -15,13 +15,15 @@ from utils.evaluate import BATCH, evaluating
 
 @dataclass
 class Target:
-    """A frozen network with features (b, d_y), and where its file lies."""
+    """A frozen network with features (b, d_y), where its file lies, and in what its training differs from the paper's
+    (`presets.differences`)."""
 
     network: torch.nn.Module
     path: Path
     digest: str
     device: torch.device
     precision: str
+    scale: dict
 
     def features(self, x):
         """g_phi of normalised images (b, 3, S, S): (b, d_y) float32, in eval mode."""
@@ -76,4 +78,4 @@ def load_target(path, source, device, precision):
     network = models.build(saved["arch"], saved["image_size"], 0, saved["width"])
     networks.fill(network, saved["network"], saved["arch"], path)
     network = network.to(device).requires_grad_(False)
-    return Target(network, path, files.digest(path), device, precision)
+    return Target(network, path, files.digest(path), device, precision, saved.get("scale", {}))

@@ -41,6 +41,6 @@ run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt --distilled $digit
   --teacher runs/scratch/convnet4-x0.25_32px/digits_full_seed0/model.pt --target digits
 
 echo
-"$PYTHON" -m benchmarks.summary runs
+"$PYTHON" -m benchmarks.tables runs
 echo
 echo "The distilled images: $digits/krr_st/seed0/images.png"

@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from scipy.io import savemat
@@ -261,7 +262,9 @@ def test_wrong_counts_are_an_error_unless_a_part_is_meant(tmp_path):
     with pytest.raises(UserError, match=r"found 6 images of 2 classes.*50,000 of 10; .*--partial"):
         load_images("cifar10", "train", 32, tmp_path)
     assert prepare("cifar10", "train", 32, tmp_path, partial=True)["whole"] is False
-    assert load_images("cifar10", "train", 32, tmp_path).classes == ["cat", "dog"]  # own folders before the archive
+    images = load_images("cifar10", "train", 32, tmp_path)
+    assert images.classes == ["cat", "dog"]  # own folders before the archive
+    assert images.part == images.subset(torch.tensor([0])).part == {"cifar10 train": [6, 50_000]}
     picture(tmp_path / "cifar10" / "train" / "cat" / "new.png")
     with pytest.raises(UserError, match="found 7 images"):  # what was accepted was another part
         load_images("cifar10", "train", 32, tmp_path)

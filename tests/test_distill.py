@@ -102,7 +102,8 @@ def test_distillation_lowers_the_outer_loss(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--keep-pool-count", "--raw-init", "--augment-outer", "--ridge-per-image", "--no-bias-column"]
+    "flag",
+    ["--keep-pool-count", "--raw-init", "--augment-outer", "--ridge-per-image", "--no-bias-column", "--random-targets"],
 )
 def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, flag):
     toy = [*toy, "--outer-steps", "12"]
@@ -113,6 +114,18 @@ def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, f
         assert other.mean.tolist() == [0, 0, 0] and other.std.tolist() == [1, 1, 1]
         assert (other.images - other.pixels()).abs().mean() < 0.05
         torch.testing.assert_close(usual.pixels(), other.pixels(), rtol=0, atol=0.2)
+
+
+def test_targets_may_start_at_random_under_another_name(toy, tmp_path):
+    flags = ["--random-targets", "--name", "variant", "--outer-lr", "1e-12"]
+    distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, *flags])
+    d = load_distilled(tmp_path / "digits" / "variant" / "seed0" / "distilled.pt")
+    assert abs(d.targets.mean()) < 0.1 and abs(d.targets.std() - 1) < 0.1  # N(0, 1); the target's features are positive
+    assert d.meta["method"] == "variant" and d.meta["scale"]["distill.random_targets"] == [True, False]
+    assert d.meta["scale"]["distill.outer_steps"] == [4, 300] and d.meta["scale"]["target.epochs"] == [1, 30]
+    for name in ("target", "../x"):
+        with pytest.raises(UserError, match="plain word"):
+            distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, "--name", name])
 
 
 def test_seeds_give_other_sets(toy, tmp_path):

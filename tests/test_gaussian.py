@@ -6,7 +6,7 @@ import torch
 import finetune
 import kd
 import pretrain
-from benchmarks.summary import table
+from benchmarks.tables import document, gathered
 from data.distilled import load_distilled
 from distillers import gaussian, method
 from tests.conftest import DISTILL
@@ -113,6 +113,6 @@ def test_students_from_scratch_on_different_images_do_not_collide(made, distille
     lines = [line for line in results.read(folder / "results.jsonl") if line["protocol"] == "kd"]
     assert [line["images"]["method"] for line in lines] == ["gaussian", "krr_st", "krr_st"]
     assert [line["images"]["num_images"] for line in lines] == [30, 20, 20]
-    shown = table([folder])
-    assert "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of gaussian, digits) " in shown
+    shown = document(gathered([folder]))["digits"]
+    assert "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of Gaussian noise, digits) " in shown
     assert "| no pre-training (convnet3-x0.125 at 32 px; on 20 images of KRR-ST, digits) " in shown

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.summary import table
+from benchmarks.tables import document, gathered
 from data.distilled import load_distilled
 from data.images import load_images
 from models.saved import load_model, rebuild
@@ -122,10 +122,14 @@ def test_finetuning_protocols_and_results(weights, roots):
     assert [(line["protocol"], line["seed"]) for line in lines] == [("linear", 0), ("knn", 0), ("full", 0), ("full", 5)]
     for line in lines:
         assert line["method"] == "krr_st" and line["source"] == line["target"] == "digits" and line["width"] == 0.125
-        assert 0 <= line["accuracy"] <= 100 and line["versions"]["torch"] and line["digest"]
+        assert 0 <= line["accuracy"] <= 100 and line["versions"]["torch"] and line["digest"] and line["device"] == "cpu"
+        assert line["seconds"] > 0 and line["peak_memory_mib"] > 50
+        assert line["scale"]["num_images"] == [20, 30] and line["scale"]["pretrain.epochs"] == [3, 300]
+        assert line["scale"].get("finetune.steps") == ([2, 100] if line["protocol"] == "full" else None)
+    assert lines[0]["name"] == "digits_linear_2perclass_seed0" and lines[3]["name"] == "digits_full_0.1_seed5"
     assert load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
-    shown = table([weights.parents[4]])
-    assert "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) |" in shown and "digits knn, 2 labels/class" in shown
+    shown = document(gathered([weights.parents[4]]))["digits"]
+    assert "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) |" in shown and "knn, 2 labels/class" in shown
 
 
 def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, roots):

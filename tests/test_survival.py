@@ -183,7 +183,8 @@ def test_signal_ends_a_run_after_the_step_with_a_checkpoint(tmp_path, capsys, nu
 def test_signal_outside_a_loop_is_one_line_too(capsys, number, request):
     before = signal.getsignal(signal.SIGTERM)
     if number == signal.SIGINT:  # which a shell's background jobs ignore
-        request.addfinalizer(lambda kept=signal.signal(number, signal.default_int_handler): signal.signal(number, kept))
+        kept = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, kept))
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda argv: os.kill(os.getpid(), number) or time.sleep(5), [])
     assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1

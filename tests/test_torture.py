@@ -2,7 +2,7 @@
 
 from tests.conftest import command
 
-STAGES = ["target", "distill", "kmeans"]  # the rest with `python -m tests.torture`
+STAGES = ["target", "distill", "dm"]  # the rest with `python -m tests.torture`
 
 
 def test_killed_20_times_and_the_same_file():

@@ -67,6 +67,10 @@ STAGES = {
         ("target",),
     ),
     "kmeans": Stage("-m distillers kmeans --num-images 20", "digits/kmeans/seed0/distilled.pt", ("target",)),
+    "dm": Stage(
+        "-m distillers dm --num-images 10 --width 0.125 --outer-steps 24 --real-batch 4",
+        "digits/dm/seed0/distilled.pt",
+    ),
     "pretrain": Stage(
         f"pretrain.py --distilled {{runs}}/{DISTILLED} --width 0.125 --epochs 24 --augment", MODEL, ("distill",)
     ),

@@ -40,13 +40,17 @@ def roots_parser(docstring):
 def parser(docstring):
     """A parser with the flags that mean the same in every script."""
     shown = roots_parser(docstring)
-    shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
-    shown.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits in each run, more slowly")
+    add_device(shown)
     shown.add_argument(
         "--log-every", type=positive_int, default=50, metavar="STEPS", help="steps per line of log.jsonl"
     )
     return shown
+
+
+def add_device(shown):
+    shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
+    shown.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits in each run, more slowly")
 
 
 def add_data_root(shown):

@@ -240,6 +240,12 @@ def _flush(path):
         os.close(number)
 
 
+def write_text(path, text):
+    """Write a text file, replacing the old one at once."""
+    with aside(path) as partial:
+        partial.write_text(text)
+
+
 @contextlib.contextmanager
 def named(path):
     """Within: an OSError that names no file names `path`."""
@@ -250,13 +256,15 @@ def named(path):
         raise
 
 
-def append_line(path, line):
-    """Add a line to a file that several processes may add to, and wait until it is on disk. What a process that died
-    has left of a line is cut off."""
+def append_line(path, line, unless=lambda: False):
+    """Add a line to a file that several processes may add to, and wait until it is on disk; or not, where `unless()`,
+    asked when no other can, is true. What a process that died has left of a line is cut off."""
     with named(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         there = file.read()
+        if unless():
+            return
         file.truncate(there.rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()

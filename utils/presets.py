@@ -42,6 +42,7 @@ DISTILL = dict(  # distill.py
     keep_pool_count=False,  # [P, Algorithm 1 line 15] a member's count restarts
     raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
     augment_outer=False,  # [P, Algorithm 1 line 9]
+    random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
 )
 
 SAME = object()  # in a method's settings: the value that distill.py has for the same source
@@ -224,6 +225,24 @@ PRESETS = {  # what differs from the values above
     "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_LABELLED_AT_64),
 }
 
+_QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hours of two CPU cores
+    image_size=32,
+    target=dict(width=0.25, epochs=10, warmup_epochs=1, projector_dim=512),
+    distill=dict(outer_steps=1200, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=100),
+    dm=dict(outer_steps=200, real_batch=16),
+    dsa=dict(networks=10, outer_loops=2, inner_epochs=5, real_batch=16),
+    mtt=dict(outer_steps=80, inner_steps=10, inner_batch=100, max_start=2, match_epochs=1, experts=2),
+    frepo=dict(outer_steps=700, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=40, pool_lr=3e-3),
+    kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
+    pretrain={"feature": dict(epochs=120), "class": dict(epochs=120), "soft": dict(steps=240, warmup=20)},
+)
+_QUICK_SETS = {  # m is a multiple of the classes; the paper's network, narrower
+    "cifar100": dict(arch="convnet3", width=0.25, num_images=300),
+    "tinyimagenet": dict(arch="convnet4", width=0.5, num_images=400),
+    "imagenet": dict(arch="convnet4", width=0.5, num_images=1000),
+    "imagenette": dict(arch="convnet5", width=0.5, num_images=10),
+}
+PRESETS |= {f"quick-{name}": _QUICK | dict(distill=_QUICK["distill"] | own) for name, own in _QUICK_SETS.items()}
 
 STAGES = {
     "target": TARGET,
@@ -254,3 +273,15 @@ def preset(name, stage, kind=None, arch=None):
 def image_size(name):
     """Pixels of a side under the preset `name`."""
     return PRESETS[name]["image_size"]
+
+
+def differences(name, stage, settings, kind=None, arch=None):
+    """In what `settings` (name -> value) differ from those of `stage` under `PRESETS[name]`, which is how a result
+    tells its scale: {"stage.setting": [here, there]}. What several stages share is named without the stage."""
+    usual = preset(name, stage, kind, arch) | dict(image_size=image_size(name))
+    shared = {"image_size"} if stage == "target" else {"image_size", "num_images", "width"}
+    return {
+        key if key in shared else f"{stage}.{key}": [settings[key], value]
+        for key, value in usual.items()
+        if settings.get(key, value) != value
+    }

@@ -1,4 +1,11 @@
-"""Results as data: one JSON line for each evaluation, in results.jsonl of the folder that the network lies in."""
+"""Results as data: one JSON line for each evaluation, in results.jsonl of the folder that the network lies in.
+
+A line says what was evaluated (source, method, arch, width, image_size, num_images, seed, distilled_seed), how (target,
+protocol, labels_per_class, label_fraction), what came out (accuracy in percent), under which settings (`digest`; in
+`scale` those of all stages that differ from the paper's, {} for none) and by what means (device, versions, seconds and
+peak memory of the evaluating process). `name` tells the lines of a file apart. A line knows nothing of tables: one
+evaluation may stand in several.
+"""
 
 import hashlib
 import json
@@ -31,9 +38,10 @@ def read(path):
 
 
 def append(folder, line):
-    """Add a result; several processes can share the file."""
+    """Add a result, unless one of the same digest is there: several processes may write, and evaluate the same."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.append_line(folder / "results.jsonl", json.dumps(line))
+    path = folder / "results.jsonl"
+    files.append_line(path, json.dumps(line), unless=lambda: find(folder, line["digest"]))
 
 
 def show(line):

@@ -20,7 +20,7 @@ CHECKPOINT_SECONDS = 120
 CHECKPOINT_SHARE = 0.02  # of the time of a run that may go into writing checkpoints; a slow disk makes them rarer
 RECENT = 100  # steps over which a limit on a logged value counts
 ELSEWHERE = "choose another --run-root or --seed, or delete that folder"
-FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every"}  # these do not decide the result
+FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every", "name"}  # do not decide the result
 
 
 class Stopped(Exception):
@@ -139,15 +139,9 @@ class Run:
         return None, None
 
     def _drop_log_after_checkpoint(self):
-        log, kept = self.folder / "log.jsonl", []
-        for line in log.read_text(errors="replace").splitlines(keepends=True) if log.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # what a killed process has left of a line
-                content = json.loads(line)
-                if line.endswith("\n") and content["step"] <= self.done.get(content["phase"], 0):
-                    kept.append(line)
-        if log.is_file():
-            with files.aside(log) as partial:
-                partial.write_text("".join(kept))
+        if (log := self.folder / "log.jsonl").is_file():
+            kept = [line for line in read_log(self.folder) if line["step"] <= self.done.get(line["phase"], 0)]
+            files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def checkpoint(self):
         """Write a checkpoint; the one before is kept. Raises UserError where the state is not finite."""
@@ -204,7 +198,7 @@ class Run:
             self._window = {}
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
             seconds = round(time.monotonic() - self._started, 2)
-            line = {"phase": self.phase, "step": step + 1, **means, "seconds": seconds}
+            line = {"phase": self.phase, "step": step + 1, "of": self.total, **means, "seconds": seconds}
             log = self.folder / "log.jsonl"
             with files.named(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -251,6 +245,17 @@ class Run:
     def _delete_checkpoints(self):
         for path in self.folder.glob("checkpoint*.pt"):
             path.unlink(missing_ok=True)
+
+
+def read_log(folder):
+    """The lines of a run's log.jsonl as dicts, but for what a killed process has left of one; none where it has none."""
+    path, lines = folder / "log.jsonl", []
+    for text in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if text.endswith("\n") and line["step"] >= 0 and line["phase"]:
+                lines.append(line)
+    return lines
 
 
 class Tensors:

@@ -1,5 +1,8 @@
 """Where fine-tuning and distillation of knowledge start: a model.pt, or a network that nobody has trained."""
 
+import resource
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +12,8 @@ import models
 from models import saved
 from utils import cli, files
 from utils.errors import UserError
-from utils.presets import image_size, preset
+from utils.presets import differences, image_size, preset
+from utils.run import versions
 
 
 @dataclass
@@ -21,11 +25,30 @@ class Start:
     digest: str
     seed: int
 
-    def result(self, **values):
-        """A line of results.jsonl: what the network is, and `values`."""
+    def result(self, scale, device, started, **values):
+        """A line of results.jsonl: what the network is, `values`, and what it took since the time `started`. To the
+        scale of the stages before comes `scale`, that of this one."""
         meta = {name: self.saved["meta"].get(name) for name in ("source", "method", "distilled_seed", "num_images")}
         network = {name: self.saved[name] for name in ("arch", "width", "image_size")}
-        return meta | network | {"seed": self.seed} | values
+        return meta | network | {"seed": self.seed} | values | {"scale": self.scale | scale} | cost(device, started)
+
+    @property
+    def scale(self):
+        """In what the stages that made the network differ from the paper's (`presets.differences`)."""
+        return self.saved["meta"].get("scale", {})
+
+
+def cost(device, started):
+    """By what means a result came out: device, versions, seconds since `started` (time.monotonic), and this process's peak memory."""
+    cuda = device.type == "cuda"
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return dict(
+        device=torch.cuda.get_device_name(device) if cuda else device.type,
+        versions=versions(),
+        seconds=round(time.monotonic() - started, 1),
+        peak_memory_mib=round(torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak),
+    )
 
 
 def add_flags(parser, argv):
@@ -50,7 +73,9 @@ def load(args):
         seed = args.seed or 0
         torch.manual_seed(seed)
         name = f"{models.label(network['arch'], network['width'])}_{network['image_size']}px"
-        return Start(saved.fresh(**network), args.run_root / "scratch" / name, "none", seed)
+        content = saved.fresh(**network)
+        content["meta"]["scale"] = differences(cli.preset_name(args.target), "distill", {"width": network["width"]})
+        return Start(content, args.run_root / "scratch" / name, "none", seed)
     content = saved.load_model(args.weights)
     for name, value in given.items():
         if value != content[name]:

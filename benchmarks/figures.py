@@ -1,0 +1,268 @@
+"""Pictures of sets and results; each command writes one PNG file.
+
+    python -m benchmarks.figures images --distilled runs/cifar100/krr_st/seed0/distilled.pt --out images.png
+    python -m benchmarks.figures tsne   --distilled runs/cifar100/krr_st/seed0/distilled.pt \\
+                                        --target runs/cifar100/target/seed0/target.pt --out tsne.png
+    python -m benchmarks.figures curves --out curves.png runs/cifar100/krr_st/seed0 ...     # from their log.jsonl
+    python -m benchmarks.figures bars   --out bars.png runs                                 # Figure 3 of the paper
+    python -m benchmarks.figures count  --out count.png runs                                # accuracy by m
+
+images: the distilled images beside those that they started from (Figures 2 and 4 to 6). tsne: g_phi(X_s), Y_s and
+g_phi(X_t) in two dimensions (Figure 2; van der Maaten and Hinton, 2008). Without folders, bars and count draw the
+results in benchmarks/results.jsonl. Colours are those of Okabe and Ito; markers, dashes and hatches tell the same.
+"""
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from torchvision.utils import make_grid
+
+from benchmarks import tables
+from data.distilled import load_distilled
+from data.images import load_images, normalise, unit
+from distillers.target import load_target
+from utils import cli, results
+from utils.errors import UserError
+from utils.run import read_log
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#555555", "#BBBBBB")
+MARKERS = "os^Dv<>Px"
+DASHES = ("-", "--", "-.", ":")
+HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "ooo", "|||", "+++", "***")
+INK = "#333333"
+
+
+def saved(figure, out):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150, metadata={"Software": None})  # the same bytes for the same numbers
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
+def panels(count, width=4.6, height=3.4, most=3):
+    """A figure with `count` axes, at most `most` in a row."""
+    columns = min(count, most)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, axes.flat[:count]
+
+
+def tidy(axis, title=None, x=None, y=None):
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def source_of(args, distilled):
+    return load_images(args.source or distilled.meta["source"], "train", distilled.images.shape[-1], args.data_root)
+
+
+def origin_of(distilled):
+    method = distilled.meta.get("method")
+    return f"{tables.METHODS.get(method, method)}, {distilled.meta.get('source')}"
+
+
+def images(args):
+    """The first `args.most` distilled images, beside their initial ones where these are known."""
+    distilled = load_distilled(args.distilled)
+    pixels, initial = distilled.pixels(), distilled.meta.get("initial")
+    most = min(args.most or len(pixels), len(pixels))
+    shown = [("distilled", pixels[:most])]
+    if initial is not None:
+        index = torch.tensor(initial[:most])
+        shown.insert(0, ("where they started from", unit(source_of(args, distilled).pixels[index])))
+    across = min(most, 10 if most <= 100 else 25)
+    down = -(-most // across)
+    side = 0.55 if most <= 100 else 0.3
+    figure, axes = plt.subplots(1, len(shown), squeeze=False, layout="constrained",
+                                figsize=(len(shown) * (side * across + 0.2), side * down + 0.7))  # fmt: skip
+    for axis, (title, part) in zip(axes[0], shown, strict=True):
+        axis.imshow(make_grid(part, nrow=across, padding=2, pad_value=1.0).permute(1, 2, 0).numpy())
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    origin = origin_of(distilled)
+    figure.suptitle(f"{origin}: {most} of {len(pixels)} images" if most < len(pixels) else origin, fontsize=10)
+    saved(figure, args.out)
+
+
+def tsne(args):
+    """One embedding of the features of real images, of the distilled images, and of the learned targets."""
+    from sklearn.manifold import TSNE  # here, since scikit-learn takes a second to import
+
+    distilled = load_distilled(args.distilled)
+    source = source_of(args, distilled)
+    target = load_target(args.target, source, torch.device("cpu"), "fp32")
+    index = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[: args.real]
+    x_syn = normalise(distilled.images * distilled.std[:, None, None] + distilled.mean[:, None, None],
+                      source.mean, source.std)  # fmt: skip
+    real = torch.cat([target.features(source.normalised(part, "cpu")) for part in index.split(512)])
+    made = torch.cat([target.features(part) for part in x_syn.split(512)])
+    parts = [(r"$g_\phi(X_t)$, real images", real), (r"$g_\phi(X_s)$, distilled images", made)]
+    if distilled.target_kind == "feature" and distilled.targets.shape[1] == real.shape[1]:
+        parts.append((r"$Y_s$, learned targets", distilled.targets))
+    features = torch.cat([part for _, part in parts])
+    perplexity = min(30, (len(features) - 1) / 3)
+    places = TSNE(2, init="pca", perplexity=perplexity, random_state=0).fit_transform(features.numpy())
+    looks = (
+        dict(c="#AAAAAA", marker="o", s=9, linewidths=0),
+        dict(c=COLOURS[0], marker="o", s=26, edgecolors="white", linewidths=0.5),
+        dict(c=COLOURS[4], marker="^", s=30, edgecolors=INK, linewidths=0.5),
+    )
+    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+    for (name, part), where, look in zip(parts, torch.from_numpy(places).split([len(p) for _, p in parts]), looks,
+                                         strict=False):  # fmt: skip
+        axis.scatter(*where.T.numpy(), label=f"{name} ({len(part):,})", **look)
+    axis.set(xticks=[], yticks=[], title=f"{origin_of(distilled)}, t-SNE")
+    figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=9)
+    saved(figure, args.out)
+
+
+def curves(args):
+    """Every scalar in the runs' logs by step; a panel for each phase and scalar."""
+    found = defaultdict(dict)  # (phase, scalar) -> {folder: [(step, value)]}
+    for folder in args.folders:
+        for line in read_log(folder):
+            for name in line.keys() - {"phase", "step", "of", "seconds"}:
+                found[line["phase"], name].setdefault(str(folder), []).append((line["step"], line[name]))
+    if not found:
+        raise UserError(f"{', '.join(map(str, args.folders))}: no log.jsonl with numbers in it")
+    phases = list(dict.fromkeys(phase for phase, _ in found))
+    order = sorted(found, key=lambda key: (phases.index(key[0]), key[1] != "loss", key[1]))
+    figure, axes = panels(len(order))
+    for axis, key in zip(axes, order, strict=True):
+        for i, folder in enumerate(map(str, args.folders)):
+            if points := found[key].get(folder):
+                axis.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=folder, linewidth=1.4,
+                          linestyle=DASHES[i % len(DASHES)], marker="." if len(points) < 10 else "")  # fmt: skip
+        tidy(axis, f"{key[0]}: {key[1]}", "step")
+        values = [value for points in found[key].values() for _, value in points]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axis.set_yscale("log")
+    if len(args.folders) > 1:
+        legend(figure, axes, columns=1)
+    saved(figure, args.out)
+
+
+def lines_of(args):
+    return tables.gathered(args.folders) if args.folders else results.read(tables.RESULTS)
+
+
+def bars(args):
+    """Accuracy by method and data set, a panel for each network, as Figure 3 (the paper's Tables 5 to 8)."""
+    lines, chosen = lines_of(args), []
+    for table in tables.all_tables():
+        if table.name in args.tables.split(","):
+            chosen += [(table, *part) for part in tables.parts(table, lines)]
+    if not chosen:
+        raise UserError(f"no results for {args.tables} yet; see scripts/run_architectures.sh")
+    methods = sorted({method for *_, rows in chosen for method, *_ in rows}, key=tables.order)
+    figure, axes = panels(len(chosen), width=6.4, height=3.2, most=2)
+    for axis, (_, remark, columns, rows) in zip(axes, chosen, strict=True):
+        wide = 0.8 / len(rows)
+        for i, (method, own, cells) in enumerate(rows):
+            there = [j for j, column in enumerate(columns) if column in cells]
+            values = [cells[columns[j]] for j in there]
+            means, deviations = (list(map(f, values)) for f in (statistics.mean, statistics.pstdev))
+            look = methods.index(method)
+            axis.bar(
+                [j + (i - (len(rows) - 1) / 2) * wide for j in there], means, wide, yerr=deviations,
+                color=COLOURS[look % len(COLOURS)], hatch=HATCHES[look % len(HATCHES)], edgecolor=INK, linewidth=0.5,
+                error_kw=dict(lw=0.8, capsize=1.5),
+                label=tables.METHODS.get(method, method) + (f" ({own})" if own else ""),
+            )  # fmt: skip
+        axis.set_xticks(range(len(columns)), [target for _, target in columns])
+        tidy(axis, columns[0][0] + (" (reduced scale)" if remark else ""), y="accuracy in %")
+    legend(figure, axes)
+    saved(figure, args.out)
+
+
+def legend(figure, axes, columns=3):
+    """One legend below all `axes`, with each name once."""
+    handles = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+
+
+def count(args):
+    """Accuracy by the number of distilled images; a panel for each source, data set, network and protocol."""
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    floors = defaultdict(list)
+    for line in lines_of(args):
+        if line["protocol"] in ("fid", "kd"):
+            continue
+        network = (line["arch"], line["width"], line["image_size"])
+        panel = (line["target"], tables.other_column(line), network)
+        if line["method"] == "scratch":
+            floors[panel].append(line["accuracy"])
+        elif line["num_images"]:
+            found[(line["source"], *panel)][line["method"]][line["num_images"]].append(line["accuracy"])
+    drawn = sorted(key for key, methods in found.items() if any(len(points) > 1 for points in methods.values()))
+    if not drawn:
+        raise UserError("no method has results for two numbers of images (distill.py --num-images) yet")
+    methods = sorted({method for key in drawn for method in found[key]}, key=tables.order)
+    figure, axes = panels(len(drawn), most=2)
+    for axis, key in zip(axes, drawn, strict=True):
+        for method, points in sorted(found[key].items(), key=lambda item: tables.order(item[0])):
+            look, x = methods.index(method), sorted(points)
+            axis.errorbar(x, [statistics.mean(points[m]) for m in x], [statistics.pstdev(points[m]) for m in x],
+                          color=COLOURS[look % len(COLOURS)], marker=MARKERS[look % len(MARKERS)], capsize=2,
+                          linestyle=DASHES[look % len(DASHES)], label=tables.METHODS.get(method, method))  # fmt: skip
+        if floor := floors.get(key[1:]):
+            axis.axhline(statistics.mean(floor), color=INK, linewidth=1, linestyle=(0, (1, 3)),
+                         label=tables.METHODS["scratch"])  # fmt: skip
+        axis.set_xscale("log")
+        ticks = sorted({m for points in found[key].values() for m in points})
+        axis.set_xticks(ticks, map(str, ticks), minor=False)
+        axis.minorticks_off()
+        source, target, protocol, (arch, width, size) = key
+        tidy(axis, f"{source} to {target} ({protocol})", f"distilled images, {tables.label(arch, width)} at {size} px",
+             "accuracy in %")  # fmt: skip
+    legend(figure, axes)
+    saved(figure, args.out)
+
+
+def main(argv):
+    args = parse_args(argv)
+    {"images": images, "tsne": tsne, "curves": curves, "bars": bars, "count": count}[args.figure](args)
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.prog = "python -m benchmarks.figures"
+    commands = parser.add_subparsers(dest="figure", required=True, parser_class=lambda **kw: cli.Parser(__doc__))
+    for name in ("images", "tsne"):
+        one = commands.add_parser(name)
+        cli.add_data_root(one)
+        one.add_argument("--distilled", type=Path, required=True)
+        one.add_argument("--source", help="data set or folder that it was distilled from (default: as it says)")
+        if name == "images":
+            one.add_argument("--most", type=cli.count, default=100, help="images shown; 0: all (default: 100)")
+        else:
+            one.add_argument("--target", type=Path, required=True, help="target.pt of the source")
+            one.add_argument("--real", type=cli.positive_int, default=2000, help="real images (default: 2000)")
+    for name in ("curves", "bars", "count"):
+        one = commands.add_parser(name)
+        one.add_argument("folders", nargs="+" if name == "curves" else "*", type=Path)
+        if name == "bars":
+            one.add_argument("--tables", default="table5,table6,table7,table8", help="default: %(default)s")
+    for one in commands.choices.values():
+        one.add_argument("--out", type=Path, required=True, help="the PNG file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

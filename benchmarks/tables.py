@@ -1,0 +1,467 @@
+"""Print the paper's tables: our results, as mean ± standard deviation (n results), beside the paper's own.
+
+    python -m benchmarks.tables runs                    # from all results.jsonl below folders
+    python -m benchmarks.tables --only table2 runs      # or --csv, --latex
+    python -m benchmarks.tables --collect runs          # take them into benchmarks/results.jsonl
+    python -m benchmarks.tables --write README.md       # renew the tables between README's marks from that file
+    python -m benchmarks.tables --check README.md       # fail where they differ
+
+Results at the paper's settings are compared with its numbers (benchmarks/paper.csv): the difference, and whether it
+lies within two of the paper's standard deviations. Those at other settings make a table of their own, which says so.
+All that is in no table of the paper is listed by data set. Deviations are the population's (ddof = 0), as the paper's
+are. A mark in README is `<!-- table NAME -->`, up to `<!-- end of table -->`.
+"""
+
+import csv
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from models import label
+from utils import cli, files, results
+from utils.errors import UserError
+from utils.presets import image_size
+
+HERE = Path(__file__).parent
+RESULTS, PAPER = HERE / "results.jsonl", HERE / "paper.csv"
+METHODS = {  # in the order of the rows; others follow under their own names
+    "scratch": "no pre-training",
+    "gaussian": "Gaussian noise",
+    "random": "random real images",
+    "random_features": "random real images with the target's features",
+    "kmeans": "k-means",
+    "dsa": "DSA",
+    "dm": "DM",
+    "mtt": "MTT",
+    "kip": "KIP",
+    "frepo": "FRePo",
+    "krr_st": "KRR-ST",
+    "krr_st_random_targets": "KRR-ST, targets at random",
+    "krr_st_d1": "KRR-ST, D1: a tenth of the learning rate",
+    "krr_st_d2": "KRR-ST, D2: ridge divided by m",
+    "krr_st_d3": "KRR-ST, D3: no bias column",
+    "krr_st_d5": "KRR-ST, D5: pool that never resets",
+    "krr_st_d7": "KRR-ST, D7: pixels as they are",
+    "krr_st_d8": "KRR-ST, D8: augmented outer batch",
+    "krr_st_as_released": "KRR-ST, D1, D5, D7 and D8: as released",
+}
+TITLES = {
+    "table1": "Table 1: CIFAR-100's sets, ConvNet3",
+    "table2": "Table 2: TinyImageNet's sets, ConvNet4",
+    "table3": "Table 3: ImageNet's sets, ConvNet4",
+    "table4": "Table 4: distillation of knowledge without the target's data, on TinyImageNet's sets",
+    "table5": "Table 5: TinyImageNet's sets, VGG11",
+    "table6": "Table 6: TinyImageNet's sets, AlexNet",
+    "table7": "Table 7: TinyImageNet's sets, MobileNet",
+    "table8": "Table 8: TinyImageNet's sets, ResNet10",
+    "imagenette_convnet": "Appendix D: ImageNette's sets at 224 px, ConvNet5",
+    "imagenette_resnet18": "Appendix D: ImageNette's sets at 224 px, ResNet18",
+    "y_init": "Appendix E: where the targets start, CIFAR-100",
+    "departures": "Departures of README, CIFAR-100",
+    "fid": "Appendix F: FID to the source",
+}
+VARIANTS = {  # of KRR-ST, and the settings that make them: these are no matter of scale
+    "krr_st_random_targets": {"distill.random_targets"},
+    "krr_st_d1": {"distill.outer_lr"},
+    "krr_st_d2": {"distill.ridge_per_image"},
+    "krr_st_d3": {"distill.bias_column"},
+    "krr_st_d5": {"distill.keep_pool_count"},
+    "krr_st_d7": {"distill.raw_init"},
+    "krr_st_d8": {"distill.augment_outer"},
+    "krr_st_as_released": {"distill.outer_lr", "distill.keep_pool_count", "distill.raw_init", "distill.augment_outer"},
+}
+RECIPES = {
+    "gaussian": {"kd.lr"},
+    "imagenette_resnet18": {"finetune.batch_size"},
+}  # the released code's, by row or table
+PAPERS_NAMES = {"krr_st (y_syn at random)": "krr_st_random_targets"}
+
+
+@dataclass
+class Table:
+    """A table of the paper: what its rows and columns are, and its numbers {(method, arch, target): (mean, std)}."""
+
+    name: str
+    source: str
+    archs: list
+    targets: list
+    methods: list
+    numbers: dict
+
+
+@dataclass
+class Cell:
+    """One result or more, of one method and column; `text` is how it is shown, `best` whether in bold."""
+
+    text: str = ""
+    best: bool = False
+
+
+def all_tables(lines=(), path=PAPER):
+    """The paper's tables, with FID by source; and for `lines` with FID by other networks than the paper's, a table for
+    each network, since such numbers cannot be compared."""
+    found = {}
+    with open(path) as file:
+        for line in csv.DictReader(file):
+            method, arch = PAPERS_NAMES.get(line["method"], line["method"]), line["arch"] or "inception"
+            key = (line["table"], line["source"]) if line["table"] == "fid" else line["table"]
+            table = found.setdefault(key, Table(line["table"], line["source"], [], [], [], {}))
+            for known, word in ((table.archs, arch), (table.targets, line["target"]), (table.methods, method)):
+                if word not in known:
+                    known.append(word)
+            if line["mean"]:
+                std = float(line["std"]) if line["std"] else None
+                table.numbers[method, arch, line["target"]] = float(line["mean"]), std
+    base = found["y_init"]
+    found["departures"] = Table("departures", base.source, base.archs, base.targets, ["krr_st", *VARIANTS], {})
+    for line in sorted((each for each in lines if each["protocol"] == "fid"), key=column_of):
+        network, source = column_of(line)
+        if network != "inception":
+            found["fid", network, source] = Table("fid", source, [network], [source], [], {})
+    return [table for name in TITLES for table in found.values() if table.name == name]
+
+
+def value(line):
+    return line["fid"] if line["protocol"] == "fid" else line["accuracy"]
+
+
+def method_of(line):
+    """The method of a row: that of the images, in distillation of knowledge."""
+    return line["images"]["method"] if line["protocol"] == "kd" else line["method"]
+
+
+def belongs(line, table):
+    """Whether a result is one of `table`'s kind, at whatever scale."""
+    method = method_of(line)
+    if line.get("labels_per_class") or line.get("label_fraction"):
+        return False
+    if method in VARIANTS and method not in table.methods:
+        return False
+    if table.name in ("y_init", "departures") and method not in table.methods:
+        return False
+    if table.name == "fid":
+        return line["protocol"] == "fid" and column_of(line) == (table.archs[0], table.source)
+    if line.get("arch") not in table.archs:
+        return False
+    if table.name == "table4":
+        start = "scratch" if method == "gaussian" else method
+        return line["protocol"] == "kd" and line["images"]["source"] == table.source and line["method"] == start
+    return line["protocol"] == "full" and (line["source"] == table.source or method == "scratch")
+
+
+def scale_of(line, table):
+    """The settings that differ from the paper's: {name: [here, there]}."""
+    method = method_of(line)
+    own = VARIANTS.get(method, set()) | RECIPES.get(method, set()) | RECIPES.get(table.name, set())
+    scale = {name: pair for name, pair in line.get("scale", {}).items() if name not in own}
+    size = image_size(table.source)
+    if line["method"] == "scratch" and line["image_size"] != size:  # it has no source of its own to be compared with
+        scale["image_size"] = [line["image_size"], size]
+    return scale
+
+
+def column_of(line):
+    """Network and data set; with FID, the network of its features and the source."""
+    return (line["network"], line["source"]) if line["protocol"] == "fid" else (line["arch"], line["target"])
+
+
+def shown(number):
+    return f"{number:,}" if isinstance(number, int) and not isinstance(number, bool) else f"{number}"
+
+
+def natural(text):
+    """A key by which 50 comes before 1,000."""
+    parts = re.split(r"(\d+)", text.replace(",", ""))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def described(name, here, theres):
+    return f"{name} {here} ({' or '.join(sorted(theres, key=natural))})"
+
+
+def split_scale(lines, table):
+    """What `lines` have in common, as (name, here, {there}), and the names of the settings that tell rows apart."""
+    here, there, groups = defaultdict(set), defaultdict(set), defaultdict(list)
+    for line in lines:
+        scale = scale_of(line, table)
+        groups[method_of(line), column_of(line)].append(scale)
+        for name, pair in scale.items():
+            here[name].add(shown(pair[0]))
+            there[name].add(shown(pair[1]))
+    made = [
+        scale for (method, _), scales in groups.items() if method not in ("scratch", "gaussian") for scale in scales
+    ]
+    apart = {
+        name for name in here
+        if len(here[name]) > 1
+        or any(len({json.dumps(scale.get(name)) for scale in scales}) > 1 for scales in groups.values())
+        or (name in ("num_images", "width", "image_size") and not all(name in scale for scale in made))
+    }  # fmt: skip
+    return [(name, min(here[name]), there[name]) for name in here if name not in apart], apart
+
+
+def order(method):
+    known = [*METHODS]
+    return (known.index(method) if method in known else len(known), method)
+
+
+def results_of(table, lines):
+    """Those of `lines` that `table` shows, in parts (whether reduced, lines): at the paper's scale, and all others. A
+    column needs more than the row that others are compared with."""
+    base = "krr_st" if any(method in VARIANTS for method in table.methods) else "scratch"
+    mine = [line for line in lines if belongs(line, table)]
+    if table.name == "fid" and not table.numbers:  # by a network of ours: beside each other, whatever the scale
+        yield any(scale_of(line, table) for line in mine), mine
+        return
+    for reduced in (False, True):
+        chosen = [line for line in mine if bool(scale_of(line, table)) == reduced]
+        columns = {column_of(line) for line in chosen if method_of(line) != base}
+        yield reduced, [line for line in chosen if column_of(line) in columns]
+
+
+def parts(table, lines):
+    """The results of `table` in `lines` as (remark, columns, rows): those at the paper's scale, and all others. A row
+    is (method, what else tells it apart, {column: results})."""
+    for reduced, chosen in results_of(table, lines):
+        if not chosen:
+            continue
+        common, apart = split_scale(chosen, table)
+        rows = defaultdict(lambda: defaultdict(list))
+        for line in chosen:
+            scale = scale_of(line, table)
+            own = [described(name, shown(scale[name][0]), [shown(scale[name][1])]) for name in sorted(apart & {*scale})]
+            own += [f"distilled with seed {line['distilled_seed']}"] if line.get("distilled_seed") else []
+            rows[method_of(line), ", ".join(own)][column_of(line)].append(value(line))
+        remark = ""
+        if reduced:
+            said = ", ".join(described(*each) for each in sorted(common)) or "as the rows say"
+            remark = f"**Reduced scale, not comparable with the paper.** Settings (in brackets the paper's): {said}."
+        found = sorted({column for columns in rows.values() for column in columns})
+        paper = [(arch, target) for arch in table.archs for target in table.targets]
+        columns = [each for each in paper if each in found] + [each for each in found if each not in paper]
+        in_order = sorted(rows, key=lambda key: (order(key[0]), natural(key[1])))
+        yield remark, columns, [(*key, rows[key]) for key in in_order]
+
+
+def grid(table, remark, columns, rows):
+    """The rows of `parts` as rows of `Cell`s, those of the paper beside them; the first is the heading."""
+    one_arch = len({arch for arch, _ in columns}) == 1
+    many_targets = len({target for _, target in columns}) > 1
+    heads = [target if one_arch else f"{arch}, {target}" if many_targets else arch for arch, target in columns]
+    better = min if table.name == "fid" else max
+    best, papers_best = {}, {}
+    for column in columns:
+        best[column] = better(statistics.mean(cells[column]) for *_, cells in rows if column in cells)
+        known = (mean for (_, *rest), (mean, _) in table.numbers.items() if tuple(rest) == column)
+        papers_best[column] = better(known, default=None)
+    lines = [[Cell("FID" if table.name == "fid" else "accuracy in %"), Cell(""), *map(Cell, heads)]]
+    names = dict.fromkeys(sorted([*table.methods, *(method for method, *_ in rows)], key=order))
+    for method in names:
+        for other, own, cells in rows:
+            if other != method:
+                continue
+            name = METHODS.get(method, method) + (f" ({own})" if own else "")
+            ours = [Cell("ours")]
+            for column in columns:
+                v = cells.get(column)
+                text = f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})" if v else ""
+                ours.append(Cell(text, bool(v) and statistics.mean(v) == best[column]))
+            lines.append([Cell(name), *ours])
+        known = [table.numbers.get((method, *column)) for column in columns]
+        if not any(known) or (remark and not any(other == method for other, *_ in rows)):
+            continue
+        paper = [
+            Cell(f"{k[0]:.2f}" + (f" ± {k[1]:.2f}" if k[1] is not None else "") if k else "",
+                 bool(k) and k[0] == papers_best[column])
+            for k, column in zip(known, columns, strict=True)
+        ]  # fmt: skip
+        lines.append([Cell(METHODS.get(method, method)), Cell("paper, full scale" if remark else "paper"), *paper])
+        mine = [cells for other, own, cells in rows if (other, own) == (method, "")]
+        if mine and not remark:
+            compared = [difference(mine[0].get(column), k) for column, k in zip(columns, known, strict=True)]
+            lines.append([Cell(""), Cell("difference"), *(Cell(text) for text, *_ in compared)])
+    for above, below in zip(reversed(lines[:-1]), reversed(lines[1:]), strict=True):
+        if above[0].text == below[0].text:
+            below[0] = Cell("")
+    return lines
+
+
+def difference(ours, paper):
+    """(text, difference, whether within two of the paper's standard deviations); the last two None where unknown."""
+    if not ours or not paper:
+        return "", None, None
+    apart = statistics.mean(ours) - paper[0]
+    within = abs(apart) <= 2 * paper[1] if paper[1] is not None else None
+    return f"{apart:+.2f}" + {None: "", True: " ✓", False: " ✗"}[within], apart, within
+
+
+def markdown(lines):
+    """Rows of `Cell`s as a Markdown table, padded so that it reads as text too."""
+    texts = [[f"**{cell.text}**" if cell.best else cell.text for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
+    left = 2 if any(cell.text == "ours" for cell in (line[1] for line in lines)) else 1
+    texts.insert(1, ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)) + " |" for row in texts)
+
+
+def latex(lines):
+    """Rows of `Cell`s as a LaTeX tabular."""
+
+    def escaped(cell):
+        text = re.sub(r"([%&#_$])", r"\\\1", cell.text)
+        for sign, command in (("±", r"$\pm$"), ("✓", r"$\checkmark$"), ("✗", r"$\times$")):
+            text = text.replace(sign, command)
+        return rf"\textbf{{{text}}}" if cell.best else text
+
+    rows = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
+    return "\n".join([rf"\begin{{tabular}}{{{'l' * 2 + 'r' * (len(lines[0]) - 2)}}}", r"\hline", rows[0], r"\hline",
+                      *rows[1:], r"\hline", r"\end{tabular}"])  # fmt: skip
+
+
+def comma_separated(tables, lines, out):
+    """One line a cell, for programs."""
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["table", "scale", "method", "arch", "target", "mean", "std", "n", "paper_mean", "paper_std",
+                     "difference", "within_two_std"])  # fmt: skip
+    for table in tables:
+        for remark, columns, rows in parts(table, lines):
+            for method, own, cells in rows:
+                for column in columns:
+                    if v := cells.get(column):
+                        known = table.numbers.get((method, *column), ("", ""))
+                        _, apart, within = difference(v, None if remark or own or not known[0] else known)
+                        compared = ["" if each is None else each for each in (apart, within)]
+                        scale = "; ".join(filter(None, ["reduced" if remark else "paper", own]))
+                        writer.writerow([table.name, scale, method, *column, statistics.mean(v), statistics.pstdev(v),
+                                         len(v), *known, *compared])  # fmt: skip
+
+
+def other_row(line):
+    """Method, network and images of a result that is in no table of the paper."""
+    origin = f", m = {line['num_images']}, {line['source']}" if line["source"] else ""
+    origin += f", distilled with seed {line['distilled_seed']}" if line["distilled_seed"] else ""
+    own = {"source": line["source"], "method": line["method"], "seed": line["distilled_seed"],
+           "num_images": line["num_images"]}  # fmt: skip
+    if (images := line.get("images", own)) != own:  # distillation of knowledge on other images
+        origin += f"; on {images['num_images']} images of {METHODS.get(images['method'], images['method'])}"
+        origin += f", {images['source']}" + (f", distilled with seed {images['seed']}" if images["seed"] else "")
+    network = f"{label(line['arch'], line['width'])} at {line['image_size']} px"
+    return f"{METHODS.get(line['method'], line['method'])} ({network}{origin})"
+
+
+def other_column(line):
+    labels = f", {line['labels_per_class']} labels/class" if line.get("labels_per_class") else ""
+    labels += f", {100 * line['label_fraction']:g} % of labels" if line.get("label_fraction") else ""
+    return f"{line['protocol']}{labels}"
+
+
+def others(lines):
+    """The results that are in none of the paper's tables: {data set: rows of `Cell`s}."""
+    found = defaultdict(lambda: defaultdict(list))
+    shown = {id(line) for table in all_tables(lines) for _, part in results_of(table, lines) for line in part}
+    for line in sorted(lines, key=lambda line: order(line["method"])):
+        if id(line) not in shown:
+            found[line["target"]][other_row(line), other_column(line)].append(line["accuracy"])
+    grids = {}
+    for target in sorted(found):
+        cells = found[target]
+        rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+        grids[target] = [[Cell("accuracy in %"), *map(Cell, columns)]]
+        for row in rows:
+            values = [cells.get((row, column)) for column in columns]
+            texts = [f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})" if v else "" for v in values]
+            grids[target].append([Cell(row), *map(Cell, texts)])
+    return grids
+
+
+def document(lines, only=None, style=markdown):
+    """{name: text} of all tables that `lines` have results for, or of those in `only`."""
+    texts = defaultdict(list)
+    for table in all_tables(lines):
+        if only and table.name not in only:
+            continue
+        for remark, columns, rows in parts(table, lines):
+            shown_grid = grid(table, remark, columns, rows)
+            heading = TITLES[table.name]
+            heading += f", {table.source}, features of {table.archs[0]}" if table.name == "fid" else ""
+            compared = any(cell.text.endswith(("✓", "✗")) for row in shown_grid for cell in row)
+            legend = "✓: within two of the paper's standard deviations." if compared else ""
+            texts[table.name] += [f"{heading}. {remark or legend}".strip(), style(shown_grid)]
+    for target, rows in others(lines).items():
+        if not only or target in only:
+            texts[target] += [f"Accuracy on {target}'s test split.", style(rows)]
+    return {name: "\n\n".join(blocks) for name, blocks in texts.items()}
+
+
+MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def renewed(text, lines):
+    """`text` with the tables between its marks made anew."""
+    made = document(lines)
+    return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
+
+
+def identity(line):
+    """What two results of the same experiment share: all but what came out and by what means."""
+    names = ("source", "method", "distilled_seed", "num_images", "arch", "width", "image_size", "target", "protocol",
+             "labels_per_class", "label_fraction", "images", "network", "scale", "seed")  # fmt: skip
+    return json.dumps([line.get(name) for name in names], sort_keys=True)
+
+
+def gathered(folders):
+    """All results below `folders`, each file once."""
+    paths = sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.jsonl")})
+    return [line for path in paths for line in results.read(path)]
+
+
+def collect(folders, path=RESULTS):
+    """Take the results below `folders` into the file `path`, in place of those of the same experiments."""
+    kept = {identity(line): line for line in [*results.read(path), *gathered(folders)]}
+    files.write_text(path, "".join(json.dumps(kept[key], sort_keys=True) + "\n" for key in sorted(kept)))
+    print(f"{path}: {len(kept)} results")
+
+
+def main(argv):
+    args = parse_args(argv)
+    if args.collect:
+        collect(args.folders or ["runs"])
+        return
+    lines = gathered(args.folders) if args.folders else results.read(RESULTS)
+    for path in filter(None, [args.write, args.check]):
+        before = path.read_text()
+        after = renewed(before, lines)
+        if args.check and after != before:
+            raise UserError(f"{path}: its tables are stale; renew them: python -m benchmarks.tables --write {path}")
+        if args.write and after != before:
+            files.write_text(path, after)
+        print(f"{path}: {len(MARK.findall(before))} tables {'up to date' if after == before else 'renewed'}")
+        return
+    only = args.only.split(",") if args.only else None
+    if args.csv:
+        comma_separated([t for t in all_tables(lines) if not only or t.name in only], lines, sys.stdout)
+        return
+    texts = document(lines, only, latex if args.latex else markdown)
+    print("\n\n".join(texts.values()) or f"no results yet{f' for {args.only}' if args.only else ''}")
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.prog = "python -m benchmarks.tables"
+    parser.add_argument("folders", nargs="*", type=Path, help=f"of runs (default: the results in {RESULTS.name} here)")
+    parser.add_argument("--only", help=f"tables by name, with commas: {', '.join(TITLES)}, or a data set")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--collect", action="store_true", help="take the folders' results into benchmarks/results.jsonl")
+    what.add_argument("--write", type=Path, metavar="FILE", help="renew the tables between the file's marks")
+    what.add_argument("--check", type=Path, metavar="FILE", help="fail where they would be renewed")
+    what.add_argument("--latex", action="store_true")
+    what.add_argument("--csv", action="store_true", help="of the paper's tables, one line a cell")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)
