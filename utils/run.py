@@ -248,7 +248,7 @@ class Run:
 
 
 def read_log(folder):
-    """The lines of a run's log.jsonl as dicts, but for what a killed process has left of one; none where it has none."""
+    """The lines of a run's log.jsonl as dicts, without what a killed process left of one; [] where there is no log."""
     path, lines = folder / "log.jsonl", []
     for text in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -39,7 +39,8 @@ class Start:
 
 
 def cost(device, started):
-    """By what means a result came out: device, versions, seconds since `started` (time.monotonic), and this process's peak memory."""
+    """By what means a result came out: device, versions, seconds since `started` (of time.monotonic), and the peak
+    memory of this process."""
     cuda = device.type == "cuda"
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
