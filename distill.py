@@ -39,7 +39,7 @@ HELP = dict(
     keep_pool_count="never set a member's count back, as the released code does (D5)",
     raw_init="start from pixels in [0, 1] instead of normalised ones, as the released code does (D7)",
     augment_outer="crop and flip the real batch, as the released code does (D8)",
-    random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's appendix E compares (D31)",
+    random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's appendix E compares (D28)",
 )
 
 

@@ -57,4 +57,4 @@ for seed in 0 1 2; do
 done | side_by_side
 
 echo
-"$PYTHON" -m benchmarks.summary "$runs"
+"$PYTHON" -m benchmarks.tables "$runs"
