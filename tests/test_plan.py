@@ -184,7 +184,7 @@ carry_out
 
 def test_a_toy_table_killed_and_started_again(roots, runs, tmp_path):
     """From the shell, two jobs and two such processes at once on one run folder; stopped, killed, and gone on."""
-    steps = ["--outer-steps", "3000", "--log-every", "1"]
+    steps = ["--outer-steps", "500", "--log-every", "1"]
     script = TOY.format(target=" ".join(TARGET), distill=" ".join([*DISTILL, *steps]))
     shutil.copytree(runs / "target", tmp_path / "digits" / "target")  # done already
     words = ["bash", "-c", script, "toy", *roots[:2], "--run-root", str(tmp_path), "--seeds", "0 1"]
@@ -207,10 +207,6 @@ def test_a_toy_table_killed_and_started_again(roots, runs, tmp_path):
     assert not (log.parent / "distilled.pt").exists()
     before = log.read_text().splitlines()
 
-    script = words[2] = script.replace("--outer-steps 3000", f"--outer-steps {len(before) + 30}")
-    config = json.loads((log.parent / "config.json").read_text())  # so that it ends soon
-    config["settings"]["outer_steps"] = len(before) + 30
-    (log.parent / "config.json").write_text(json.dumps(config))
     pair = [begin(), begin()]
     reach(lambda: any(len(results.read(p)) for p in log.parent.rglob("results.jsonl")))
     pair[0].kill()  # what it had begun goes on, and the other waits for that
@@ -230,13 +226,13 @@ def test_appending_by_several_processes_loses_nothing_and_writes_nothing_twice(t
     code = ("import sys; from pathlib import Path; from utils import results\n"
             "for i in range(100):\n"
             "    results.append(Path(sys.argv[1]), dict(digest=f'{sys.argv[2]}-{i}', filler='x' * 3000))\n"
-            "    results.append(Path(sys.argv[1]), dict(digest=f'all-{i}', filler='y'))\n")  # fmt: skip
+            "    results.append(Path(sys.argv[1]), dict(digest=f'all-{i}'))\n")  # fmt: skip
     (tmp_path / "results.jsonl").write_text('{"digest": "first"}\n{"digest": "cut o')  # a full disk, once
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(k)], cwd=ROOT) for k in range(3)]
     assert [process.wait(timeout=60) for process in started] == [0, 0, 0]
     found = sorted(line["digest"] for line in results.read(tmp_path / "results.jsonl"))
     assert found == sorted(["first", *(f"{k}-{i}" for k in (0, 1, 2, "all") for i in range(100))])
-    assert (tmp_path / "results.jsonl").read_text().count("\n") == 402
+    assert (tmp_path / "results.jsonl").read_text().count("\n") == 401
 
 
 def test_lock_of_results_is_waited_for(tmp_path):
