@@ -129,7 +129,7 @@ def test_finetuning_protocols_and_results(weights, roots):
     assert lines[0]["name"] == "digits_linear_2perclass_seed0" and lines[3]["name"] == "digits_full_0.1_seed5"
     assert load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
     shown = document(gathered([weights.parents[4]]))["digits"]
-    assert "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) |" in shown and "knn, 2 labels/class" in shown
+    assert "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) " in shown and "knn, 2 labels/class" in shown
 
 
 def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, roots):
