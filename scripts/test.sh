@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format check, README's tables against the results, and the whole test suite. Makes .venv and installs the packages if that is needed.
+# Lint, format check, README's tables against the results, and the whole test suite. Makes .venv and installs the
+# packages if that is needed.
 # Arguments go to pytest: bash scripts/test.sh tests/test_krr.py -k gradient
 set -euo pipefail
 REQUIREMENTS=tests/requirements.txt
