@@ -55,8 +55,8 @@ def prepare(name, split, size, root, labels=False, partial=False):
         stem.parent.mkdir(parents=True, exist_ok=True)
         with files.locked(stem.with_suffix(".lock")):
             if not _is(known := _record(stem), fingerprint):  # another process may have done it meanwhile
-                for partial in stem.parent.glob(f"{split}.*.*.partial"):  # of a process that was killed
-                    partial.unlink()
+                for left in stem.parent.glob(f"{split}.*.*.partial"):  # by a process that was killed
+                    left.unlink()
                 _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", raw_images.is_whole(name, split, raw))
                 known = _record(stem)
     return known
@@ -128,14 +128,13 @@ class _Partial:
 
     def __init__(self, stem, shape, fingerprint):
         self.path, self.note = stem.with_suffix(".partial"), stem.with_suffix(".partial.json")
-        self.shape, self.kept, self.damaged = shape, [], []
+        self.shape, self.gaps, self.damaged = shape, [], []  # gaps: where the damaged ones stood
         self.total, self.squares = np.zeros(3, np.int64), np.zeros(3, np.int64)  # exact: below 2^63 for any set
         self.fingerprint, self.done, self.noted = fingerprint, 0, time.monotonic()
         known = _note(self.note) if self.path.is_file() else {}
         fits = known.get("fingerprint") == fingerprint and self.path.stat().st_size == known["bytes"]
         if fits:
-            self.done, self.damaged, gaps = known["done"], known["damaged"], set(known["gaps"])
-            self.kept = [index for index in range(self.done) if index not in gaps]
+            self.done, self.damaged, self.gaps = known["done"], known["damaged"], known["gaps"]
             self.total, self.squares = np.array(known["total"]), np.array(known["squares"])
             self.pixels = np.lib.format.open_memmap(self.path, mode="r+")
         else:
@@ -146,13 +145,19 @@ class _Partial:
                 self.path.unlink(missing_ok=True)
                 raise
 
+    @property
+    def count(self):
+        """Images kept so far."""
+        return self.done - len(self.gaps)
+
     def add(self, index, image, name):
-        self.done = index + 1
         if image is None:
             self.damaged.append(str(name))
+            self.gaps.append(index)
+            self.done = index + 1
             return
-        self.pixels[len(self.kept)] = image
-        self.kept.append(index)
+        self.pixels[self.count] = image
+        self.done = index + 1
         flat = image.reshape(-1, 3).astype(np.int64)
         self.total += flat.sum(0)
         self.squares += np.square(flat).sum(0)
@@ -161,10 +166,9 @@ class _Partial:
         """What a later run needs to go on, not before the pixels it speaks of are on disk."""
         if force or time.monotonic() - self.noted > NOTE_SECONDS:
             self.pixels.flush()
-            gaps = sorted(set(range(self.done)) - set(self.kept))
             files.write_json(
                 self.note,
-                dict(fingerprint=self.fingerprint, done=self.done, damaged=self.damaged, gaps=gaps,
+                dict(fingerprint=self.fingerprint, done=self.done, damaged=self.damaged, gaps=self.gaps,
                      total=self.total.tolist(), squares=self.squares.tolist(), bytes=self.path.stat().st_size),
             )  # fmt: skip
             self.noted = time.monotonic()
@@ -176,11 +180,11 @@ class _Partial:
         del self.pixels
         if self.damaged:
             with open(self.path, "r+b") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.kept), *self.shape[1:])}
+                header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
                 if file.tell() != offset:
                     raise RuntimeError("the header of a .npy file has changed its length")
-                file.truncate(offset + len(self.kept) * size)
+                file.truncate(offset + self.count * size)
         with files.aside(path) as partial:
             os.replace(self.path, partial)
 
@@ -226,11 +230,11 @@ def _write(raw, stem, size, fingerprint, title, whole):
     if raw.labels is not None:
         paths.append(stem.with_suffix(".labels.npy"))
         with files.aside(paths[-1]) as partial, open(partial, "wb") as file:
-            np.save(file, np.asarray(raw.labels, dtype=np.int64)[out.kept])
-    count = len(out.kept) * size * size * 255
+            np.save(file, np.delete(np.asarray(raw.labels, dtype=np.int64), out.gaps))
+    count = out.count * size * size * 255
     mean = out.total / count
     std = np.sqrt(np.maximum(out.squares / (count * 255) - mean**2, 0))
-    record = dict(format=FORMAT, name=_name(stem), fingerprint=fingerprint, count=len(out.kept), classes=raw.classes,
+    record = dict(format=FORMAT, name=_name(stem), fingerprint=fingerprint, count=out.count, classes=raw.classes,
                   whole=whole, damaged=out.damaged, mean=mean.tolist(), std=std.tolist(),
                   files={path.name: files.sums(path) for path in paths})  # fmt: skip
     files.write_json(stem.with_suffix(".json"), record)

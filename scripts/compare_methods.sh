@@ -2,21 +2,15 @@
 # Every method at one small, equal budget: 100 images of CIFAR-10 (10 a class) at 32 px, networks at a quarter of their
 # width, three pre-trainings of each set. Ends with a table: accuracy of the network that has seen only the distilled
 # set (`head`, methods with labels), and of a linear probe of its features with 100 labels a class (all methods).
-# About an hour and a half on 2 CPU cores. Stopped, it goes on with what is missing. A stand-in CIFAR-10 as class folders
-# will do (python -m data.prepare cifar10 --partial accepts other counts).
+# Took 76 minutes on 2 CPU cores that other jobs shared. Stopped, it goes on with what is missing. A stand-in CIFAR-10
+# as class folders will do (python -m data.prepare cifar10 --partial accepts other counts).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-export PYTHON
 runs=runs/compare_methods # apart from the paper's runs, whose settings are others
 made=$runs/cifar10 arch=convnet3-x0.25
 small="--source cifar10 --preset other --image-size 32 --num-images 100 --run-root $runs"
 network="--arch convnet3 --width 0.25"
 condensed="--arch dc_convnet3 --width 0.25"
-
-# Reads commands, one a line, and runs as many at a time as there are cores, one thread each.
-side_by_side() {
-  OMP_NUM_THREADS=1 TQDM_DISABLE=1 xargs -P "$(nproc)" -I{} bash -c 'echo "\$ python {}"; exec "$PYTHON" {}'
-}
 
 side_by_side <<END
 pretrain_target.py --source cifar10 --preset other --image-size 32 --run-root $runs --arch resnet10 --width 0.25 --epochs 3 --batch-size 128 --lr 1.0 --crop-min 0.2 --warmup-epochs 1 --projector-dim 512

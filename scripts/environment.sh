@@ -25,3 +25,10 @@ if [ -z "${PYTHON:-}" ]; then
     touch "$installed"
   fi
 fi
+export PYTHON
+
+# Runs the commands it reads, `python ...` without that word, one a line, as many at a time as there are cores: one
+# thread each is faster than one command after the other on all of them, since the networks are small.
+side_by_side() {
+  OMP_NUM_THREADS=1 TQDM_DISABLE=1 xargs -P "$(nproc)" -I{} bash -c 'echo "\$ python {}"; exec "$PYTHON" {}'
+}

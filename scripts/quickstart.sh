@@ -4,18 +4,11 @@
 # At most 6 minutes on 2 CPU cores once the packages are installed. Stopped, it goes on with what is missing.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-export PYTHON
 digits=runs/digits arch=convnet3-x0.25 # as the preset digits in utils/presets.py has it
 
 run() {
   echo "\$ python $*"
   "$PYTHON" "$@"
-}
-
-# Runs the commands it reads, one a line, as many at a time as there are cores: one thread each is faster than
-# one command after the other on all of them, since the networks are small.
-run_side_by_side() {
-  OMP_NUM_THREADS=1 TQDM_DISABLE=1 xargs -P "$(nproc)" -I{} bash -c 'echo "\$ python {}"; exec "$PYTHON" {}'
 }
 
 run pretrain_target.py --source digits
@@ -26,7 +19,7 @@ for seed in 0 1 2; do
   for method in krr_st random_features; do
     echo "pretrain.py --distilled $digits/$method/seed0/distilled.pt --seed $seed"
   done
-done | run_side_by_side
+done | side_by_side
 
 for seed in 0 1 2; do
   for start in "none --seed $seed" {$digits/random_features,$digits/krr_st}/seed0/$arch/seed$seed/model.pt; do
@@ -34,7 +27,7 @@ for seed in 0 1 2; do
     echo "finetune.py --weights $start --target digits --labels-per-class 2 --protocol linear"
     echo "finetune.py --weights $start --target digits --labels-per-class 2"
   done
-done | run_side_by_side
+done | side_by_side
 
 run finetune.py --weights none --arch convnet4 --width 0.25 --target digits --steps 60
 run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt --distilled $digits/krr_st/seed0/distilled.pt \

@@ -9,6 +9,7 @@ import torch
 import torchvision
 
 from data import download
+from utils import run
 
 ROOT = Path(__file__).parent.parent
 TARGET = ["--width", "0.125", "--epochs", "1", "--warmup-epochs", "0", "--projector-dim", "32"]
@@ -21,6 +22,22 @@ PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 def two_threads():
     """The number of threads decides the order of sums, so it is part of what is reproduced."""
     torch.set_num_threads(2)
+
+
+def stopping_at(stops):
+    """As `Run.steps`, stopped once after each (phase, step) of `stops`, as a signal would."""
+    steps = run.Run.steps
+
+    def stopping(self, phase, total):
+        for step in steps(self, phase, total):
+            yield step
+            if (phase, step) in stops:
+                stops.remove((phase, step))
+                self.done[phase] = step + 1
+                self.checkpoint()
+                raise run.Stopped("test")
+
+    return stopping
 
 
 @pytest.fixture(autouse=True)

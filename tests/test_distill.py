@@ -13,7 +13,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import balanced_subset, random_subset
 from distillers.target import load_target
-from tests.conftest import DISTILL
+from tests.conftest import DISTILL, stopping_at
 from utils import files, run
 from utils.errors import UserError
 from utils.presets import preset
@@ -59,22 +59,9 @@ def test_stopped_run_goes_on_to_the_very_same_set(toy, tmp_path, monkeypatch):
     toy = [*toy, "--outer-steps", "9", "--pool-steps", "4"]  # enough steps for members to start afresh
     whole, log = main(tmp_path / "whole", *toy)
 
-    def interrupting(at):
-        steps = run.Run.steps
-
-        def stopping(self, phase, total):
-            for step in steps(self, phase, total):
-                yield step
-                if (phase, step) == at:
-                    self.done[phase] = step + 1
-                    self.checkpoint()
-                    raise run.Stopped("test")
-
-        return stopping
-
     for at in (("initialise pool", 1), ("distil", 4)):
         with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-            patch.setattr(run.Run, "steps", interrupting(at))
+            patch.setattr(run.Run, "steps", stopping_at([at]))
             main(tmp_path / "parts", *toy)
     parts, log_of_parts = main(tmp_path / "parts", *toy)
     assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)

@@ -14,7 +14,7 @@ from distillers import __main__ as distillers
 from distillers import frepo
 from distillers.krr import centred_one_hot
 from distillers.pool import Member, Pool
-from tests.conftest import command
+from tests.conftest import command, stopping_at
 from utils import cli, run
 from utils.optim import LAMB, schedule
 
@@ -191,22 +191,10 @@ def test_stopped_run_goes_on_to_the_very_same_set(data, tmp_path, monkeypatch):
     """Stopped once while the pool is made and once while the set is learned."""
     flags = [*data, "--pool-batch", "15"]
     whole, log = main(tmp_path / "whole", *flags)
-    steps = run.Run.steps
-
-    def interrupting(at):
-        def stopping(self, phase, total):
-            for step in steps(self, phase, total):
-                yield step
-                if (phase, step) == at:
-                    self.done[phase] = step + 1
-                    self.checkpoint()
-                    raise run.Stopped("test")
-
-        return stopping
 
     for at in (("initialise pool", 0), ("distil", 3)):
         with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-            patch.setattr(run.Run, "steps", interrupting(at))
+            patch.setattr(run.Run, "steps", stopping_at([at]))
             main(tmp_path / "parts", *flags)
     parts, log_of_parts = main(tmp_path / "parts", *flags)
     assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)

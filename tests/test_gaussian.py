@@ -9,7 +9,7 @@ import pretrain
 from benchmarks.tables import document, gathered
 from data.distilled import load_distilled
 from distillers import gaussian, method
-from tests.conftest import DISTILL
+from tests.conftest import DISTILL, stopping_at
 from utils import results, run
 from utils.errors import UserError
 
@@ -79,18 +79,8 @@ def test_stopped_student_of_noise_goes_on_to_the_same_weights(made, student, mon
     whole = torch.load(artefact, weights_only=True)["network"]
     artefact.unlink()
     (folder / "results.jsonl").unlink()
-    steps = run.Run.steps
-
-    def stopping(self, phase, total):
-        for step in steps(self, phase, total):
-            yield step
-            if step == 1:
-                self.done[phase] = 2
-                self.checkpoint()
-                raise run.Stopped("test")
-
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping)
+        patch.setattr(run.Run, "steps", stopping_at([("imitate", 1)]))
         kd.main(flags)
     kd.main(flags)
     parts = torch.load(artefact, weights_only=True)["network"]

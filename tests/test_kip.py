@@ -14,7 +14,7 @@ from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
 from distillers import kip, ntk
-from tests.conftest import command
+from tests.conftest import command, stopping_at
 from utils import cli, run
 
 TOY = ["--source", "digits", "--num-images", "20", "--outer-steps", "5", "--outer-batch", "60", "--log-every", "1"]
@@ -240,18 +240,8 @@ def test_same_seed_same_set_and_another_seed_another(data, tmp_path):
 
 def test_stopped_run_goes_on_to_the_very_same_set(data, tmp_path, monkeypatch):
     whole, log = main(tmp_path / "whole", *data, "--learn-labels")
-    steps = run.Run.steps
-
-    def stopping(self, phase, total):
-        for step in steps(self, phase, total):
-            yield step
-            if step == 2:
-                self.done[phase] = 3
-                self.checkpoint()
-                raise run.Stopped("test")
-
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping)
+        patch.setattr(run.Run, "steps", stopping_at([("distil", 2)]))
         main(tmp_path / "parts", *data, "--learn-labels")
     parts, log_of_parts = main(tmp_path / "parts", *data, "--learn-labels")
     assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)

@@ -14,6 +14,7 @@ from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
 from distillers import dm, dsa, labelled, mtt
+from tests.conftest import stopping_at
 from utils import files, run
 from utils.errors import UserError
 from utils.sampling import Randomness
@@ -256,22 +257,6 @@ def test_start_is_the_set_of_random(method, small_root, source, tmp_path):
     chosen = balanced_subset(source, 20, 0)
     torch.testing.assert_close(start.images, source.normalised(chosen, "cpu"), rtol=0, atol=0)
     assert torch.equal(start.targets, source.labels[chosen])
-
-
-def stopping_at(stops):
-    """As `Run.steps`, stopped once after each (phase, step) of `stops`, as a signal would."""
-    steps = run.Run.steps
-
-    def stopping(self, phase, total):
-        for step in steps(self, phase, total):
-            yield step
-            if (phase, step) in stops:
-                stops.remove((phase, step))
-                self.done[phase] = step + 1
-                self.checkpoint()
-                raise run.Stopped("test")
-
-    return stopping
 
 
 @pytest.mark.parametrize("method", TOY)
