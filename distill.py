@@ -6,6 +6,7 @@
 Needs runs/<source>/target/seed0/target.pt (pretrain_target.py). Writes runs/<source>/krr_st/seed0/: distilled.pt,
 images.png, log.jsonl (outer loss and learning rate by step), and a checkpoint while it runs: after Ctrl-C the same
 command goes on. At the end it prints the outer loss of the initial and of the distilled set under the final pool.
+--reference takes the step as plainly as the paper has it, with the same losses, to compare with (README, "Speed").
 """
 
 import torch
@@ -15,11 +16,13 @@ from data import augment
 from data.images import normalise, unit
 from data.loading import Loader
 from data.subsets import random_subset
-from distillers import method
+from distillers import method, reference
 from distillers.krr import LIMITS, larger_ridges, ridge_predict
 from distillers.method import Method
 from distillers.pool import Pool
 from utils import cli, optim
+from utils.allocator import keep_freed_memory
+from utils.errors import UserError
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -46,8 +49,8 @@ HELP = dict(
 def outer_loss(member, x_real, y_real, x_syn, y_syn, args):
     """Equation 4, as a mean over all entries (D4): how well the ridge head on (X_s, Y_s) predicts g_phi(X_t)."""
     with torch.no_grad():
-        f_real = member.embed(x_real)  # (b, d_h)
-    f_syn = member.embed(x_syn)  # (m, d_h)
+        f_real = member.embed(x_real, args.chunk)  # (b, d_h)
+    f_syn = member.embed(x_syn, args.chunk)  # (m, d_h)
     predicted = ridge_predict(f_real, f_syn, y_syn, args.ridge, args.ridge_per_image, args.bias_column)  # (b, d_y)
     return F.mse_loss(predicted, y_real)
 
@@ -76,18 +79,25 @@ class RealBatches:
 def distill(source, chosen, target, args, run, device):
     """Algorithm 1, from the images at `chosen` (m,): the learned images (m, 3, S, S) and features (m, d_y) as a
     `Distilled`, with the loss under the final pool before and after in its meta."""
+    if args.reference and (args.precision != "fp32" or args.augment_outer):
+        raise UserError("--reference goes with --precision fp32 and without --augment-outer")
     randomness = Randomness(args.seed, device)
-    real = RealBatches(source, target, args, randomness, device)
+    kind, loss_of, layout = RealBatches, outer_loss, torch.channels_last
+    if args.reference:
+        kind, loss_of, layout = reference.RealBatches, reference.outer_loss, reference.FORMAT
+        keep_freed_memory(False)
+    real = kind(source, target, args, randomness, device)
     x_init = source.raw(chosen, device) if args.raw_init else source.normalised(chosen, device)  # line 3
     y_init = target.features(source.normalised(chosen, device))  # line 4
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
+    x_init = x_init.contiguous(memory_format=layout)
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
 
     pool = Pool(
         args.pool_size, args.pool_steps, randomness.cpu,
         arch=args.arch, image_size=source.image_size, num_outputs=y_init.shape[1], width=args.width, device=device,
-        lr=args.pool_lr, weight_decay=args.pool_weight_decay, precision=args.precision,
+        lr=args.pool_lr, weight_decay=args.pool_weight_decay, precision=args.precision, memory_format=layout,
     )  # fmt: skip
     adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", args.outer_steps)
@@ -104,9 +114,9 @@ def distill(source, chosen, target, args, run, device):
     for step in run.steps("distil", args.outer_steps):  # line 6
         x_real, y_real = real.next()  # line 7
         member = pool.draw(randomness.cpu)  # line 8
-        loss = outer_loss(member, x_real, y_real, x_syn, y_syn, args)  # line 9
+        loss = loss_of(member, x_real, y_real, x_syn, y_syn, args)  # line 9
         adamw.zero_grad()
-        loss.backward()
+        loss.backward(inputs=[x_syn, y_syn])
         # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
         gradient, lr = x_syn.grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=larger_ridges(device))
@@ -121,7 +131,7 @@ def distill(source, chosen, target, args, run, device):
     y_held = target.features(x_held)
     with torch.no_grad():
         before, after = (
-            torch.stack([outer_loss(member, x_held, y_held, x, y, args) for member in pool.members]).mean().item()
+            torch.stack([loss_of(member, x_held, y_held, x, y, args) for member in pool.members]).mean().item()
             for x, y in ((x_init, y_init), (x_syn, y_syn))
         )
     print(f"outer loss under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
@@ -136,7 +146,12 @@ def packed(x_syn, y_syn, source, args, **measured):
     return result
 
 
-METHOD = Method("krr_st", distill, HELP, stage="distill", doc=__doc__, needs_target=True)
+def add_flags(parser):
+    cli.add_chunk(parser)
+    parser.add_argument("--reference", action="store_true", help="the plain, slow step, to compare with")
+
+
+METHOD = Method("krr_st", distill, HELP, stage="distill", doc=__doc__, needs_target=True, add_flags=add_flags)
 
 
 def main(argv):

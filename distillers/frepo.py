@@ -27,7 +27,7 @@ from distillers import method
 from distillers.krr import LIMITS, centred_one_hot, larger_ridges, ridge_predict
 from distillers.method import Method, packed
 from distillers.pool import Pool
-from utils import optim
+from utils import cli, optim
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -51,11 +51,11 @@ def label_margin(y_syn):
     return -(first - second).clamp(max=1 / y_syn.shape[1]).mean()
 
 
-def objective(member, x_real, y_real, x_syn, y_syn, ridge):
+def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0):
     """The two terms above, for real images (b, 3, S, S) with targets (b, C) and a distilled set of m."""
     with torch.no_grad():
-        f_real = member.embed(x_real)  # (b, d_h)
-    f_syn = member.embed(x_syn)  # (m, d_h)
+        f_real = member.embed(x_real, chunk)  # (b, d_h)
+    f_syn = member.embed(x_syn, chunk)  # (m, d_h)
     predicted = ridge_predict(f_real, f_syn, y_syn, ridge, per_image=True, bias=False)  # (b, C)
     return 0.5 * (predicted - y_real).square().sum(1).mean() + label_margin(y_syn)
 
@@ -101,7 +101,7 @@ def distill(source, chosen, target, args, run, device):
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = batch_of(order.next())
         member = pool.draw(randomness.cpu)
-        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge)
+        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge, args.chunk)
         lamb.zero_grad()
         loss.backward()
         run.log(
@@ -114,14 +114,14 @@ def distill(source, chosen, target, args, run, device):
         method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, "soft", source))
 
     # A seed of no run: another draw than the images that the set starts as.
-    x_held, y_held = batch_of(random_subset(source, min(args.outer_batch, len(source)), seed=-1))
+    held = batch_of(random_subset(source, min(args.outer_batch, len(source)), seed=-1))
     with torch.no_grad():
         before, after = (
-            torch.stack([objective(member, x_held, y_held, x, y, args.ridge) for member in pool.members]).mean().item()
+            torch.stack([objective(each, *held, x, y, args.ridge, args.chunk) for each in pool.members]).mean().item()
             for x, y in ((x_init, y_init), (x_syn, y_syn))
         )
     print(f"objective under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
     return packed(x_syn, y_syn, "soft", source, objective_initial=before, objective_distilled=after)
 
 
-METHOD = Method("frepo", distill, HELP, stage="frepo", doc=__doc__, choose=balanced_subset)
+METHOD = Method("frepo", distill, HELP, stage="frepo", doc=__doc__, choose=balanced_subset, add_flags=cli.add_chunk)

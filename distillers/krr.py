@@ -21,23 +21,28 @@ def ridge_predict(f_real, f_syn, y_syn, ridge, per_image=False, bias=True):
 
     `f_real` (b, d_h), `f_syn` (m, d_h), `y_syn` (m, d_y); differentiable in f_syn and y_syn. Paper, equation 4:
     k_rs (k_ss + lambda I)^-1 y_syn, with lambda = `ridge` * trace(k_ss), held constant in the gradient, and divided
-    by m if `per_image`; `bias` appends a one to the features. The kernels are in the precision of the features; the
-    system, whose condition number grows as 1 / ridge, is solved in float64 where the device has it, by `solve`.
+    by m if `per_image`; `bias` appends a one to the features. Where m is above d_h, the same comes from the system of
+    d_h equations, f_real (f_syn^T f_syn + lambda I)^-1 f_syn^T y_syn. Products are in the precision of the features;
+    the system, whose condition number grows as 1 / ridge, is solved in float64 where the device has it, by `solve`.
     """
     if bias:
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
-    k_ss, k_rs = f_syn @ f_syn.T, f_real @ f_syn.T  # (m, m), (b, m)
-    return kernel_predict(k_rs, k_ss, y_syn, ridge, per_image)
+    m, width = f_syn.shape
+    if width < m:
+        return f_real @ _damped(f_syn.T @ f_syn, f_syn.T @ y_syn, ridge / (m if per_image else 1))
+    return kernel_predict(f_real @ f_syn.T, f_syn @ f_syn.T, y_syn, ridge, per_image)
 
 
 def kernel_predict(k_rs, k_ss, y_syn, ridge, per_image=False):
     """As `ridge_predict`, from the kernels themselves: `k_rs` (b, m), `k_ss` (m, m)."""
-    m = len(k_ss)
-    exact = torch.float32 if k_ss.device.type == "mps" else torch.float64
-    k_ss, y = k_ss.to(exact), y_syn.to(exact)
-    damping = ridge * k_ss.diagonal().sum().detach() / (m if per_image else 1)
-    dual = solve(k_ss, damping, y)  # (m, d_y)
-    return k_rs @ dual.to(k_rs.dtype)
+    return k_rs @ _damped(k_ss, y_syn, ridge / (len(k_ss) if per_image else 1))
+
+
+def _damped(k, y, ridge):
+    """(k + ridge * trace(k) I)^-1 y, of the precision of k."""
+    exact = torch.float32 if k.device.type == "mps" else torch.float64
+    wide = k.to(exact)
+    return solve(wide, ridge * wide.diagonal().sum().detach(), y.to(exact)).to(k.dtype)
 
 
 def centred_one_hot(labels, num_classes):

@@ -29,7 +29,7 @@ class Method:
     may hold what it measured: `source` is an `ImageSet`, `chosen` (m,) the indices of the real images to start from,
     `target` a `Target` or None, `run` a `Run` to train in. `help`: setting -> description, for the flags. `stage`: of
     its settings in utils/presets.py. `choose(source, m, seed)` returns `chosen`. `needs_target`: whether it uses the
-    target network.
+    target network. `add_flags(parser)` adds those that are no settings.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Method:
     doc: str
     choose: Callable = random_subset
     needs_target: bool = False
+    add_flags: Callable = lambda parser: None
 
 
 def main(method, argv):
@@ -96,6 +97,7 @@ def parse_args(method, argv):
         "--image-every", type=cli.count, default=0, metavar="STEPS", help="renew images.png (0: at the end)"
     )
     cli.add_settings(parser, preset(name, method.stage), dict(num_images="m, images in the set") | method.help)
+    method.add_flags(parser)
     args = parser.parse_args(argv)
     check_name("--name", args.name, reserved=("target",))
     return args

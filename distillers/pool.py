@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+from models.frozen import Frozen
 from utils import cli, optim
 
 
@@ -12,8 +13,8 @@ class Member:
     initialised."""
 
     def __init__(self, arch, image_size, num_outputs, width, device, lr, weight_decay, precision="fp32",
-                 optimizer="sgd"):  # fmt: skip
-        self._build = lambda: models.build(arch, image_size, num_outputs, width).to(device)
+                 optimizer="sgd", memory_format=torch.channels_last):  # fmt: skip
+        self._build = lambda: models.build(arch, image_size, num_outputs, width).to(device, memory_format=memory_format)
         self._optimizer = lambda network: optim.optimizer(optimizer, network.parameters(), lr, weight_decay)
         self.device, self.precision = device, precision
         self.reset()
@@ -21,6 +22,7 @@ class Member:
     def reset(self, keep_count=False):
         """Start afresh: new weights, new optimiser, no steps (line 15). `keep_count` leaves the count (D5)."""
         self.network = self._build()
+        self.frozen = Frozen(self.network)
         self.optimizer = self._optimizer(self.network)
         if not keep_count:
             self.steps = 0
@@ -28,7 +30,7 @@ class Member:
     def train_step(self, x_syn, y_syn):
         """One full-batch step on the mean squared error (lines 12 and 13), batch norm in train mode."""
         self.steps += 1
-        self.network.train().requires_grad_(True)
+        self.network.train()
         with cli.autocast(self.device, self.precision):
             predicted = self.network(x_syn)
         loss = F.mse_loss(predicted.float(), y_syn)
@@ -36,11 +38,10 @@ class Member:
         loss.backward()
         self.optimizer.step()
 
-    def embed(self, x):
-        """Features f_omega(x) (b, d_h) in eval mode, differentiable in x but not in the weights."""
-        self.network.eval().requires_grad_(False)
+    def embed(self, x, chunk=0):
+        """Features f_omega(x) (b, d_h) in eval mode, differentiable in x but not in the weights (`Frozen`)."""
         with cli.autocast(self.device, self.precision):
-            return self.network.embed(x).float()
+            return self.frozen(x, chunk).float()
 
     def state_dict(self):
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}

@@ -8,9 +8,10 @@ import torch
 
 import models
 from models import saved as networks
+from models.frozen import Frozen
 from utils import cli, files, progress
 from utils.errors import UserError
-from utils.evaluate import BATCH, evaluating
+from utils.evaluate import BATCH
 
 
 @dataclass
@@ -25,10 +26,13 @@ class Target:
     precision: str
     scale: dict
 
+    def __post_init__(self):
+        self.frozen = Frozen(self.network)
+
     def features(self, x):
         """g_phi of normalised images (b, 3, S, S): (b, d_y) float32, in eval mode."""
-        with evaluating(self.network), cli.autocast(self.device, self.precision):
-            return self.network.embed(x).float()
+        with torch.no_grad(), cli.autocast(self.device, self.precision):
+            return self.frozen(x).float()
 
     def features_of(self, images):
         """g_phi(X_t): (n, d_y) float32 of the whole set, kept beside the target's file and mapped from there."""

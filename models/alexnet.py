@@ -10,7 +10,7 @@ def alexnet(widths, image_size):
     """
     layers, c_in = [], 3
     for c_out, kernel, pool in zip(widths, (5, 5, 3, 3, 3), (True, True, False, False, True), strict=True):
-        layers += [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
         if pool:
             layers.append(nn.MaxPool2d(2))
         c_in = c_out

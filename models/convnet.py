@@ -16,7 +16,7 @@ def convnet(widths, image_size, norm=nn.BatchNorm2d):
     """
     layers, c_in = [], 3
     for c_out in widths:
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out), nn.ReLU(), nn.AvgPool2d(2)]
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
         c_in = c_out
     side = image_size // 2 ** len(widths)
     return nn.Sequential(*layers), c_in * side * side

@@ -19,9 +19,9 @@ class InvertedResidual(nn.Module):
         hidden = c_in * expansion
         self.body = nn.Sequential(
             conv_bn(c_in, hidden, 1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             conv_bn(hidden, hidden, 3, stride, groups=hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             conv_bn(hidden, c_out, 1),
         )
         self.shortcut = None
@@ -37,10 +37,10 @@ def mobilenet(stem, stages, last):
 
     Returns (features, feature width); the features map (b, 3, S, S) to (b, last, 1, 1) at any S.
     """
-    layers, c_in = [conv_bn(3, stem, 3), nn.ReLU()], stem
+    layers, c_in = [conv_bn(3, stem, 3), nn.ReLU(inplace=True)], stem
     for expansion, c_out, blocks, stride in stages:
         for block in range(blocks):
             layers.append(InvertedResidual(c_in, c_out, expansion, stride if block == 0 else 1))
             c_in = c_out
-    layers += [conv_bn(c_in, last, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    layers += [conv_bn(c_in, last, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)]
     return nn.Sequential(*layers), last

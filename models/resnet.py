@@ -36,7 +36,7 @@ class SmallImageResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=2, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         c_in = widths[0]
         for stage, (count, c_out) in enumerate(zip(blocks, widths, strict=True), start=1):
             layers = []

@@ -16,6 +16,6 @@ def vgg(widths, image_size):
             layers.append(nn.MaxPool2d(2))
             side //= 2
         else:
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
             c_in = c_out
     return nn.Sequential(*layers), c_in * side * side

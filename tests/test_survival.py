@@ -321,7 +321,9 @@ def test_larger_ridges_are_logged_and_many_stop_the_run(tmp_path):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to ...\nmore"), MemoryError()])
 def test_out_of_memory_names_what_to_lower(capsys, error):
     def main(argv):
-        cli.add_settings(cli.parser(""), {"outer_batch": 5, "chunk": 7}, {"outer_batch": "", "chunk": ""})
+        parser = cli.parser("")
+        cli.add_settings(parser, {"outer_batch": 5}, {"outer_batch": ""})
+        cli.add_chunk(parser)
         raise error
 
     with pytest.raises(SystemExit) as stop:

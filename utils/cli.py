@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from models import ARCHITECTURES, SMALLEST_SIZE
+from utils import allocator
 from utils.errors import UserError
 from utils.presets import PRESETS, image_size
 from utils.run import FREE_SETTINGS, Stopped
 
-_sizes = []  # flags, among those that were added, that a run's memory grows with
+_savings = []  # what saves memory, among the flags that were added
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,8 +85,8 @@ def add_settings(shown, defaults, help):
     """
     for name, value in defaults.items():
         flag, text = "--" + name.replace("_", "-"), f"{help[name]} (default: {value})".replace("%", "%%")
-        if "batch" in name or "chunk" in name:
-            _sizes.append(flag)
+        if "batch" in name:
+            _savings.append(f"a lower {flag}")
         if isinstance(value, bool):
             shown.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=text)
         elif name == "arch":
@@ -113,6 +114,15 @@ positive_int, count, pixels = _number(int, 1), _number(int, 0), _number(int, SMA
 amount, share = _number(float, 0), _number(float, 0, 1)
 
 
+def add_chunk(shown):
+    """--chunk, of the methods whose gradient goes through the features of all distilled images."""
+    _savings.append("--chunk 100")
+    shown.add_argument(
+        "--chunk", type=count, default=0, metavar="N",
+        help="take the gradient of N distilled images at a time and compute their layers twice: slower, in less memory",
+    )  # fmt: skip
+
+
 def early(name, argv, default=None):
     """The value of one flag before the whole line is parsed: presets depend on it."""
     value, flag = default, f"--{name}"
@@ -132,7 +142,7 @@ def settings(args, **derived):
 def device(args):
     """The torch device that --device asks for. Raises UserError if it is not there.
 
-    TF32 is set for convolutions only: the kernels need all of float32.
+    TF32 is set for convolutions only: the kernels need all of float32. On a CPU freed memory is kept.
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = next(each for each in ("cuda", "mps", "cpu") if there[each]) if args.device == "auto" else args.device
@@ -143,6 +153,7 @@ def device(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # a warning names what has no such form
+    allocator.keep_freed_memory(name == "cpu")
     return torch.device(name)
 
 
@@ -161,8 +172,7 @@ def run(main, argv=None):
     except UserError as error:
         message = f"error: {error}"
     except (torch.OutOfMemoryError, MemoryError):
-        lower = " or ".join(dict.fromkeys(_sizes)) or "the number or size of the images"
-        message = f"error: out of memory; lower {lower}, or use --precision bf16"
+        message = f"error: out of memory; give {' or '.join(dict.fromkeys([*_savings, '--precision bf16']))}"
     except OSError as error:
         message = f"error: {error.filename or 'system'}: {error.strerror or error}"
     except (Stopped, KeyboardInterrupt) as stop:

@@ -20,7 +20,8 @@ CHECKPOINT_SECONDS = 120
 CHECKPOINT_SHARE = 0.02  # of the time of a run that may go into writing checkpoints; a slow disk makes them rarer
 RECENT = 100  # steps over which a limit on a logged value counts
 ELSEWHERE = "choose another --run-root or --seed, or delete that folder"
-FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every", "name"}  # do not decide the result
+# Do not decide the result.
+FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every", "chunk", "name"}
 
 
 class Stopped(Exception):

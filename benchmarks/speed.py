@@ -1,0 +1,344 @@
+"""How fast an outer step of distill.py is: its parts, its share of the machine's peak, and beside the plain step.
+
+    python -m benchmarks.speed                                  # CIFAR-100's setting
+    python -m benchmarks.speed --preset tinyimagenet --device cuda
+    python -m benchmarks.speed --collect                        # add the result to benchmarks/speed.jsonl
+
+Ours and the plain step of distillers/reference.py are timed in turn, in one process; their ratio is the figure to
+quote, since machines are shared and change their pace. The loss and gradients of both are compared with the plain step
+in float64. Beside each pair the machine's own peak is measured: the best rate of square matrix products, and that of a
+3x3 convolution. FLOP are those that PyTorch counts. Images are noise and the target network is untrained: neither
+changes the time of a step. Prints Markdown.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import distill
+import models
+from data.images import ImageSet
+from distillers import method, reference
+from distillers.krr import ridge_predict
+from distillers.pool import Member
+from distillers.target import Target
+from utils import cli, files, optim, progress
+from utils.allocator import keep_freed_memory
+from utils.sampling import Randomness
+
+RESULTS = Path(__file__).with_name("speed.jsonl")
+PEAK_SIZES = (1024, 2048, 4096)
+CHECKED = 200  # images, distilled and real, in the comparison with float64
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device):
+    """Of one call, and what it returns."""
+    wait(device)
+    started = time.perf_counter()
+    result = function()
+    wait(device)
+    return time.perf_counter() - started, result
+
+
+def flop(function):
+    """Floating-point operations of a call, in matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak(device, dtype=torch.float32):
+    """Best rate in FLOP/s: {"matmul": of square products, "convolution": of 256 to 512 channels on maps of 8 x 8}."""
+    rates = {"matmul": 0.0, "convolution": 0.0}
+    enough = 0.2 if device.type == "cpu" else 0.02
+    layout = dict(memory_format=torch.channels_last)
+    x = torch.randn(512, 256, 8, 8, device=device, dtype=dtype).contiguous(**layout)
+    w = torch.randn(512, 256, 3, 3, device=device, dtype=dtype).contiguous(**layout)
+    trials = [("convolution", lambda: F.conv2d(x, w, padding=1), 2 * x.numel() * w[:, 0].numel())]
+    for n in PEAK_SIZES:
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        trials.append(("matmul", lambda a=a: a @ a, 2 * n**3))
+    with torch.no_grad():
+        for name, product, operations in trials:
+            once, _ = min(seconds(product, device) for _ in range(2))
+            times = max(1, round(enough / once))
+            took, _ = seconds(lambda product=product, times=times: [product() for _ in range(times)], device)
+            rates[name] = max(rates[name], operations * times / took)
+    return rates
+
+
+def sparse(path, shape, dtype):
+    """A tensor of zeros mapped from a sparse .npy file, which takes no room on disk."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+class MadeTarget(Target):
+    """An untrained target network whose features of the source are what is given."""
+
+    def features_of(self, images):
+        return self.table
+
+
+def made(args, images, device, folder):
+    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a sparse file."""
+    shape = (images, args.image_size, args.image_size, 3)
+    target = MadeTarget(
+        models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval(), Path(), "made",
+        device, args.precision, {},
+    )  # fmt: skip
+    if np.prod(shape) < 2**29:
+        pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        target.table = torch.randn(images, target.network.feature_dim, generator=torch.Generator().manual_seed(1))
+    else:
+        pixels = sparse(folder / "pixels.npy", shape, np.uint8)
+        target.table = sparse(folder / "features.npy", (images, target.network.feature_dim), np.float32)
+    half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    return ImageSet("made", pixels, None, [], half, quarter, "made"), target
+
+
+class Step:
+    """The loop of distill.py with one pool member, `plain` or ours, that can be taken apart."""
+
+    def __init__(self, plain, source, target, args, device):
+        randomness = Randomness(0, device)
+        self.args, self.device, self.plain = args, device, plain
+        layout = reference.FORMAT if plain else torch.channels_last
+        self.loss_of = reference.outer_loss if plain else distill.outer_loss
+        kind = reference.RealBatches if plain else distill.RealBatches
+        self.real = kind(source, target, args, randomness, device)
+        chosen = torch.arange(args.num_images) % len(source)
+        x = source.normalised(chosen, device).contiguous(memory_format=layout)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)
+        self.x_syn = (x + 0.1 * noise).requires_grad_()  # no image twice
+        self.y_syn = target.table[chosen].to(device).requires_grad_()
+        self.member = Member(
+            args.arch, args.image_size, self.y_syn.shape[1], args.width, device, args.pool_lr, args.pool_weight_decay,
+            "fp32" if plain else args.precision, memory_format=layout,
+        )  # fmt: skip
+        self.adamw = optim.optimizer("adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0)
+
+    def batch(self):
+        return self.real.next()
+
+    def loss(self, x_real, y_real):
+        return self.loss_of(self.member, x_real, y_real, self.x_syn, self.y_syn, self.args)
+
+    def gradient(self, loss):
+        self.adamw.zero_grad()
+        loss.backward(inputs=[self.x_syn, self.y_syn])
+
+    def train(self):
+        self.member.train_step(self.x_syn.detach(), self.y_syn.detach())
+
+    def __call__(self):
+        keep_freed_memory(self.device.type == "cpu" and not self.plain)
+        self.gradient(self.loss(*self.batch()))
+        self.adamw.step()
+        self.train()
+
+
+def parts(step):
+    """{name: (seconds, FLOP)} of a step's parts, each timed alone, after a call that counts."""
+    x_real, y_real = step.batch()
+    args, member = step.args, step.member
+    step.gradient(step.loss(x_real, y_real))
+    with torch.no_grad():
+        f_real = member.embed(x_real, args.chunk)
+
+    def embed():
+        return member.embed(step.x_syn, args.chunk)
+
+    f_syn = embed().detach().requires_grad_()
+
+    def head():
+        predicted = ridge_predict(f_real, f_syn, step.y_syn, args.ridge, args.ridge_per_image, args.bias_column)
+        F.mse_loss(predicted, y_real).backward(inputs=[f_syn, step.y_syn])
+
+    def nothing():
+        pass
+
+    @torch.no_grad()
+    def real(_):
+        member.embed(x_real, args.chunk)
+
+    named = {  # what is timed, and what has to be there for it
+        "batch of real images": (lambda _: step.batch(), nothing),
+        "features of the real images": (real, nothing),
+        "features of the distilled images": (lambda _: embed(), nothing),
+        "their gradient": (lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]), embed),
+        "kernels and solve, with gradient": (lambda _: head(), nothing),
+        "update of images and targets": (lambda _: step.adamw.step(), nothing),
+        "step of the pool's member": (lambda _: step.train(), nothing),
+    }
+    found = {}
+    for name, (function, before) in named.items():
+        there = before()
+        operations = flop(lambda function=function, there=there: function(there))
+        there = before()
+        took, _ = seconds(lambda function=function, there=there: function(there), step.device)
+        found[name] = (took, operations)
+    return found
+
+
+def errors(args, source, target, device):
+    """{"ours": {loss, gradients: relative error}, "plain": ...} in float32, against the plain step in float64, with at
+    most `CHECKED` distilled and real images."""
+    few = vars(args) | {name: min(getattr(args, name), CHECKED) for name in ("num_images", "outer_batch")}
+    named = {
+        name: Step(name != "ours", source, target, argparse.Namespace(**few), device)
+        for name in ("ours", "plain", "exact")
+    }
+    x_real, _ = named["plain"].batch()
+    y_real, found = target.features(x_real), {}
+    for name, step in named.items():
+        step.member.network.load_state_dict(named["ours"].member.network.state_dict())
+        kind = torch.float64 if name == "exact" else torch.float32
+        step.member.network.to(kind)
+        step.x_syn, step.y_syn = (t.detach().to(kind).requires_grad_() for t in (step.x_syn, step.y_syn))
+        loss = step.loss(x_real.to(kind), y_real.to(kind))
+        loss.backward(inputs=[step.x_syn, step.y_syn])
+        found[name] = [each.detach().double() for each in (loss, step.x_syn.grad, step.y_syn.grad)]
+    names = ("loss", "gradient of X_s", "gradient of Y_s")
+    return {
+        which: {
+            name: float((a - b).norm() / b.norm())
+            for name, a, b in zip(names, found[which], found["exact"], strict=True)
+        }
+        for which in ("ours", "plain")
+    }
+
+
+def memory(device):
+    """Peak memory in GiB: of the GPU, or of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def machine(device):
+    """Its name as a table should say it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
+def measure(args, device):
+    """The result as a dict of plain values, which `markdown` prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = made(args, max(2 * args.outer_batch, args.num_images), device, Path(folder))
+        ours = Step(False, source, target, args, device)
+        operations = flop(ours)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        ours()
+        used = memory(device)
+        pieces = parts(ours)
+        plain = Step(True, source, target, args, device)
+        wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
+        plain_operations = flop(plain)
+        rounds = []
+        for _ in progress.bar(range(args.pairs), desc="pairs"):
+            rates = {"float32": peak(device)} | (
+                {"bfloat16": peak(device, torch.bfloat16)} if args.precision == "bf16" else {}
+            )
+            rounds.append(dict(ours=seconds(ours, device)[0], plain=seconds(plain, device)[0], peak=rates))
+    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
+    return dict(
+        preset=args.preset, **{name: getattr(args, name) for name in names}, machine=machine(device),
+        torch=str(torch.__version__), parts=pieces, memory_gib=used, errors=wrong, rounds=rounds,
+        flop=operations, plain_flop=plain_operations,
+    )  # fmt: skip
+
+
+def middle(values):
+    """Median, smallest and largest, as text."""
+    values = list(values)
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def markdown(result):
+    """A `measure` as a table and the lines around it."""
+    kind = "bfloat16" if result["precision"] == "bf16" else "float32"
+    rounds = result["rounds"]
+    product, convolution = (
+        statistics.median(r["peak"][kind][name] for r in rounds) for name in ("matmul", "convolution")
+    )
+    ours = statistics.median(r["ours"] for r in rounds)
+    share = middle(100 * result["flop"] / r["ours"] / r["peak"][kind]["matmul"] for r in rounds)
+    rows = [
+        f"| {name} | {1e3 * took:,.1f} | {operations / 1e9:,.1f} | {operations / took / 1e9:,.0f} "
+        f"| {operations / took / product:.0%} |"
+        for name, (took, operations) in result["parts"].items()
+    ]
+    network = models.label(result["arch"], result["width"])
+    setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, {result['image_size']} px, {network}"
+    setting += f", {result['precision']}" + (f", --chunk {result['chunk']}" if result["chunk"] else "")
+    lines = [
+        f"Preset {result['preset']} ({setting}) on {result['machine']}, torch {result['torch']}.",
+        "",
+        "| part of the step | ms | GFLOP | GFLOP/s | of the peak |",
+        "|---|---:|---:|---:|---:|",
+        *rows,
+        "",
+        f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, {share} % of the peak; "
+        f"plain step: {statistics.median(r['plain'] for r in rounds):.3g} s, {result['plain_flop'] / 1e12:.2f} TFLOP. "
+        f"**{middle(r['plain'] / r['ours'] for r in rounds)} times as fast** (median, smallest and largest of "
+        f"{len(rounds)} pairs). Peak: matrix products {product / 1e9:,.0f} GFLOP/s, convolution "
+        f"{convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
+    ]  # fmt: skip
+    for which, named in result["errors"].items():
+        lines[-1] += f" Relative error of {which} against float64: "
+        lines[-1] += ", ".join(f"{name} {value:.0e}" for name, value in named.items()) + "."
+    return "\n".join(lines)
+
+
+def key(result):
+    """What two results of the same experiment share."""
+    names = ("preset", "arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "machine")
+    return [result[name] for name in names]
+
+
+def main(argv):
+    args, collect = parse_args(argv)
+    device = cli.device(args)
+    result = json.loads(json.dumps(measure(args, device)))
+    print(markdown(result))
+    if collect:
+        known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+        kept = [each for each in known if key(each) != key(result)] + [result]
+        files.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in sorted(kept, key=key)))
+
+
+def parse_args(argv):
+    """distill.py's own flags, and those of this benchmark."""
+    parser = cli.Parser(__doc__)
+    parser.prog = "python -m benchmarks.speed"
+    parser.add_argument("--preset", default="cifar100")
+    parser.add_argument("--pairs", type=cli.positive_int, default=5)
+    parser.add_argument("--collect", action="store_true", help=f"put the result into benchmarks/{RESULTS.name}")
+    mine, others = parser.parse_known_args(argv)
+    args = method.parse_args(distill.METHOD, ["--preset", mine.preset, *others])
+    args.pairs = mine.pairs
+    return args, mine.collect
+
+
+if __name__ == "__main__":
+    cli.run(main)
