@@ -189,8 +189,8 @@ def test_each_column_has_its_best_in_bold():
 
 def test_other_protocols_stand_below_the_table_of_the_same_sets():
     few = [("linear", 0.01), ("linear", 0.5), ("linear", 0.1), ("linear", 0.05), ("linear", 0.0), ("knn", 0.0)]
-    lines = [line(50.0 + i, method=m, protocol=p, label_fraction=f, **(SCRATCH if m == "scratch" else {}))
-             for m in ("krr_st", "scratch") for i, (p, f) in enumerate(few)]  # fmt: skip
+    lines = [line(50.0 + i, protocol=p, label_fraction=f, **method)
+             for method in ({}, SCRATCH) for i, (p, f) in enumerate(few)]  # fmt: skip
     lines += [line(9.0, method="dm", protocol="head", target="cifar100"), line(88.0)]
     lines += [line(44.0, protocol="linear", source="digits")]  # of no table of the paper
     main, *beside = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
