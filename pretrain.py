@@ -164,9 +164,10 @@ def parse_args(argv):
     if source:
         parser.set_defaults(preset=name, image_size=image_size(name))
     args = parser.parse_args(argv)
-    for flag in OF_SOURCE:
-        if not args.source and getattr(args, flag) is not None:
+    for flag in () if args.source else OF_SOURCE:
+        if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} goes with --source")
+        delattr(args, flag)  # the set says it, and it is none of the run's settings
     return args, distilled
 
 

@@ -38,6 +38,7 @@ from utils.run import read_log
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
 MADE_BY = {"pretrain_target.py": "target", "distill.py": "distill", "finetune.py": "finetune", "kd.py": "kd"}
 FEW_SETS = 12  # up to which each set has more images and its t-SNE, and is shown unfolded
+FEW_FAULTS = 8  # up to which they are shown unfolded
 MOST_IMAGES, FEWER_IMAGES = 40, 10  # of a set
 MOST_PIXELS = 64  # of a side, of an image
 MOST_CURVES = 8  # in one panel
@@ -218,7 +219,7 @@ class Page:
         others = [[key, value] for key, value in run.settings.items() if key not in changed]
         if others:
             inside = plain_table(["setting", "value"], others)
-            yield f"<details><summary>{len(others)} other settings</summary>{inside}</details>"
+            yield f"<details><summary>{len(others)} {'other ' if changed else ''}settings</summary>{inside}</details>"
         log = self.attempt(figures.logged, [run.path]) or {}
         curves = {f"{phase}: {scalar}": {"": lines[run.path]} for (phase, scalar), lines in log.items()}
         yield f'<div class="pictures">{"".join(self.panels(curves))}</div>'
@@ -306,8 +307,10 @@ class Page:
         unfinished = [run for run in runs.values() if not run.artefact]
         yield f"<p>{len(runs)} runs, {len(unfinished)} of them unfinished; {len(lines)} results.</p>"
         if self.faults:
-            named = "".join(f"<li>{text(fault)}</li>" for fault in dict.fromkeys(self.faults))
-            yield f"<h2>Left out</h2><ul>{named}</ul>"
+            faults = [*dict.fromkeys(self.faults)]
+            named = "".join(f"<li>{text(fault)}</li>" for fault in faults)
+            opened = " open" if len(faults) <= FEW_FAULTS else ""
+            yield f"<h2>Left out</h2><details{opened}><summary>{len(faults)} faults</summary><ul>{named}</ul></details>"
         yield "<h2>Results</h2>" + ("".join(tables_shown) or "<p>None yet.</p>")
         yield from sections
 

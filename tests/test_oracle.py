@@ -108,6 +108,14 @@ def test_its_file_says_what_it_is_and_its_row_is_the_oracle(toy, roots, tmp_path
     assert "| full source (oracle) (convnet3-x0.125 at 32 px, m = 1437, digits) |" in shown
 
 
+def test_pre_training_on_a_set_knows_nothing_of_the_flags_for_a_source(weights, distilled):
+    config = json.loads((weights.parent / "config.json").read_text())["settings"]
+    assert not {"target", "preset", "image_size"} & config.keys()
+    own = {name: pair for name, pair in load_model(weights)["meta"]["scale"].items()
+           if name not in load_distilled(distilled).meta["scale"]}  # fmt: skip
+    assert own == {"pretrain.epochs": [3, 300]}
+
+
 def test_flags_that_do_not_go_together(toy, distilled, tmp_path, capsys):
     both = ["--distilled", str(distilled)]
     for flags, word in (([*toy, *both], "not allowed with"), ([], "one of the arguments --distilled --source"),

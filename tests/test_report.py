@@ -63,6 +63,12 @@ def read(root, roots, tmp_path):
     return page
 
 
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch):
+    """t-SNE takes most of a report's time."""
+    monkeypatch.setattr(report, "MOST_POINTS", 60)
+
+
 @pytest.fixture
 def root(roots, weights, tmp_path):
     """A run root of its own with a toy target, a distilled set and a network on it."""
