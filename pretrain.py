@@ -1,23 +1,34 @@
-"""Stage 2: pre-train a network on a distilled set.
+"""Stage 2: pre-train a network on a distilled set, or on all of its source.
 
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
+    python pretrain.py --source tinyimagenet --arch vgg11        # the oracle: all images with the target's features
 
 The recipe follows from the set's kind of targets (feature, soft or class), whichever method made it. Writes
 <the set's folder>/<arch>/seed<k>/model.pt, where k is the seed of this pre-training: the paper's three runs are three
 pre-trainings of one distilled set. An hour of a CPU at most for 32 px and 1,000 images; seconds for the digits.
+
+With --source the network is fitted to the target network's features of every image of the source, by the recipe for
+features and with as many optimiser steps as a distilled set of the preset's size gets, so that the two differ in their
+images alone (--steps for more). That goes to <run root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 import models
 from data.augment import diff_augment
 from data.distilled import load_distilled
+from data.images import load_images, normalise, unit
+from data.loading import Loader
+from distillers.target import load_target
 from models import saved
 from utils import cli, files, optim
 from utils.errors import UserError
-from utils.presets import differences, preset
+from utils.presets import PRESETS, differences, image_size, preset
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
@@ -36,25 +47,73 @@ HELP = dict(
     steps="optimiser steps",
     augment="differentiable augmentation of the images",
 )
+OF_SOURCE = ("target", "preset", "image_size")  # flags that go with --source
 
 
-def pretrain(network, distilled, args, run, randomness, device):
-    """Fit `network` to the distilled images and targets (equation 5)."""
+@dataclass
+class Lessons:
+    """What a network is fitted to: `images` and `targets` (n, ...), and `seen`, which makes a batch of the images what
+    the network sees. `kind` is that of the recipe, `home` the folder that the runs go to, `facts` what else decides the
+    result, `meta` and `scale` what the network's file says of it."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    seen: Callable
+    size: int
+    outputs: int
+    kind: str
+    home: Path
+    facts: dict
+    meta: dict
+    scale: dict
+
+
+def of_set(distilled, args, device):
+    """The `Lessons` of a `Distilled`. Raises UserError where its images are too small for any network."""
+    size, digest = distilled.images.shape[-1], files.digest(args.distilled)
+    if size < models.SMALLEST_SIZE:
+        raise UserError(f"{args.distilled}: images of {size} px; the networks take {models.SMALLEST_SIZE} px or more")
+    meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
+    meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
     x_syn, y_syn = distilled.images.to(device), distilled.targets.to(device)
-    batches = Batches(len(x_syn), args.batch_size, randomness.cpu)
+    return Lessons(x_syn, y_syn, lambda x: x, size, distilled.num_outputs, distilled.target_kind, args.distilled.parent,
+                   dict(distilled=digest), meta, distilled.meta.get("scale", {}))  # fmt: skip
+
+
+def of_source(args, device):
+    """The `Lessons` of all images of a source, X_t, with the target network's features of them, g_phi(X_t)."""
+    source = load_images(args.source, "train", args.image_size, args.data_root)
+    home = args.run_root / source.name
+    target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
+
+    def seen(pixels):  # in the memory format of a distilled set: the same images give the same bits
+        return normalise(unit(pixels), source.mean, source.std).contiguous()
+
+    facts = dict(source=source.name, fingerprint=source.fingerprint, target=target.digest)
+    meta = dict(source=source.name, method="full", preset=args.preset)
+    return Lessons(source.pixels, target.features_of(source), seen, source.image_size, target.network.feature_dim,
+                   "source", home / "full" / "seed0", facts, meta, source.part | target.scale)  # fmt: skip
+
+
+def pretrain(network, lessons, args, run, randomness, device):
+    """Fit `network` to the images and targets of `lessons` (equation 5)."""
+    batches = Batches(len(lessons.images), args.batch_size, randomness.cpu)
     total = args.steps or args.epochs * batches.per_epoch
     optimizer = optim.optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, args.schedule, total, args.warmup)
     run.resume(
         device, dict(network=network, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness)
     )
+    loader = Loader([lessons.images, lessons.targets], batches, device)
     network.train()
     for step in run.steps("pre-train", total):
-        index = batches.next().to(device)
-        x = diff_augment(x_syn[index], randomness.device) if args.augment else x_syn[index]
+        images, y = loader.next()
+        x = lessons.seen(images)
+        if args.augment:
+            x = diff_augment(x, randomness.device)
         with cli.autocast(device, args.precision):
             predicted = network(x)
-        loss = LOSSES[args.loss](predicted.float(), y_syn[index])
+        loss = LOSSES[args.loss](predicted.float(), y)
         optimizer.zero_grad()
         loss.backward()
         run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
@@ -65,45 +124,51 @@ def pretrain(network, distilled, args, run, randomness, device):
 def main(argv):
     args, distilled = parse_args(argv)
     device = cli.device(args)
-    size = distilled.images.shape[-1]
-    if size < models.SMALLEST_SIZE:
-        raise UserError(f"{args.distilled}: images of {size} px; the networks take {models.SMALLEST_SIZE} px or more")
-    settings = cli.settings(args, distilled=files.digest(args.distilled))
-    folder = args.distilled.parent / models.label(args.arch, args.width) / f"seed{args.seed}"
-    run = Run(folder, "model.pt", settings, args.log_every)
+    lessons = of_set(distilled, args, device) if distilled else of_source(args, device)
+    folder = lessons.home / models.label(args.arch, args.width) / f"seed{args.seed}"
+    run = Run(folder, "model.pt", cli.settings(args, **lessons.facts), args.log_every)
     if run.finished:
         print(f"{run.artefact} is there already")
         return
     randomness = Randomness(args.seed, device)
-    outputs = distilled.num_outputs
-    network = models.build(args.arch, size, outputs, args.width).to(device)
-    pretrain(network, distilled, args, run, randomness, device)
-    meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
-    name = cli.preset_name(meta["source"])
-    scale = differences(name, "pretrain", vars(args), distilled.target_kind, args.arch)
-    scale = distilled.meta.get("scale", {}) | scale | differences(name, "distill", {"width": args.width})
-    meta |= dict(seed=args.seed, distilled=settings["distilled"], distilled_seed=distilled.meta.get("seed"),
-                 num_images=len(distilled.images), scale=scale, settings=run.settings)  # fmt: skip
-    run.finish("model", saved.content(network, args.arch, args.width, size, outputs, meta))
+    network = models.build(args.arch, lessons.size, lessons.outputs, args.width).to(device)
+    pretrain(network, lessons, args, run, randomness, device)
+    name = cli.preset_name(lessons.meta["source"])
+    scale = lessons.scale | differences(name, "pretrain", vars(args), lessons.kind, args.arch)
+    scale |= differences(name, "distill", {"width": args.width})
+    meta = lessons.meta | dict(seed=args.seed, num_images=len(lessons.images), scale=scale, settings=run.settings)
+    run.finish("model", saved.content(network, args.arch, args.width, lessons.size, lessons.outputs, meta))
     print(f"wrote {run.artefact}")
 
 
 def parse_args(argv):
     parser = cli.parser(__doc__)
-    parser.add_argument("--distilled", type=Path, required=True, help="distilled.pt of any method")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--distilled", type=Path, help="distilled.pt of any method")
+    what.add_argument("--source", help="data set or folder of images, all of which are used instead")
+    parser.add_argument("--target", type=Path, help="with --source: target.pt (default: that of the source, seed 0)")
+    parser.add_argument("--preset", choices=[*PRESETS], help="with --source: settings (default: the source's own)")
+    parser.add_argument("--image-size", type=cli.pixels, help="with --source: pixels of a side (default: the preset's)")
     parser.add_argument("--seed", type=cli.count, default=0)
-    path = cli.early("distilled", argv)
+    path, source = cli.early("distilled", argv), cli.early("source", argv)
     distilled = load_distilled(path) if path else None
-    name = cli.preset_name(distilled.meta.get("preset") if distilled else None)
+    name = cli.preset_name(distilled.meta.get("preset") if distilled else cli.early("preset", argv, source))
     network = {key: preset(name, "distill")[key] for key in ("arch", "width")}
-    kind = distilled.target_kind if distilled else "feature"
+    kind = "source" if source else distilled.target_kind if distilled else "feature"
     if kind == "none":
         raise UserError(f"{path}: images without targets, which nothing can be fitted to; they are for kd.py")
     recipe = preset(name, "pretrain", kind, cli.early("arch", argv, network["arch"]))
     flags = {key: value for key, value in recipe.items() if key in HELP and (key not in ("epochs", "steps") or value)}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})  # the kind decides these
     cli.add_settings(parser, network | flags, HELP)
-    return parser.parse_args(argv), distilled
+    if source:
+        parser.set_defaults(preset=name, image_size=image_size(name))
+    args = parser.parse_args(argv)
+    for flag in () if args.source else OF_SOURCE:
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag.replace('_', '-')} goes with --source")
+        delattr(args, flag)  # the set says it, and it is none of the run's settings
+    return args, distilled
 
 
 if __name__ == "__main__":

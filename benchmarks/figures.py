@@ -12,6 +12,7 @@ g_phi(X_t) in two dimensions (Figure 2; van der Maaten and Hinton, 2008). Withou
 results in benchmarks/results.jsonl. Colours are those of Okabe and Ito; markers, dashes and hatches tell the same.
 """
 
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -34,7 +35,7 @@ from utils.run import read_log
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#555555", "#BBBBBB")
 MARKERS = "os^Dv<>Px"
 DASHES = ("-", "--", "-.", ":")
-HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "ooo", "|||", "+++", "***")
+HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "ooo", "|||", "+++", "***", "//..")
 INK = "#333333"
 
 
@@ -63,6 +64,11 @@ def tidy(axis, title=None, x=None, y=None):
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def literal(text):
+    """A name as matplotlib shows it: a dollar in it begins no mathematics."""
+    return str(text).replace("$", r"\$")
+
+
 def source_of(args, distilled):
     return load_images(args.source or distilled.meta["source"], "train", distilled.images.shape[-1], args.data_root)
 
@@ -72,15 +78,24 @@ def origin_of(distilled):
     return f"{tables.METHODS.get(method, method)}, {distilled.meta.get('source')}"
 
 
+def grids(distilled, source, most):
+    """[(title, pixels (k, 3, S, S))] of the first `most` images: where they started from, if that and an `ImageSet` of
+    theirs are known and they have moved, and the distilled ones."""
+    pixels, meta = distilled.pixels()[:most], distilled.meta
+    initial = meta.get("initial")
+    shown = [("distilled", pixels)]
+    if initial is not None and source is not None and meta.get("distance_from_initial") != 0:
+        shown.insert(0, ("where they started from", unit(source.pixels[torch.tensor(initial[:most])])))
+    return shown
+
+
 def images(args):
     """The first `args.most` distilled images, beside their initial ones where these are known."""
     distilled = load_distilled(args.distilled)
-    pixels, initial = distilled.pixels(), distilled.meta.get("initial")
-    most = min(args.most or len(pixels), len(pixels))
-    shown = [("distilled", pixels[:most])]
-    if initial is not None:
-        index = torch.tensor(initial[:most])
-        shown.insert(0, ("where they started from", unit(source_of(args, distilled).pixels[index])))
+    count = len(distilled.images)
+    most = min(args.most or count, count)
+    known = distilled.meta.get("initial") is not None
+    shown = grids(distilled, source_of(args, distilled) if known else None, most)
     across = min(most, 10 if most <= 100 else 25)
     down = -(-most // across)
     side = 0.55 if most <= 100 else 0.3
@@ -90,22 +105,23 @@ def images(args):
         axis.imshow(make_grid(part, nrow=across, padding=2, pad_value=1.0).permute(1, 2, 0).numpy())
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    origin = origin_of(distilled)
-    figure.suptitle(f"{origin}: {most} of {len(pixels)} images" if most < len(pixels) else origin, fontsize=10)
+    origin = literal(origin_of(distilled))
+    figure.suptitle(f"{origin}: {most} of {count} images" if most < count else origin, fontsize=10)
     saved(figure, args.out)
 
 
-def tsne(args):
-    """One embedding of the features of real images, of the distilled images, and of the learned targets."""
+def features_of_some(source, target, count):
+    """g_phi of `count` random images of the source, the same each time: (count, d_y)."""
+    index = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.cat([target.features(source.normalised(part, target.device)) for part in index.split(512)])
+
+
+def tsne_figure(distilled, source, target, real, size=(6.4, 5.6), title=""):
+    """One embedding of `real`, g_phi(X_t) (n, d_y), of g_phi(X_s), and of Y_s; `size` in inches."""
     from sklearn.manifold import TSNE  # here, since scikit-learn takes a second to import
 
-    distilled = load_distilled(args.distilled)
-    source = source_of(args, distilled)
-    target = load_target(args.target, source, torch.device("cpu"), "fp32")
-    index = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[: args.real]
     x_syn = normalise(distilled.images * distilled.std[:, None, None] + distilled.mean[:, None, None],
                       source.mean, source.std)  # fmt: skip
-    real = torch.cat([target.features(source.normalised(part, "cpu")) for part in index.split(512)])
     made = torch.cat([target.features(part) for part in x_syn.split(512)])
     parts = [(r"$g_\phi(X_t)$, real images", real), (r"$g_\phi(X_s)$, distilled images", made)]
     if distilled.target_kind == "feature" and distilled.targets.shape[1] == real.shape[1]:
@@ -118,36 +134,63 @@ def tsne(args):
         dict(c=COLOURS[0], marker="o", s=26, edgecolors="white", linewidths=0.5),
         dict(c=COLOURS[4], marker="^", s=30, edgecolors=INK, linewidths=0.5),
     )
-    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     for (name, part), where, look in zip(parts, torch.from_numpy(places).split([len(p) for _, p in parts]), looks,
                                          strict=False):  # fmt: skip
         axis.scatter(*where.T.numpy(), label=f"{name} ({len(part):,})", **look)
-    axis.set(xticks=[], yticks=[], title=f"{origin_of(distilled)}, t-SNE")
-    figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=9)
-    saved(figure, args.out)
+    axis.set(xticks=[], yticks=[])
+    if title:
+        axis.set_title(literal(title))
+    figure.legend(loc="outside lower center", ncols=len(parts) if size[0] > 5 else 1, frameon=False, fontsize=9)
+    return figure
+
+
+def tsne(args):
+    """One embedding of the features of real images, of the distilled images, and of the learned targets."""
+    distilled = load_distilled(args.distilled)
+    source = source_of(args, distilled)
+    target = load_target(args.target, source, torch.device("cpu"), "fp32")
+    real = features_of_some(source, target, args.real)
+    saved(tsne_figure(distilled, source, target, real, title=f"{origin_of(distilled)}, t-SNE"), args.out)
+
+
+def logged(folders):
+    """{(phase, scalar): {folder: [(step, value)]}} of the runs' logs, the loss first; without what is no number."""
+    found = defaultdict(dict)
+    for folder in folders:
+        for line in read_log(folder):
+            for name in line.keys() - {"phase", "step", "of", "seconds"}:
+                if is_number(line[name]) and is_number(line["step"]):
+                    found[str(line["phase"]), name].setdefault(folder, []).append((line["step"], line[name]))
+    phases = list(dict.fromkeys(phase for phase, _ in found))
+    return {key: found[key] for key in sorted(found, key=lambda key: (phases.index(key[0]), key[1] != "loss", key[1]))}
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def draw(axis, title, lines, names):
+    """`lines`: {name: [(step, value)]}, on a logarithmic scale where they span much; a name's place among `names`
+    decides its look."""
+    for name, points in lines.items():
+        i = names.index(name)
+        axis.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=literal(name), linewidth=1.4,
+                  linestyle=DASHES[i % len(DASHES)], marker="." if len(points) < 10 else "")  # fmt: skip
+    tidy(axis, literal(title), "step")
+    values = [value for points in lines.values() for _, value in points]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axis.set_yscale("log")
 
 
 def curves(args):
     """Every scalar in the runs' logs by step; a panel for each phase and scalar."""
-    found = defaultdict(dict)  # (phase, scalar) -> {folder: [(step, value)]}
-    for folder in args.folders:
-        for line in read_log(folder):
-            for name in line.keys() - {"phase", "step", "of", "seconds"}:
-                found[line["phase"], name].setdefault(str(folder), []).append((line["step"], line[name]))
+    found = logged(args.folders)
     if not found:
         raise UserError(f"{', '.join(map(str, args.folders))}: no log.jsonl with numbers in it")
-    phases = list(dict.fromkeys(phase for phase, _ in found))
-    order = sorted(found, key=lambda key: (phases.index(key[0]), key[1] != "loss", key[1]))
-    figure, axes = panels(len(order))
-    for axis, key in zip(axes, order, strict=True):
-        for i, folder in enumerate(map(str, args.folders)):
-            if points := found[key].get(folder):
-                axis.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=folder, linewidth=1.4,
-                          linestyle=DASHES[i % len(DASHES)], marker="." if len(points) < 10 else "")  # fmt: skip
-        tidy(axis, f"{key[0]}: {key[1]}", "step")
-        values = [value for points in found[key].values() for _, value in points]
-        if min(values) > 0 and max(values) > 20 * min(values):
-            axis.set_yscale("log")
+    figure, axes = panels(len(found))
+    for axis, ((phase, scalar), lines) in zip(axes, found.items(), strict=True):
+        draw(axis, f"{phase}: {scalar}", lines, args.folders)
     if len(args.folders) > 1:
         legend(figure, axes, columns=1)
     saved(figure, args.out)
@@ -200,14 +243,16 @@ def legend(figure, axes, columns=3):
 def count(args):
     """Accuracy by the number of distilled images; a panel for each source, data set, network and protocol."""
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    floors = defaultdict(list)
+    levels = defaultdict(lambda: defaultdict(list))  # of no number of images: no pre-training, and the oracle
     for line in lines_of(args):
         if line["protocol"] in ("fid", "kd"):
             continue
         network = (line["arch"], line["width"], line["image_size"])
         panel = (line["target"], tables.other_column(line), network)
         if line["method"] == "scratch":
-            floors[panel].append(line["accuracy"])
+            levels[panel]["scratch"].append(line["accuracy"])
+        elif line["method"] == tables.ORACLE:
+            levels[(line["source"], *panel)][tables.ORACLE].append(line["accuracy"])
         elif line["num_images"]:
             found[(line["source"], *panel)][line["method"]][line["num_images"]].append(line["accuracy"])
     drawn = sorted(key for key, methods in found.items() if any(len(points) > 1 for points in methods.values()))
@@ -221,9 +266,10 @@ def count(args):
             axis.errorbar(x, [statistics.mean(points[m]) for m in x], [statistics.pstdev(points[m]) for m in x],
                           color=COLOURS[look % len(COLOURS)], marker=MARKERS[look % len(MARKERS)], capsize=2,
                           linestyle=DASHES[look % len(DASHES)], label=tables.METHODS.get(method, method))  # fmt: skip
-        if floor := floors.get(key[1:]):
-            axis.axhline(statistics.mean(floor), color=INK, linewidth=1, linestyle=(0, (1, 3)),
-                         label=tables.METHODS["scratch"])  # fmt: skip
+        for method, gap in (("scratch", 3), (tables.ORACLE, 1)):
+            if level := levels[key[1:]][method] or levels[key][method]:
+                axis.axhline(statistics.mean(level), color=INK, linewidth=1, linestyle=(0, (1, gap)),
+                             label=tables.METHODS[method])  # fmt: skip
         axis.set_xscale("log")
         ticks = sorted({m for points in found[key].values() for m in points})
         axis.set_xticks(ticks, map(str, ticks), minor=False)

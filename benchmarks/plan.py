@@ -50,10 +50,6 @@ class Task:
             return self.leaves != "-" and Path(path).is_file()
         return any(line.get("name") == name for line in results.read(Path(path)))
 
-    def makes(self, word):
-        """Whether `word` is, or lies in, what this leaves."""
-        return word == self.leaves or ("#" in self.leaves and word.startswith(f"{self.folder}/"))
-
     @property
     def kind(self):
         """What commands that take about as long have in common: all words but the seed and the folders."""
@@ -81,7 +77,7 @@ class Task:
 
 def read(lines):
     """The `Task`s in `lines`, each once, with what they need."""
-    tasks, first = {}, 0
+    tasks, first, made = {}, 0, {}  # made: what a task leaves, or an evaluation's folder -> task
     for line in lines:
         if line.strip() == "then":
             first = len(tasks)
@@ -91,9 +87,12 @@ def read(lines):
             before = [*tasks.values()]
             if leaves == "-":
                 leaves, task.needs = f"-{len(tasks)}", before
-            else:
-                task.needs = before[:first] + [t for t in before[first:] if any(map(t.makes, task.words))]
-            tasks.setdefault(leaves, task)
+            elif leaves not in tasks:
+                folders = (str(each) for word in task.words for each in Path(word).parents)
+                named = [made.get(word) for word in task.words] + [made.get(f"{folder}/") for folder in folders]
+                task.needs = [*dict.fromkeys([*before[:first], *filter(None, named)])]
+            if leaves not in tasks:
+                tasks[leaves] = made[f"{task.folder}/" if "#" in leaves else leaves] = task
     return [*tasks.values()]
 
 

@@ -8,7 +8,9 @@
 
 Results at the paper's settings are compared with its numbers (benchmarks/paper.csv): the difference, and whether it
 lies within two of the paper's standard deviations. Those at other settings make a table of their own, which says so.
-All that is in no table of the paper is listed by data set. Deviations are the population's (ddof = 0), as the paper's
+Below a table come, for each data set, the same sets and networks by other protocols: probes of the features with all or
+few labels, nearest neighbours, and the head that pre-training left (the accuracy of a network that has seen only the
+distilled set). All else is listed by data set. Deviations are the population's (ddof = 0), as the paper's
 are. A mark in README is `<!-- table NAME -->`, up to `<!-- end of table -->`.
 """
 
@@ -40,6 +42,7 @@ METHODS = {  # in the order of the rows; others follow under their own names
     "kip": "KIP",
     "frepo": "FRePo",
     "krr_st": "KRR-ST",
+    "full": "full source (oracle)",
     "krr_st_random_targets": "KRR-ST, targets at random",
     "krr_st_d1": "KRR-ST, D1: a tenth of the learning rate",
     "krr_st_d2": "KRR-ST, D2: ridge divided by m",
@@ -64,6 +67,7 @@ TITLES = {
     "departures": "Departures of README, CIFAR-100",
     "fid": "Appendix F: FID to the source",
 }
+ORACLE = "full"  # what the others are measured by: never the best, and of no number of images
 VARIANTS = {  # of KRR-ST, and the settings that make them: these are no matter of scale
     "krr_st_random_targets": {"distill.random_targets"},
     "krr_st_d1": {"distill.outer_lr"},
@@ -83,7 +87,8 @@ PAPERS_NAMES = {"krr_st (y_syn at random)": "krr_st_random_targets"}
 
 @dataclass
 class Table:
-    """A table of the paper: what its rows and columns are, and its numbers {(method, arch, target): (mean, std)}."""
+    """A table of the paper: what its rows and columns are, and its numbers {(method, arch, target): (mean, std)}. With
+    `probed`, one beside that of its name: other protocols on that data set, which stand in place of the targets."""
 
     name: str
     source: str
@@ -91,6 +96,7 @@ class Table:
     targets: list
     methods: list
     numbers: dict
+    probed: str = ""
 
 
 @dataclass
@@ -103,7 +109,7 @@ class Cell:
 
 def all_tables(lines=(), path=PAPER):
     """The paper's tables, with FID by source; and for `lines` with FID by other networks than the paper's, a table for
-    each network, since such numbers cannot be compared."""
+    each network, since such numbers cannot be compared; and for those by other protocols a table for each data set."""
     found = {}
     with open(path) as file:
         for line in csv.DictReader(file):
@@ -122,6 +128,13 @@ def all_tables(lines=(), path=PAPER):
         network, source = column_of(line)
         if network != "inception":
             found["fid", network, source] = Table("fid", source, [network], [source], [], {})
+    others = [line for line in lines if by_another_protocol(line)]
+    for base in [table for table in found.values() if table.name not in ("fid", "table4")]:
+        for target in sorted({line["target"] for line in others}):
+            beside = Table(base.name, base.source, base.archs, [], base.methods, {}, target)
+            mine = {other_column(line) for line in others if belongs(line, beside)}
+            beside.targets = sorted(mine, key=protocols_order)
+            found[base.name, target] = beside
     return [table for name in TITLES for table in found.values() if table.name == name]
 
 
@@ -134,10 +147,16 @@ def method_of(line):
     return line["images"]["method"] if line["protocol"] == "kd" else line["method"]
 
 
+def by_another_protocol(line):
+    """Whether a result is of another kind than those in the paper's tables: a probe, a head as it is, or few labels."""
+    few = line.get("labels_per_class") or line.get("label_fraction")
+    return bool(few) or line["protocol"] not in ("full", "kd", "fid")
+
+
 def belongs(line, table):
     """Whether a result is one of `table`'s kind, at whatever scale."""
     method = method_of(line)
-    if line.get("labels_per_class") or line.get("label_fraction"):
+    if by_another_protocol(line) != bool(table.probed):
         return False
     if method in VARIANTS and method not in table.methods:
         return False
@@ -150,6 +169,8 @@ def belongs(line, table):
     if table.name == "table4":
         start = "scratch" if method == "gaussian" else method
         return line["protocol"] == "kd" and line["images"]["source"] == table.source and line["method"] == start
+    if table.probed:
+        return line["target"] == table.probed and (line["source"] == table.source or method == "scratch")
     return line["protocol"] == "full" and (line["source"] == table.source or method == "scratch")
 
 
@@ -165,8 +186,11 @@ def scale_of(line, table):
 
 
 def column_of(line):
-    """Network and data set; with FID, the network of its features and the source."""
-    return (line["network"], line["source"]) if line["protocol"] == "fid" else (line["arch"], line["target"])
+    """Network and data set, or network and protocol where that is none of the paper's; with FID, the network of its
+    features and the source."""
+    if line["protocol"] == "fid":
+        return line["network"], line["source"]
+    return line["arch"], other_column(line) if by_another_protocol(line) else line["target"]
 
 
 def shown(number):
@@ -192,14 +216,14 @@ def split_scale(lines, table):
         for name, pair in scale.items():
             here[name].add(shown(pair[0]))
             there[name].add(shown(pair[1]))
-    made = [
-        scale for (method, _), scales in groups.items() if method not in ("scratch", "gaussian") for scale in scales
-    ]
+    made = [(method, scale) for (method, _), scales in groups.items() for scale in scales
+            if method not in ("scratch", "gaussian")]  # fmt: skip
     apart = {
         name for name in here
         if len(here[name]) > 1
         or any(len({json.dumps(scale.get(name)) for scale in scales}) > 1 for scales in groups.values())
-        or (name in ("num_images", "width", "image_size") and not all(name in scale for scale in made))
+        or (name in ("num_images", "width", "image_size")
+            and not all(name in scale for method, scale in made if (method, name) != (ORACLE, "num_images")))
     }  # fmt: skip
     return [(name, min(here[name]), there[name]) for name in here if name not in apart], apart
 
@@ -255,7 +279,8 @@ def grid(table, remark, columns, rows):
     better = min if table.name == "fid" else max
     best, papers_best = {}, {}
     for column in columns:
-        best[column] = better(statistics.mean(cells[column]) for *_, cells in rows if column in cells)
+        means = (statistics.mean(cells[column]) for method, _, cells in rows if column in cells and method != ORACLE)
+        best[column] = better(means, default=None)
         known = (mean for (_, *rest), (mean, _) in table.numbers.items() if tuple(rest) == column)
         papers_best[column] = better(known, default=None)
     lines = [[Cell("FID" if table.name == "fid" else "accuracy in %"), Cell(""), *map(Cell, heads)]]
@@ -269,7 +294,7 @@ def grid(table, remark, columns, rows):
             for column in columns:
                 v = cells.get(column)
                 text = f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})" if v else ""
-                ours.append(Cell(text, bool(v) and statistics.mean(v) == best[column]))
+                ours.append(Cell(text, bool(v) and other != ORACLE and statistics.mean(v) == best[column]))
             lines.append([Cell(name), *ours])
         known = [table.numbers.get((method, *column)) for column in columns]
         if not any(known) or (remark and not any(other == method for other, *_ in rows)):
@@ -359,6 +384,13 @@ def other_column(line):
     return f"{line['protocol']}{labels}"
 
 
+def protocols_order(column):
+    """A key by which the columns of `other_column` are in order: by protocol, all labels after few."""
+    protocol, _, labels = column.partition(", ")
+    known = ["head", "knn", "linear", "full", "kd"]
+    return known.index(protocol) if protocol in known else len(known), protocol, not labels, natural(labels)
+
+
 def others(lines):
     """The results that are in none of the paper's tables: {data set: rows of `Cell`s}."""
     found = defaultdict(lambda: defaultdict(list))
@@ -369,7 +401,8 @@ def others(lines):
     grids = {}
     for target in sorted(found):
         cells = found[target]
-        rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = sorted({column for _, column in cells}, key=protocols_order)
         grids[target] = [[Cell("accuracy in %"), *map(Cell, columns)]]
         for row in rows:
             values = [cells.get((row, column)) for column in columns]
@@ -378,9 +411,8 @@ def others(lines):
     return grids
 
 
-def document(lines, only=None, style=markdown):
-    """{name: text} of all tables that `lines` have results for, or of those in `only`."""
-    texts = defaultdict(list)
+def blocks(lines, only=None):
+    """(name, heading, rows of `Cell`s) of all tables that `lines` have results for, or of those in `only`."""
     for table in all_tables(lines):
         if only and table.name not in only:
             continue
@@ -388,13 +420,21 @@ def document(lines, only=None, style=markdown):
             shown_grid = grid(table, remark, columns, rows)
             heading = TITLES[table.name]
             heading += f", {table.source}, features of {table.archs[0]}" if table.name == "fid" else ""
+            heading += f". The same sets and networks on {table.probed}, by other protocols" if table.probed else ""
             compared = any(cell.text.endswith(("✓", "✗")) for row in shown_grid for cell in row)
             legend = "✓: within two of the paper's standard deviations." if compared else ""
-            texts[table.name] += [f"{heading}. {remark or legend}".strip(), style(shown_grid)]
+            yield table.name, f"{heading}. {remark or legend}".strip(), shown_grid
     for target, rows in others(lines).items():
         if not only or target in only:
-            texts[target] += [f"Accuracy on {target}'s test split.", style(rows)]
-    return {name: "\n\n".join(blocks) for name, blocks in texts.items()}
+            yield target, f"Accuracy on {target}'s test split.", rows
+
+
+def document(lines, only=None, style=markdown):
+    """{name: text} of the tables of `blocks`."""
+    texts = defaultdict(list)
+    for name, heading, rows in blocks(lines, only):
+        texts[name] += [heading, style(rows)]
+    return {name: "\n\n".join(parts) for name, parts in texts.items()}
 
 
 MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

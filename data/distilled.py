@@ -23,8 +23,9 @@ class Distilled:
 
     `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and `std` (3,);
     `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, `scale`
-    (`presets.differences` of all stages so far), `initial` (the source's images that it started from, by index), and
-    `fresh_noise` where the images are noise that kd.py draws anew at each step.
+    (`presets.differences` of all stages so far), `initial` (the source's images that it started from, by index),
+    `distance_from_initial` (`distillers.method.distance_from`), and `fresh_noise` where the images are noise that kd.py
+    draws anew at each step.
     """
 
     images: torch.Tensor

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data.prepare import folder_name, prepare
+from data.prepare import folder_name, prepare, prepared
 from data.raw import published
 from utils import files
 from utils.errors import UserError
@@ -66,12 +66,24 @@ def load_images(name, split, size, root, labels=False):
         train = record if split == "train" else prepare(name, "train", size, root, labels)
     except PermissionError as error:
         raise UserError(f"{error.filename}: no permission to read or write it") from error
+    return _images(folder_name(name, root), split, record, train, name)
+
+
+def prepared_images(name, size, root):
+    """The training split of what is decoded already under `name`, which may be that of a folder of the user's in a
+    distilled set's meta. Raises UserError where nothing is, or where it is damaged."""
+    record = prepared(name, "train", size, Path(root))
+    return _images(name, "train", record, record, name)
+
+
+def _images(kept_as, split, record, train, name):
+    """The `ImageSet` of a `record` (`data.prepare.prepare`), with the statistics of that of the training split."""
     arrays = {
-        name: torch.from_numpy(files.open_array(record["stem"].parent / name, expected))
-        for name, expected in record["files"].items()
+        file: torch.from_numpy(files.open_array(record["stem"].parent / file, expected))
+        for file, expected in record["files"].items()
     }
     return ImageSet(
-        folder_name(name, root),
+        kept_as,
         arrays[f"{split}.npy"],
         arrays.get(f"{split}.labels.npy"),
         record["classes"],

@@ -62,6 +62,15 @@ def prepare(name, split, size, root, labels=False, partial=False):
     return known
 
 
+def prepared(name, split, size, root):
+    """The record of what is decoded already, by the name under which the set is kept, without a look at the raw images.
+    Raises UserError where that is nothing."""
+    known = _record(root / "prepared" / f"{name}-{size}px" / split)
+    if known is None:
+        raise UserError(f"{name} at {size} px is not prepared in {root}")
+    return known
+
+
 def _record(stem):
     """The record of a split, with its `stem`; None where it is not prepared. Raises UserError for a damaged one."""
     path = stem.with_suffix(".json")

@@ -33,7 +33,7 @@ def main(argv):
         return
     if argv[:1] == ["import"]:
         sys.argv[0] += " import"
-        importing.main(argv[1:], reserved=("krr_st", "target", *METHODS))
+        importing.main(argv[1:], reserved=("krr_st", "target", "full", *METHODS))
         return
     if not argv or argv[0] not in METHODS:
         raise UserError(f"name a method first, one of: {', '.join(METHODS)}, or import")

@@ -71,7 +71,7 @@ def distill(source, chosen, target, args, run, device):
     index = torch.cat(index)
     print(f"mean squared distance to the nearest chosen image: random {before:.4f}, k-means {after:.4f}")
     targets, kind = (source.labels[index], "class") if labelled else (features[index], "feature")
-    measured = dict(objective_initial=before, objective_distilled=after)
+    measured = dict(objective_initial=before, objective_distilled=after, initial=index.tolist())
     return packed(source.normalised(index, device), targets, kind, source, **measured)
 
 

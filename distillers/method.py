@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
 from data.distilled import Distilled
-from data.images import load_images
+from data.images import load_images, normalise
 from data.subsets import random_subset
 from distillers.target import load_target
 from utils import cli, files
@@ -26,10 +27,11 @@ class Method:
     """A way to make a distilled set.
 
     `name`: of its run folder. `distill(source, chosen, target, args, run, device)` returns a `Distilled`, whose meta
-    may hold what it measured: `source` is an `ImageSet`, `chosen` (m,) the indices of the real images to start from,
-    `target` a `Target` or None, `run` a `Run` to train in. `help`: setting -> description, for the flags. `stage`: of
-    its settings in utils/presets.py. `choose(source, m, seed)` returns `chosen`. `needs_target`: whether it uses the
-    target network. `add_flags(parser)` adds those that are no settings.
+    may hold what it measured, and `initial` where it started from other images than those chosen: `source` is an
+    `ImageSet`, `chosen` (m,) the indices of the real images to start from, `target` a `Target` or None, `run` a `Run`
+    to train in. `help`: setting -> description, for the flags. `stage`: of its settings in utils/presets.py.
+    `choose(source, m, seed)` returns `chosen`. `needs_target`: whether it uses the target network.
+    `add_flags(parser)` adds flags that are no settings.
     """
 
     name: str
@@ -61,17 +63,29 @@ def main(method, argv):
         return
     result = method.distill(source, chosen, target, args, run, device)
     result.meta |= dict(source=source.name, method=args.name, seed=args.seed, preset=args.preset, scale=scale,
-                        initial=None if chosen is None else chosen.tolist(), settings=run.settings,
-                        versions=versions())  # fmt: skip
+                        settings=run.settings, versions=versions())  # fmt: skip
+    initial = result.meta.setdefault("initial", None if chosen is None else chosen.tolist())
+    moved = ""
+    if initial is not None:
+        distance = result.meta["distance_from_initial"] = distance_from(result, source, torch.tensor(initial))
+        moved = f"; images moved by {distance:.4f} of the source's standard deviation (root mean square)"
     save_picture(run.folder / "images.png", result)
     run.finish("distilled", result.content())
-    print(f"wrote {run.artefact} and images.png")
+    print(f"wrote {run.artefact} and images.png{moved}")
 
 
 def packed(x_syn, targets, target_kind, source, **measured):
     """Images normalised by the source's statistics, with their targets, as a `Distilled` on the CPU."""
     x_syn, targets = x_syn.detach().cpu().contiguous(), targets.detach().cpu()
     return Distilled(x_syn, targets, target_kind, source.mean, source.std, measured)
+
+
+def distance_from(distilled, source, initial):
+    """How far the images of a `Distilled` have moved from the source's at `initial` (m,), which they started from: the
+    root mean square over all images, pixels and colours, in units of the source's standard deviations."""
+    start = normalise(source.raw(initial, "cpu"), distilled.mean, distilled.std)  # (m, 3, S, S)
+    units = (distilled.std / source.std)[:, None, None]  # 1, but for a set that is not normalised (D7)
+    return ((distilled.images - start) * units).square().mean().sqrt().item()
 
 
 def renew_picture(run, args, step, distilled):
@@ -99,7 +113,7 @@ def parse_args(method, argv):
     cli.add_settings(parser, preset(name, method.stage), dict(num_images="m, images in the set") | method.help)
     method.add_flags(parser)
     args = parser.parse_args(argv)
-    check_name("--name", args.name, reserved=("target",))
+    check_name("--name", args.name, reserved=("target", "full"))
     return args
 
 

@@ -27,7 +27,7 @@ done
 for seed in $seeds; do
   for method in $methods; do
     pretrained cifar100 "$method" convnet3 "$seed"
-    for target in $targets; do fine_tuned cifar100 "$method" convnet3 "$seed" 32 "$target"; done
+    evaluations cifar100 "$method" convnet3 "$seed" 32
   done
 done
 at_the_end -m benchmarks.tables --only y_init,departures "$runs"

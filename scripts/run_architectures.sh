@@ -12,7 +12,7 @@ for seed in $seeds; do
   for arch in $archs; do
     for method in $methods; do
       pretrained tinyimagenet "$method" "$arch" "$seed"
-      for target in $targets; do fine_tuned tinyimagenet "$method" "$arch" "$seed" 64 "$target"; done
+      evaluations tinyimagenet "$method" "$arch" "$seed" 64
     done
   done
 done

@@ -11,7 +11,7 @@ for method in $methods; do distilled_set cifar100 "$method"; done
 for seed in $seeds; do
   for method in $methods; do
     pretrained cifar100 "$method" convnet3 "$seed"
-    for target in $targets; do fine_tuned cifar100 "$method" convnet3 "$seed" 32 "$target"; done
+    evaluations cifar100 "$method" convnet3 "$seed" 32
   done
 done
 at_the_end -m benchmarks.tables --only table1 "$runs"

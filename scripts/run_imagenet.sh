@@ -10,7 +10,7 @@ for method in $methods; do distilled_set imagenet "$method"; done
 for seed in $seeds; do
   for method in $methods; do
     pretrained imagenet "$method" convnet4 "$seed"
-    for target in $targets; do fine_tuned imagenet "$method" convnet4 "$seed" 64 "$target"; done
+    evaluations imagenet "$method" convnet4 "$seed" 64
   done
 done
 at_the_end -m benchmarks.tables --only table3 "$runs"

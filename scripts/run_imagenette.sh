@@ -15,7 +15,7 @@ for seed in $seeds; do
     [ "$arch" = convnet5 ] || [ -n "$quick" ] || batch="--batch-size 64" # as the released code, for its size
     for method in $methods; do
       pretrained imagenette "$method" "$arch" "$seed"
-      for target in $targets; do fine_tuned imagenette "$method" "$arch" "$seed" 224 "$target" $batch; done
+      evaluations imagenette "$method" "$arch" "$seed" 224 $batch
     done
   done
 done

@@ -11,7 +11,7 @@ for method in $methods; do distilled_set tinyimagenet "$method"; done
 for seed in $seeds; do
   for method in $methods; do
     pretrained tinyimagenet "$method" convnet4 "$seed"
-    for target in $targets; do fine_tuned tinyimagenet "$method" convnet4 "$seed" 64 "$target"; done
+    evaluations tinyimagenet "$method" convnet4 "$seed" 64
   done
 done
 at_the_end -m benchmarks.tables --only table2 "$runs"

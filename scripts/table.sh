@@ -8,6 +8,9 @@ flags="
   --methods \"A B\"    of: $methods
   --targets \"A B\"    data sets (default: $targets)
   --archs \"A B\"      of: ${archs:-(this script has one network)}
+  --oracle           also pre-train on all of the source, with the target network's features: the row full
+  --probes           also linear probes with 1, 5, 10, 50 and 100 % of the labels, and nearest neighbours
+  --head             also what a network that has seen only the distilled set knows of the source's classes
   --seeds \"0 1 2\"    of the pre-trainings
   --jobs N           commands at a time (default: 1; with --quick, one a core)
   --run-root FOLDER  default: runs; several of these scripts may work on one folder at the same time
@@ -15,6 +18,7 @@ flags="
   -- FLAGS           for every script, such as: -- --device cuda --precision tf32"
 
 seeds="0 1 2" runs=runs data=${DATA_ROOT:-datasets} quick="" jobs="" dry="" roots="" extra=""
+oracle="" probes="" head="" evaluated=""
 usage_error() {
   echo "$(basename "$table"): error: $1 (see --help)" >&2
   exit 2
@@ -31,6 +35,9 @@ while [ $# -gt 0 ]; do
     --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$table"; echo "$flags"; exit 0 ;;
     --dry-run) dry=--dry-run; shift ;;
     --quick) quick=yes; shift ;;
+    --oracle) oracle=--oracle; shift ;;
+    --probes) probes=--probes; shift ;;
+    --head) head=--head; shift ;;
     --) shift; extra=$*; break ;;
     --methods | --targets | --archs | --seeds | --jobs | --run-root | --data-root)
       case ${2:--} in -*) usage_error "$1: a value is missing" ;; esac
@@ -50,6 +57,7 @@ done
 case "$runs$data" in *[[:space:]]*) usage_error "--run-root and --data-root: no spaces, please" ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 [ -z "$quick" ] || { runs=$runs/quick targets=${quick_targets:-$targets}; }
+[ -z "$oracle" ] || methods="$methods full"
 targets=${wanted:-$targets} jobs=${jobs:-$([ -z "$quick" ] && echo 1 || nproc)}
 roots="--run-root $runs $roots"
 width=${quick_width:-0.5} # with --quick, that of the preset quick-<source> in utils/presets.py
@@ -61,7 +69,10 @@ task() { # LEAVES WORDS...: `python WORDS...` leaves the file LEAVES, or the lin
   commands+="$leaves"$'\t'"$*"$'\n'
 }
 at_the_end() { commands+="-"$'\t'"$*"$'\n'; } # a command that is carried out each time
-carry_out() { exec "$PYTHON" -m benchmarks.plan $dry --jobs "$jobs" --run-root "$runs" <<<"$commands"; }
+carry_out() {
+  [ -z "$oracle$probes$head" ] || [ -n "$evaluated" ] || usage_error "$(echo $oracle $probes $head): nothing to add to here"
+  exec "$PYTHON" -m benchmarks.plan $dry --jobs "$jobs" --run-root "$runs" <<<"$commands"
+}
 
 net() { [ -z "$quick" ] && echo "$1" || echo "$1-x$width"; }            # ARCH: as run folders call it
 pixels() { [ -z "$quick" ] && echo "$1" || echo 32; }                    # SIZE: of the images
@@ -84,9 +95,10 @@ distilled_set() { # SOURCE METHOD [FLAGS]: with flags, a variant of KRR-ST under
   local source=$1 method=$2 folder=$runs/$1/$2/seed0 script="" target="--target $runs/$1/target/seed0/target.pt"; shift 2
   case $method in
     scratch) return ;;
-    krr_st* | kmeans | random_features) target_network "$source" ;;
+    krr_st* | kmeans | random_features | full) target_network "$source" ;;
   esac
   case $method in
+    full) return ;;
     krr_st) script="distill.py $target" ;;
     krr_st_*) script="distill.py --name $method $target" ;;
     kmeans | random_features) script="-m distillers $method $target" ;;
@@ -98,18 +110,39 @@ distilled_set() { # SOURCE METHOD [FLAGS]: with flags, a variant of KRR-ST under
 weights() { echo "$runs/$1/$2/seed0/$(net "$3")/seed$4"; } # SOURCE METHOD ARCH SEED: the folder of a pre-trained network
 
 pretrained() { # SOURCE METHOD ARCH SEED
-  [ "$2" = scratch ] || [ "$2" = gaussian ] ||
-    task "$(weights "$@")/model.pt" pretrain.py --distilled "$runs/$1/$2/seed0/distilled.pt" --arch "$3" --seed "$4"
+  local images="--distilled $runs/$1/$2/seed0/distilled.pt"
+  case $2 in
+    scratch | gaussian) return ;;
+    full) images="--source $1 $(preset "$1") --target $runs/$1/target/seed0/target.pt" ;;
+  esac
+  task "$(weights "$@")/model.pt" pretrain.py $images --arch "$3" --seed "$4"
 }
 
-fine_tuned() { # SOURCE METHOD ARCH SEED SIZE TARGET [FLAGS]
-  local folder start target=$6 seed=$4
+tuned() { # PROTOCOL LABELS SOURCE METHOD ARCH SEED SIZE TARGET [FLAGS]; LABELS: a share of them, or nothing for all
+  local protocol=$1 labels=$2 folder start name; shift 2
+  local seed=$4 target=$6
   if [ "$2" = scratch ]; then
     folder=$(scratch_folder "$3" "$5") start="none $(fresh "$3" "$5")"
   else
     folder=$(weights "$@") start=$folder/model.pt
   fi
+  name=${target}_$protocol${labels:+_$labels}_seed$seed
   shift 6
-  task "$folder/results.jsonl#${target}_full_seed$seed" finetune.py --weights $start --target "$target" --seed "$seed" \
-    "$@" ${quick:+--steps 300 --batch-size 128}
+  [ "$protocol" = full ] || set -- --protocol "$protocol" ${labels:+--label-fraction $labels}
+  task "$folder/results.jsonl#$name" finetune.py --weights $start --target "$target" --seed "$seed" "$@"
+}
+fine_tuned() { tuned full "" "$@" ${quick:+--steps 300 --batch-size 128}; } # SOURCE METHOD ARCH SEED SIZE TARGET [FLAGS]
+
+evaluations() { # SOURCE METHOD ARCH SEED SIZE [FLAGS]: fine-tuned on each target, and what --probes and --head add
+  local set="$1 $2 $3 $4 $5" source=$1 method=$2 target share; shift 5
+  evaluated=yes
+  for target in $targets; do
+    fine_tuned $set "$target" "$@"
+    [ -n "$probes" ] || continue
+    for share in 0.01 0.05 0.1 0.5 ""; do tuned linear "$share" $set "$target"; done
+    tuned knn "" $set "$target"
+  done
+  case $method in # those with labels: the others have no head for classes
+    random | kmeans | dsa | dm | mtt | kip | frepo) [ -z "$head" ] || tuned head "" $set "$source" ;;
+  esac
 }

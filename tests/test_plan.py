@@ -57,13 +57,55 @@ def parse(words, monkeypatch):
     return importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:])
 
 
+MORE = ["--oracle", "--probes", "--head"]
+WITHOUT_MORE = {"run_kd.sh", "run_figures.sh"}
+
+
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_listed_command_is_accepted_by_its_parser(script, quick, monkeypatch):
     commands, last = listed(script, "--seeds", "0", *quick)
+    if quick and script not in WITHOUT_MORE:
+        commands += listed(script, "--seeds", "0", *quick, "--targets", "cars", *MORE)[0]
     assert len(commands) > 5 and last.startswith("0 of ")
-    for words in commands:
+    for words in {" ".join(words): words for words in commands}.values():
         parse(words, monkeypatch)
+
+
+def test_what_the_paper_lacks_comes_with_one_flag_each(monkeypatch):
+    flags = ["--seeds", "0 1", "--targets", "cars", "--methods", "scratch random krr_st"]
+    usual, _ = listed("run_tinyimagenet.sh", *flags)
+
+    def more(flag):
+        commands, _ = listed("run_tinyimagenet.sh", *flags, flag)
+        assert all(words in commands for words in usual) and all(parse(words, monkeypatch) for words in commands)
+        return [" ".join(words) for words in commands if words not in usual]
+
+    oracle = more("--oracle")
+    assert oracle[0].startswith("pretrain.py --source tinyimagenet --target runs/tinyimagenet/target/seed0/target.pt")
+    assert [
+        "finetune.py --weights runs/tinyimagenet/full/seed0/convnet4/seed1/model.pt" in each for each in oracle
+    ] == [False] * 3 + [True]  # a pre-training and an evaluation of each seed
+    probes = more("--probes")
+    assert len(probes) == 3 * 2 * 6 and sum("--protocol knn" in each for each in probes) == 3 * 2
+    shares = {each.partition("--label-fraction ")[2].split(" ")[0] for each in probes}
+    assert shares == {"0.01", "0.05", "0.1", "0.5", ""} and not any(
+        "tinyimagenet --protocol" in each for each in probes
+    )
+    head = more("--head")
+    assert len(head) == 2 and all("/random/" in each and "--target tinyimagenet" in each for each in head)
+    done = shell("run_kd.sh", "--dry-run", *MORE, check=False)
+    assert done.returncode == 2 and "--oracle --probes --head: nothing to add to here" in done.stderr
+
+
+def test_probes_leave_the_results_that_the_plan_waits_for(roots, tmp_path):
+    script = "set -euo pipefail; methods=scratch targets=digits quick_width=0.125; source scripts/table.sh\n"
+    script += "for p in 'linear 0.1' 'knn '; do tuned ${p% *} \"${p#* }\" digits scratch convnet3 0 32 digits; done\n"
+    words = ["bash", "-c", script + "carry_out", "toy", "--quick", *roots[:2], "--run-root", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = results.read(tmp_path / "quick" / "scratch" / "convnet3-x0.125_32px" / "results.jsonl")
+    assert {line["name"] for line in lines} == {"digits_linear_0.1_seed0", "digits_knn_seed0"}
 
 
 @pytest.mark.parametrize("source", ["cifar100", "tinyimagenet", "imagenet", "imagenette"])
@@ -71,7 +113,7 @@ def test_folders_that_quick_commands_name_are_those_that_will_be_made(source, mo
     """The shell knows the width of --quick's networks, which the preset decides."""
     script = {"cifar100": "run_cifar100.sh", "tinyimagenet": "run_tinyimagenet.sh", "imagenet": "run_imagenet.sh",
               "imagenette": "run_imagenette.sh"}[source]  # fmt: skip
-    commands, _ = listed(script, "--quick", "--seeds", "0", "--methods", "scratch random krr_st")
+    commands, _ = listed(script, "--quick", "--seeds", "0", "--methods", "scratch random krr_st", "--oracle")
     named = {Path(words[words.index("--weights") + 1]) for words in commands if words[0] == "finetune.py"} - {
         Path("none")
     }
@@ -79,7 +121,8 @@ def test_folders_that_quick_commands_name_are_those_that_will_be_made(source, mo
     for words in commands:
         if words[0] == "pretrain.py":
             args, _ = parse(words, monkeypatch)
-            folder = args.distilled.parent / models.label(args.arch, args.width) / f"seed{args.seed}"
+            home = args.distilled.parent if args.distilled else args.target.parents[2] / "full" / "seed0"
+            folder = home / models.label(args.arch, args.width) / f"seed{args.seed}"
             made.add(folder / "model.pt")
     assert named == made and named
 

@@ -32,7 +32,7 @@ def test_table_at_the_papers_scale():
              ]  # fmt: skip
     [(remark, columns, _)] = tables.parts(TABLES["table1"], lines)
     assert remark == "" and columns == [("convnet3", "cifar10"), ("convnet3", "cars")]
-    shown = tables.document(lines, ["table1"])["table1"].splitlines()
+    shown = tables.document(lines, ["table1"])["table1"].split("\n\nTable")[0].splitlines()
     assert shown[2:5] + shown[-3:] == [
         "| accuracy in %      |            | cifar10                | cars                   |",
         "| ------------------ | ---------- | ---------------------: | ---------------------: |",
@@ -185,3 +185,40 @@ def test_each_column_has_its_best_in_bold():
     shown = tables.document(lines, ["table1"])["table1"]
     assert [text in shown for text in ("**81.00", "**30.00", "**80.00", "**29.00")] == [True, True, False, False]
     assert statistics.pstdev([1, 3]) == 1  # the population's
+
+
+def test_other_protocols_stand_below_the_table_of_the_same_sets():
+    few = [("linear", 0.01), ("linear", 0.5), ("linear", 0.1), ("linear", 0.05), ("linear", 0.0), ("knn", 0.0)]
+    lines = [line(50.0 + i, protocol=p, label_fraction=f, **method)
+             for method in ({}, SCRATCH) for i, (p, f) in enumerate(few)]  # fmt: skip
+    lines += [line(9.0, method="dm", protocol="head", target="cifar100"), line(88.0)]
+    lines += [line(44.0, protocol="linear", source="digits")]  # of no table of the paper
+    main, *beside = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
+    assert main.startswith("Table 1") and "knn" not in main and "88.00" in main
+    assert [text.split(", by")[0].split(" on ")[1] for text in beside] == ["cifar10", "cifar100"]
+    heads = [cell.strip() for cell in beside[0].splitlines()[2].split("|")[3:-1]]
+    assert heads == ["knn", "linear, 1 % of labels", "linear, 5 % of labels", "linear, 10 % of labels",
+                     "linear, 50 % of labels", "linear"]  # fmt: skip
+    [krr] = [row for row in beside[0].splitlines() if "KRR-ST" in row]
+    assert [float(cell.split()[0].strip("*")) for cell in krr.split("|")[3:-1]] == [55, 50, 53, 52, 51, 54]
+    assert "DM" in beside[1] and "| **9.00 ± 0.00 (n=1)** |" in beside[1] and "paper" not in "".join(beside)
+    rest = tables.document(lines)
+    assert rest.keys() == {"table1", "cifar10"} and rest["cifar10"].count("(n=1)") == 1  # each result once
+
+
+def test_variants_have_their_probes_beside_their_own_table():
+    lines = [line(50.0, protocol="linear"), line(40.0, protocol="linear", method="krr_st_d5")]
+    made = tables.document(lines)
+    assert "40.00" in made["departures"] and "40.00" not in made["table1"] and "y_init" not in made
+
+
+def test_the_oracle_is_a_row_but_neither_the_best_nor_of_a_number_of_images():
+    full = {name: pair for name, pair in SMALL.items() if name != "num_images"}
+    lines = [line(60.0, scale=SMALL), line(55.0, method="random", scale=SMALL),
+             line(70.0, method="full", num_images=50_000, scale=full), line(52.0, scale=full, **SCRATCH)]  # fmt: skip
+    heading, _, *rows = tables.document(lines)["table1"].splitlines()
+    assert "num_images 300 (1,000)" in heading
+    [oracle] = [row for row in rows if "full source (oracle) " in row]
+    assert "70.00 ± 0.00" in oracle and "**70.00" not in oracle and "**60.00 ± 0.00 (n=1)**" in "".join(rows)
+    alone = tables.document([line(70.0, method="full")])["table1"]
+    assert "| full source (oracle) | ours  | 70.00 ± 0.00 (n=1) |" in alone

@@ -126,7 +126,7 @@ def add_chunk(shown):
 def early(name, argv, default=None):
     """The value of one flag before the whole line is parsed: presets depend on it."""
     value, flag = default, f"--{name}"
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
         if word == flag and following is not None:
             value = following
         elif word.startswith(flag + "="):

@@ -261,9 +261,13 @@ STAGES = {
 def preset(name, stage, kind=None, arch=None):
     """The settings of `stage` (one of `STAGES`, or pretrain) under `PRESETS[name]`, as a new dict.
 
-    `kind` is the kind of targets and `arch` the network, for pretrain.
+    `kind` is the kind of targets and `arch` the network, for pretrain; the kind "source", which is all of a source with
+    the target's features, has the recipe for features and as many optimiser steps as that has on m images.
     """
     changes = PRESETS[name].get(stage, {})
+    if stage == "pretrain" and kind == "source":  # [ours] so that only the images differ from a distilled set's
+        recipe, m = preset(name, stage, "feature", arch), preset(name, "distill")["num_images"]
+        return recipe | dict(epochs=0, steps=recipe["epochs"] * -(-m // recipe["batch_size"]))
     if stage == "pretrain":
         return PRETRAIN[kind] | changes.get(kind, {}) | changes.get((kind, arch), {})
     values = STAGES[stage] | changes
