@@ -4,8 +4,9 @@
     python -m benchmarks.speed --preset tinyimagenet --device cuda
     python -m benchmarks.speed --collect                        # add the result to benchmarks/speed.jsonl
 
-Ours and the plain step of distillers/reference.py are timed in turn, in one process; their ratio is the figure to
-quote, since machines are shared and change their pace. The loss and gradients of both are compared with the plain step
+Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own, since what a process
+does with freed memory is a part of the difference (utils/allocator.py); their ratio is the figure to quote, since
+machines are shared and change their pace. The loss and gradients of both are compared with the plain step
 in float64. Beside each pair the machine's own peak is measured: the best rate of square matrix products, and that of a
 3x3 convolution. FLOP are those that PyTorch counts. Images are noise and the target network is untrained: neither
 changes the time of a step. Prints Markdown.
@@ -13,11 +14,13 @@ changes the time of a step. Prints Markdown.
 
 import argparse
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ from utils.sampling import Randomness
 
 RESULTS = Path(__file__).with_name("speed.jsonl")
 PEAK_SIZES = (1024, 2048, 4096)
+KEY = ("preset", "arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "machine")
 CHECKED = 200  # images, distilled and real, in the comparison with float64
 
 
@@ -147,7 +151,6 @@ class Step:
         self.member.train_step(self.x_syn.detach(), self.y_syn.detach())
 
     def __call__(self):
-        keep_freed_memory(self.device.type == "cpu" and not self.plain)
         self.gradient(self.loss(*self.batch()))
         self.adamw.step()
         self.train()
@@ -240,10 +243,35 @@ def machine(device):
     return f"{torch.get_num_threads()} threads of {name}"
 
 
+class Plain:
+    """The plain step, in the process that `serve` starts."""
+
+    step = None
+
+    @classmethod
+    def start(cls, args, folder):
+        device = cli.device(args)
+        keep_freed_memory(False)
+        cls.step = Step(True, *made(args, images_for(args), device, folder), args, device)
+
+    @classmethod
+    def flop(cls):
+        return flop(cls.step)
+
+    @classmethod
+    def seconds(cls):
+        return seconds(cls.step, cls.step.device)[0]
+
+
+def images_for(args):
+    return max(2 * args.outer_batch, args.num_images)
+
+
 def measure(args, device):
     """The result as a dict of plain values, which `markdown` prints."""
+    precisely = argparse.Namespace(**vars(args) | dict(precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
-        source, target = made(args, max(2 * args.outer_batch, args.num_images), device, Path(folder))
+        source, target = made(args, images_for(args), device, Path(folder))
         ours = Step(False, source, target, args, device)
         operations = flop(ours)
         if device.type == "cuda":
@@ -251,16 +279,22 @@ def measure(args, device):
         ours()
         used = memory(device)
         pieces = parts(ours)
-        plain = Step(True, source, target, args, device)
         wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
-        plain_operations = flop(plain)
         rounds = []
-        for _ in progress.bar(range(args.pairs), desc="pairs"):
-            rates = {"float32": peak(device)} | (
-                {"bfloat16": peak(device, torch.bfloat16)} if args.precision == "bf16" else {}
-            )
-            rounds.append(dict(ours=seconds(ours, device)[0], plain=seconds(plain, device)[0], peak=rates))
-    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=Plain.start, initargs=(precisely, Path(folder))
+        ) as other:
+            plain_operations = other.submit(Plain.flop).result()
+            for _ in progress.bar(range(args.pairs), desc="pairs"):
+                rates = {"float32": peak(device)}
+                if args.precision == "bf16":
+                    rates["bfloat16"] = peak(device, torch.bfloat16)
+                took, _ = seconds(ours, device)
+                keep_freed_memory(False)  # both at once may not fit
+                rounds.append(dict(ours=took, plain=other.submit(Plain.seconds).result(), peak=rates))
+                keep_freed_memory(device.type == "cpu")
+    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "outer_steps",
+             "pool_size", "pool_steps")  # fmt: skip
     return dict(
         preset=args.preset, **{name: getattr(args, name) for name in names}, machine=machine(device),
         torch=str(torch.__version__), parts=pieces, memory_gib=used, errors=wrong, rounds=rounds,
@@ -304,16 +338,27 @@ def markdown(result):
         f"{len(rounds)} pairs). Peak: matrix products {product / 1e9:,.0f} GFLOP/s, convolution "
         f"{convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
     ]  # fmt: skip
+    first = result["pool_size"] * result["pool_steps"] / 2
+    pool = result["parts"]["step of the pool's member"][0]
+    lines[-1] += (
+        f" At that pace {result['outer_steps']:,} steps are {result['outer_steps'] * ours / 3600:,.1f} hours, after "
+        f"{first * pool / 3600:,.1f} for starting the pool (about {first:,.0f} steps of its members)."
+    )
     for which, named in result["errors"].items():
         lines[-1] += f" Relative error of {which} against float64: "
         lines[-1] += ", ".join(f"{name} {value:.0e}" for name, value in named.items()) + "."
     return "\n".join(lines)
 
 
+def collected():
+    """All results in `RESULTS`, as Markdown."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else ()
+    return "\n\n".join(markdown(json.loads(line)) for line in lines) or "No results yet."
+
+
 def key(result):
     """What two results of the same experiment share."""
-    names = ("preset", "arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "machine")
-    return [result[name] for name in names]
+    return [str(result[name]) for name in KEY]
 
 
 def main(argv):

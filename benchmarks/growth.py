@@ -1,0 +1,178 @@
+"""How an outer step of distill.py grows with m, b, the image size and the source: time, memory, what takes most.
+
+    python -m benchmarks.growth                             # prints Markdown
+    python -m benchmarks.growth --collect --out growth.png  # also into benchmarks/growth.jsonl, and as a figure
+
+Starting from CIFAR-100's setting one quantity is changed at a time; each setting is a process of its own. The networks
+have --width (default 0.25, for a CPU). Time is the sum of the step's parts (benchmarks/speed.py); memory is the largest
+resident memory that no file backs, on a GPU its peak. Sources that take more than half a gigabyte are sparse files of
+zeros, so that ImageNet's number of images can be had on any disk. Linux only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+
+from benchmarks import speed
+from models import label
+from utils import cli, files, progress
+
+RESULTS = Path(__file__).with_name("growth.jsonl")
+BASE = dict(num_images=1000, outer_batch=1024, image_size=32, source=10_000, chunk=0)
+AXES = dict(
+    num_images=(100, 300, 1000, 3000, 10_000),
+    outer_batch=(256, 1024, 4096),
+    image_size=(32, 64, 128),
+    source=(10_000, 100_000, 1_281_167),
+    chunk=(0, 400, 100),
+)
+NAMES = dict(num_images="distilled images m", outer_batch="real images b", image_size="pixels of a side",
+             source="images in the source", chunk="--chunk")  # fmt: skip
+
+
+def own_memory():
+    """Bytes of resident memory that no file backs."""
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
+
+
+def measure(setting, args):
+    """One line of the results: `setting` with the parts' seconds and FLOP, and the memory of a step in GiB."""
+    most, done = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, own_memory())
+
+    words = ["--width", args.width, "--device", args.device, "--precision", args.precision]
+    for name in ("num_images", "outer_batch", "image_size", "chunk"):
+        words += ["--" + name.replace("_", "-"), setting[name]]
+    taken, _ = speed.parse_args([str(word) for word in words])
+    device = cli.device(taken)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = speed.made(taken, setting["source"], device, Path(folder))
+        step = speed.Step(False, source, target, taken, device)
+        threading.Thread(target=watch, daemon=True).start()
+        step()
+        done.set()
+        memory = speed.memory(device) if device.type == "cuda" else most / 2**30
+        pieces = speed.parts(step)
+    return setting | dict(
+        width=args.width, precision=args.precision, arch=taken.arch, machine=speed.machine(device),
+        torch=str(torch.__version__), memory_gib=memory, parts=pieces,
+    )  # fmt: skip
+
+
+def settings():
+    """(axis, setting) for each row of the tables; the starting point is measured once."""
+    for axis, values in AXES.items():
+        for value in values:
+            yield axis, BASE | {axis: value}
+
+
+def rows_of(lines, axis):
+    """The lines that `axis` alone tells apart, in its order."""
+    others = {name: value for name, value in BASE.items() if name != axis}
+    return sorted((line for line in lines if others.items() <= line.items()), key=lambda line: line[axis])
+
+
+def whole(line):
+    """Seconds of a step, the part that takes most of them, and its share."""
+    total = sum(took for took, _ in line["parts"].values())
+    name, (took, _) = max(line["parts"].items(), key=lambda item: item[1][0])
+    return total, name, took / total
+
+
+def markdown(lines):
+    """A table of all axes."""
+    first = lines[0]
+    text = [
+        f"{label(first['arch'], first['width'])}, {first['precision']}, {first['machine']}, torch {first['torch']}; "
+        f"where nothing else is said, m = {BASE['num_images']:,}, b = {BASE['outer_batch']:,}, "
+        f"{BASE['image_size']} px and {BASE['source']:,} images in the source.",
+        "",
+        "| | | s a step | GiB | what takes most |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for axis in AXES:
+        for line in rows_of(lines, axis):
+            total, name, share = whole(line)
+            text.append(
+                f"| {NAMES[axis]} | {line[axis]:,} | {total:.2f} | {line['memory_gib']:.2f} | {name}, {share:.0%} |"
+            )
+    return "\n".join(text)
+
+
+def collected():
+    """The results in `RESULTS`, as Markdown."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else ()
+    return markdown([json.loads(line) for line in lines]) if lines else "No results yet."
+
+
+def draw(lines, out):
+    """Time and memory against each axis, as a PNG file."""
+    from benchmarks.figures import COLOURS, DASHES, panels, saved, tidy  # here, since matplotlib takes a second
+
+    axes_drawn = [axis for axis in AXES if axis != "chunk"]
+    figure, panes = panels(len(axes_drawn), most=2)
+    for pane, axis in zip(panes, axes_drawn, strict=True):
+        rows = rows_of(lines, axis)
+        x = [line[axis] for line in rows]
+        tidy(pane, x=NAMES[axis], y="seconds, GiB")
+        for i, (name, values) in enumerate(
+            (("seconds a step", [whole(line)[0] for line in rows]), ("GiB", [line["memory_gib"] for line in rows]))
+        ):
+            pane.plot(x, values, color=COLOURS[4 * i], linestyle=DASHES[i], marker="os"[i], label=name)
+        pane.set(xscale="log", yscale="log")
+        pane.set_xticks(x, [f"{value:,}" for value in x], minor=False)
+        pane.minorticks_off()
+    panes[0].legend(frameon=False, fontsize=8)
+    saved(figure, out)
+
+
+def main(argv):
+    args = parse_args(argv)
+    if args.one:
+        print(json.dumps(measure(json.loads(args.one), args)))
+        return
+    wanted = list({json.dumps(setting): setting for _, setting in settings()}.values())
+    lines = []
+    for setting in progress.bar(wanted, desc="settings"):
+        words = ["--width", args.width, "--device", args.device, "--precision", args.precision]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.growth", "--one", json.dumps(setting), *map(str, words)],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if done.returncode == 0:
+            lines.append(json.loads(done.stdout.splitlines()[-1]))
+        else:
+            print(f"left out, since it failed ({done.returncode}): {setting}", file=sys.stderr)
+    if not lines:
+        sys.exit(1)
+    print(markdown(lines))
+    if args.collect:
+        files.write_text(RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
+    if args.out:
+        draw(lines, args.out)
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.prog = "python -m benchmarks.growth"
+    cli.add_device(parser)
+    parser.add_argument("--width", type=cli.amount, default=0.25, help="of the networks (default: 0.25)")
+    parser.add_argument("--collect", action="store_true", help=f"put the results into benchmarks/{RESULTS.name}")
+    parser.add_argument("--out", type=Path, help="PNG file for a figure")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)
