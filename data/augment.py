@@ -13,7 +13,7 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
 
 def uniform(x, generator, low=0.0, high=1.0, size=None):
     """Draws from [low, high) for each image of `x`: (b,) or `size`."""
-    return torch.rand(size or (len(x),), generator=generator, device=x.device) * (high - low) + low
+    return torch.rand(size or (len(x),), generator=generator, device=x.device).to(x.dtype) * (high - low) + low
 
 
 def per_image(values):
@@ -87,12 +87,13 @@ def shift_hue(x, turn):
     """Turn each image's hue by `turn` (b,) of the full circle, keeping saturation and value of the HSV cone."""
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # (b, S, S)
     red, green, blue = x.unbind(1)
+    divisor = torch.where(chroma > 0, chroma, 1)  # grey has no hue; 0 / 0 would spoil the gradient, too
     sixth = torch.where(
         value == red,
-        (green - blue) / chroma,
-        torch.where(value == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+        (green - blue) / divisor,
+        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
     )
-    sixth = torch.where(chroma > 0, sixth, 0) + 6 * turn[:, None, None]
+    sixth = sixth + 6 * turn[:, None, None]
     offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[:, None, None]  # red, green, blue
     k = (sixth[:, None] + offsets) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)

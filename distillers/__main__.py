@@ -23,6 +23,7 @@ METHODS = (
     "frepo",
     "kip",
     "gaussian",
+    "ssl_bilevel",
 )  # modules with a METHOD
 
 

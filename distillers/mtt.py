@@ -26,6 +26,7 @@ from data.subsets import balanced_subset
 from distillers import method
 from distillers.labelled import MEASURE, fresh_network
 from distillers.method import Method
+from distillers.unroll import back, descend, flat, unflat
 from utils import cli, files, optim, results
 from utils.run import Run, Tensors
 from utils.sampling import Batches, Randomness
@@ -48,18 +49,6 @@ LEAST_RATE = 1e-3  # of its first value: the learned rate is held above that sha
 MEASURED_STARTS = 10
 
 
-def flat(network):
-    """All parameters as one vector (p,), in the order of `named_parameters`."""
-    return torch.cat([value.detach().reshape(-1) for value in network.parameters()])
-
-
-def unflat(theta, network):
-    """The vector (p,) as a dict of parameters for `functional_call`."""
-    shapes = {name: value.shape for name, value in network.named_parameters()}
-    parts = theta.split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
 def inner_gradient(network, theta, x, y, precision="fp32", create_graph=False):
     """Gradient (p,) of the cross-entropy on x (b, 3, S, S), y (b,) by the parameters, at `theta` (p,)."""
     with cli.autocast(x.device, precision):
@@ -72,26 +61,16 @@ def matching(network, start, goal, batches, rate, precision="fp32"):
 
     `start` theta*_t and `goal` theta*_{t+M} (p,); `batches` a list of x (b, 3, S, S) and y (b,); `rate` (). Returns the
     loss (), a list of its gradients by each x, and that by the rate.
-
-    Of the steps theta_{n+1} = theta_n - rate g_n only each theta_n is kept. On the way back, with v the gradient by
-    theta_{n+1}, that by theta_n is v - rate d(g_n v)/d theta_n, that by x_n is -rate d(g_n v)/d x_n, and the rate's
-    grows by -g_n v. This is the gradient of the whole unrolled graph in the memory of one step.
     """
-    thetas, rate, batches = [start], rate.detach(), [(x.detach(), y) for x, y in batches]
-    for x, y in batches:
-        theta = thetas[-1].detach().requires_grad_()
-        thetas.append(thetas[-1] - rate * inner_gradient(network, theta, x, y, precision))
-    scale = (start - goal).square().sum()
-    error = thetas.pop() - goal
-    v, by_rate, by_x = 2 * error / scale, torch.zeros_like(rate), []
-    for theta, (x, y) in zip(reversed(thetas), reversed(batches), strict=True):
-        theta, x = theta.detach().requires_grad_(), x.requires_grad_()
-        product = inner_gradient(network, theta, x, y, precision, create_graph=True) @ v
-        by_theta, x_part = torch.autograd.grad(product, (theta, x))
-        by_rate = by_rate - product.detach()
-        by_x.append(-rate * x_part)
-        v = v - rate * by_theta
-    return error.square().sum() / scale, by_x[::-1], by_rate
+    rate = rate.detach()
+
+    def gradient(theta, batch, create_graph):
+        return inner_gradient(network, theta, *batch, precision, create_graph)
+
+    thetas = descend(gradient, start, batches, rate)
+    scale, error = (start - goal).square().sum(), thetas[-1] - goal
+    by_batch, by_rate = back(gradient, thetas, batches, rate, 2 * error / scale)
+    return error.square().sum() / scale, [by_x for (by_x,) in by_batch], by_rate
 
 
 def expert(k, folder, source, args, device):

@@ -13,7 +13,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
-from distillers import dm, dsa, labelled, mtt
+from distillers import dm, dsa, labelled, mtt, unroll
 from tests.conftest import stopping_at
 from utils import files, run
 from utils.errors import UserError
@@ -160,7 +160,7 @@ def unrolled():
     """A tiny network, theta*_t, theta*_{t+M}, images in three inner batches, and the rate; and the loss the naive way:
     one graph through all steps."""
     network = tiny_network()
-    start = mtt.flat(network)
+    start = unroll.flat(network)
     goal = start + 0.05 * normal(1, len(start))
     x, y, rate = normal(2, 6, 3, 32, 32).requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor(0.03).double()
     parts = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 5]), torch.tensor([1, 4, 5])]
@@ -213,7 +213,7 @@ def test_mtt_loss_is_one_at_the_start_and_zero_at_the_goal(unrolled):
 
 def test_flat_parameters_come_back_by_name():
     network = tiny_network()
-    for name, value in mtt.unflat(mtt.flat(network), network).items():
+    for name, value in unroll.unflat(unroll.flat(network), network).items():
         assert torch.equal(value, network.get_parameter(name))
 
 
@@ -323,15 +323,15 @@ def test_expert_holds_the_parameters_of_plain_sgd_after_each_epoch(small_root, s
     for k, trajectory in enumerate(trajectories):
         torch.manual_seed(k)
         network = models.build("dc_convnet3", 32, 10, 0.05)
-        assert trajectory.shape == (2 + 2, mtt.flat(network).numel())  # epochs 0 to max_start - 1 + M
-        torch.testing.assert_close(trajectory[0], mtt.flat(network))
+        assert trajectory.shape == (2 + 2, unroll.flat(network).numel())  # epochs 0 to max_start - 1 + M
+        torch.testing.assert_close(trajectory[0], unroll.flat(network))
         for epoch in range(3):
             loss = F.cross_entropy(network(source.normalised(torch.arange(len(source)), "cpu")), source.labels)
             gradients = torch.autograd.grad(loss, list(network.parameters()))
             with torch.no_grad():
                 for p, gradient in zip(network.parameters(), gradients, strict=True):
                     p -= 0.05 * gradient
-            torch.testing.assert_close(trajectory[epoch + 1], mtt.flat(network), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(trajectory[epoch + 1], unroll.flat(network), rtol=1e-3, atol=1e-4)
     assert not torch.equal(*trajectories)
 
 

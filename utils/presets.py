@@ -45,7 +45,7 @@ DISTILL = dict(  # distill.py
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
 )
 
-SAME = object()  # in a method's settings: the value that distill.py has for the same source
+SAME = object()  # in a method's settings: the value that distill.py, or else pretrain_target.py, has for the source
 RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py, kmeans.py, gaussian.py
 
 FREPO = dict(  # distillers/frepo.py; KRR-ST's release lists no settings of its re-run
@@ -109,6 +109,25 @@ MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without 
     experts=100,  # [MTT]
     expert_lr=0.01,  # [MTT]
     expert_batch=256,  # [MTT]
+)
+
+SSL_BILEVEL = dict(  # distillers/ssl_bilevel.py; the paper tried it (3.1) and gives no settings
+    num_images=SAME,
+    arch=SAME,
+    width=SAME,
+    outer_steps=SAME,
+    outer_lr=SAME,
+    outer_batch=SAME,
+    inner_steps=10,  # [ours] K
+    inner_lr=0.1,  # [ours]
+    inner_batch=256,  # [S] as the target's batch
+    projector_dim=SAME,
+    off_diagonal=SAME,
+    crop_min=SAME,
+    jitter=SAME,
+    greyscale=SAME,
+    solarise=SAME,
+    flip=SAME,
 )
 
 PRETRAIN = {  # pretrain.py, by the kind of targets
@@ -200,6 +219,7 @@ PRESETS = {  # what differs from the values above
             experts=2,
             expert_batch=64,
         ),
+        ssl_bilevel=dict(outer_steps=15, outer_batch=128, inner_steps=5),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
@@ -253,6 +273,7 @@ STAGES = {
     "mtt": MTT,
     "frepo": FREPO,
     "kip": KIP,
+    "ssl_bilevel": SSL_BILEVEL,
     "finetune": FINETUNE,
     "kd": KD,
 }
@@ -271,7 +292,8 @@ def preset(name, stage, kind=None, arch=None):
     if stage == "pretrain":
         return PRETRAIN[kind] | changes.get(kind, {}) | changes.get((kind, arch), {})
     values = STAGES[stage] | changes
-    return {key: preset(name, "distill")[key] if value is SAME else value for key, value in values.items()}
+    same = {} if SAME not in values.values() else preset(name, "target") | preset(name, "distill")
+    return {key: same[key] if value is SAME else value for key, value in values.items()}
 
 
 def image_size(name):
