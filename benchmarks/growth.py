@@ -28,7 +28,7 @@ BASE = dict(num_images=1000, outer_batch=1024, image_size=32, source=10_000, chu
 AXES = dict(
     num_images=(100, 300, 1000, 3000, 10_000),
     outer_batch=(256, 1024, 4096),
-    image_size=(32, 64, 128),
+    image_size=(32, 64, 96),
     source=(10_000, 100_000, 1_281_167),
     chunk=(0, 400, 100),
 )
