@@ -122,6 +122,9 @@ def draw(lines, out):
 
     axes_drawn = [axis for axis in AXES if axis != "chunk"]
     figure, panes = panels(len(axes_drawn), most=2)
+    numbers = [number for line in lines for number in (whole(line)[0], line["memory_gib"])]
+    low, high = min(numbers) / 1.3, max(numbers) * 1.3  # the same for all
+    ticks = [tick for power in range(-3, 5) for tick in (10**power, 3 * 10**power) if low <= tick <= high]
     for pane, axis in zip(panes, axes_drawn, strict=True):
         rows = rows_of(lines, axis)
         x = [line[axis] for line in rows]
@@ -130,8 +133,9 @@ def draw(lines, out):
             (("seconds a step", [whole(line)[0] for line in rows]), ("GiB", [line["memory_gib"] for line in rows]))
         ):
             pane.plot(x, values, color=COLOURS[4 * i], linestyle=DASHES[i], marker="os"[i], label=name)
-        pane.set(xscale="log", yscale="log")
+        pane.set(xscale="log", yscale="log", ylim=(low, high))
         pane.set_xticks(x, [f"{value:,}" for value in x], minor=False)
+        pane.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         pane.minorticks_off()
     panes[0].legend(frameon=False, fontsize=8)
     saved(figure, out)

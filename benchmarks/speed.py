@@ -315,8 +315,11 @@ def markdown(result):
     product, convolution = (
         statistics.median(r["peak"][kind][name] for r in rounds) for name in ("matmul", "convolution")
     )
-    ours = statistics.median(r["ours"] for r in rounds)
-    share = middle(100 * result["flop"] / r["ours"] / r["peak"][kind]["matmul"] for r in rounds)
+    ours, plain = (statistics.median(r[name] for r in rounds) for name in ("ours", "plain"))
+    share, of_convolution = (
+        middle(100 * result["flop"] / r["ours"] / r["peak"][kind][name] for r in rounds)
+        for name in ("matmul", "convolution")
+    )
     rows = [
         f"| {name} | {1e3 * took:,.1f} | {operations / 1e9:,.1f} | {operations / took / 1e9:,.0f} "
         f"| {operations / took / product:.0%} |"
@@ -328,15 +331,15 @@ def markdown(result):
     lines = [
         f"Preset {result['preset']} ({setting}) on {result['machine']}, torch {result['torch']}.",
         "",
-        "| part of the step | ms | GFLOP | GFLOP/s | of the peak |",
+        "| part of the step | ms | GFLOP | GFLOP/s | of the matrix products' peak |",
         "|---|---:|---:|---:|---:|",
         *rows,
         "",
-        f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, {share} % of the peak; "
-        f"plain step: {statistics.median(r['plain'] for r in rounds):.3g} s, {result['plain_flop'] / 1e12:.2f} TFLOP. "
-        f"**{middle(r['plain'] / r['ours'] for r in rounds)} times as fast** (median, smallest and largest of "
-        f"{len(rounds)} pairs). Peak: matrix products {product / 1e9:,.0f} GFLOP/s, convolution "
-        f"{convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
+        f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, {share} % of the matrix "
+        f"products' peak, {of_convolution} % of the convolution's; plain step: {plain:.3g} s, "
+        f"{result['plain_flop'] / 1e12:.2f} TFLOP. **{middle(r['plain'] / r['ours'] for r in rounds)} times as fast** "
+        f"(median, smallest and largest of {len(rounds)} pairs). Peak: matrix products {product / 1e9:,.0f} GFLOP/s, "
+        f"convolution {convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
     ]  # fmt: skip
     first = result["pool_size"] * result["pool_steps"] / 2
     pool = result["parts"]["step of the pool's member"][0]
