@@ -39,7 +39,6 @@ METHODS = {  # in the order of the rows; others follow under their own names
     "mtt": "MTT",
     "kip": "KIP",
     "frepo": "FRePo",
-    "ssl_bilevel": "bilevel SSL",
     "krr_st": "KRR-ST",
     "krr_st_random_targets": "KRR-ST, targets at random",
     "krr_st_d1": "KRR-ST, D1: a tenth of the learning rate",
