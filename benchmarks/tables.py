@@ -42,7 +42,6 @@ METHODS = {  # in the order of the rows; others follow under their own names
     "mtt": "MTT",
     "kip": "KIP",
     "frepo": "FRePo",
-    "ssl_bilevel": "bilevel SSL",
     "krr_st": "KRR-ST",
     "full": "full source (oracle)",
     "krr_st_random_targets": "KRR-ST, targets at random",
