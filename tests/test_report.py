@@ -73,8 +73,11 @@ def few_points(monkeypatch):
 @pytest.fixture
 def root(roots, weights, tmp_path):
     """A run root of its own with a toy target, a distilled set and a network on it."""
-    for name in ("target", "krr_st"):  # not what other tests have left there
-        shutil.copytree(Path(roots[3]) / "digits" / name, tmp_path / "runs" / "digits" / name)
+    for folder in ("target/seed0", "krr_st/seed0", "krr_st/seed0/convnet3-x0.125/seed0"):
+        (tmp_path / "runs" / "digits" / folder).mkdir(parents=True, exist_ok=True)
+        for path in (Path(roots[3]) / "digits" / folder).iterdir():
+            if path.is_file() and path.name != "results.jsonl":  # not what other tests have left there
+                shutil.copy2(path, tmp_path / "runs" / "digits" / folder)
     return tmp_path / "runs"
 
 

@@ -111,7 +111,7 @@ def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
     for flags in ([], ["--chunk", "4"]):
         speed.main([*words, *flags, "--collect"])
     results = [json.loads(line) for line in speed.RESULTS.read_text().splitlines()]
-    assert results.pop()["preset"] == "another"
+    assert results.pop(0)["preset"] == "another"
     assert [result["chunk"] for result in results] == [0, 4]
     whole, chunked = results
     shown = capsys.readouterr().out
