@@ -10,13 +10,12 @@ preset takes two minutes on two CPU cores.
 """
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import models
-from data import augment
+from data.augment import barlow_twins_view
 from data.images import load_images, normalise, unit
 from data.loading import Loader
+from models.barlow_twins import barlow_twins_loss, projector
 from utils import cli, evaluate, files, optim
 from utils.errors import UserError
 from utils.presets import differences, preset
@@ -44,35 +43,6 @@ HELP = dict(
 )
 
 
-def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):
-    """Distance of the cross-correlation of two views' embeddings, each (b, d), from the identity.
-
-    Zbontar et al., "Barlow Twins", ICML 2021, equations 1 and 2: with C (d, d) of the embeddings standardised over the
-    batch, scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2).
-    """
-    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))  # bf16 is too coarse
-    z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
-    c = z1.T @ z2 / len(z1)  # (d, d)
-    on = (c.diagonal() - 1).square().sum()
-    return scale * (on + off_diagonal * (c.square().sum() - c.diagonal().square().sum()))
-
-
-def projector(d_in, d):
-    """Three linear layers of width d, batch norm and ReLU between them."""
-    layers = [nn.Linear(d_in, d, bias=False), nn.BatchNorm1d(d), nn.ReLU()]
-    layers += [nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d, bias=False)]
-    return nn.Sequential(*layers)
-
-
-def view(x, generator, args, solarise):
-    """One random view of a batch of pixels (b, 3, S, S)."""
-    x = augment.random_resized_crop(x, generator, scale=(args.crop_min, 1.0))
-    x = augment.color_jitter(x, generator, p=args.jitter)
-    x = augment.greyscale(x, generator, p=args.greyscale)
-    x = augment.solarise(x, generator, p=solarise)
-    return augment.horizontal_flip(x, generator, p=args.flip)
-
-
 def train(network, source, args, run, device):
     """Barlow Twins for `args.epochs` epochs; `network` is left trained."""
     head = projector(network.feature_dim, args.projector_dim).to(device)
@@ -90,7 +60,7 @@ def train(network, source, args, run, device):
     network.train()
     for step in run.steps("train target", total):
         x = unit(*loader.next())  # (b, 3, S, S)
-        views = [view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
+        views = [barlow_twins_view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
         with cli.autocast(device, args.precision):
             z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)
         loss = barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale)

@@ -99,7 +99,7 @@ def masks():
 
 
 def barlow_twins_loss(z1, z2):
-    """`pretrain_target.barlow_twins_loss` in plain operations, which vmap takes several derivatives of."""
+    """`barlow_twins.barlow_twins_loss` in plain operations, which vmap takes several derivatives of."""
     z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
     off = z1.T @ z2 / len(z1) - torch.eye(OUTPUTS, dtype=z1.dtype)
     on = off.diagonal().square().sum()

@@ -42,6 +42,11 @@ def own_memory():
     return 1024 * next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
 
 
+def flags(args):
+    """Those that every setting shares, as words of a command line."""
+    return ["--width", str(args.width), "--device", args.device, "--precision", args.precision]
+
+
 def measure(setting, args):
     """One line of the results: `setting` with the parts' seconds and FLOP, and the memory of a step in GiB."""
     most, done = 0, threading.Event()
@@ -51,10 +56,10 @@ def measure(setting, args):
         while not done.wait(0.01):
             most = max(most, own_memory())
 
-    words = ["--width", args.width, "--device", args.device, "--precision", args.precision]
+    words = flags(args)
     for name in ("num_images", "outer_batch", "image_size", "chunk"):
-        words += ["--" + name.replace("_", "-"), setting[name]]
-    taken, _ = speed.parse_args([str(word) for word in words])
+        words += ["--" + name.replace("_", "-"), str(setting[name])]
+    taken, _ = speed.parse_args(words)
     device = cli.device(taken)
     with tempfile.TemporaryDirectory() as folder:
         source, target = speed.made(taken, setting["source"], device, Path(folder))
@@ -149,9 +154,8 @@ def main(argv):
     wanted = list({json.dumps(setting): setting for _, setting in settings()}.values())
     lines = []
     for setting in progress.bar(wanted, desc="settings"):
-        words = ["--width", args.width, "--device", args.device, "--precision", args.precision]
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.growth", "--one", json.dumps(setting), *map(str, words)],
+            [sys.executable, "-m", "benchmarks.growth", "--one", json.dumps(setting), *flags(args)],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         if done.returncode == 0:

@@ -32,7 +32,7 @@ from distillers import __main__ as distillers
 from distillers.target import load_target
 from utils import cli, files, results
 from utils.errors import UserError
-from utils.presets import PRESETS, STAGES, differences
+from utils.presets import PRESETS, PRETRAIN, STAGES, differences
 from utils.run import read_log
 
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
@@ -116,7 +116,7 @@ class Folder:
         stage, name = MADE_BY.get(made_by), settings.get("preset") or default
         if made_by == "pretrain.py":
             stage = "pretrain"
-            losses = {"mse": "feature", "cross_entropy": "class", "half_squared": "soft"}
+            losses = {recipe["loss"]: kind for kind, recipe in PRETRAIN.items()}
             kind = "source" if settings.get("source") else losses.get(settings.get("loss"))
         elif made_by in distillers.METHODS:
             stage = made_by if made_by in STAGES else "random"

@@ -6,8 +6,8 @@
 
 Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own, since what a process
 does with freed memory is a part of the difference (utils/allocator.py); their ratio is the figure to quote, since
-machines are shared and change their pace. The loss and gradients of both are compared with the plain step
-in float64. Beside each pair the machine's own peak is measured: the best rate of square matrix products, and that of a
+machines are shared and change their pace. The loss and gradients of both are compared with the plain step in float64.
+Beside each pair the machine's own peak is measured: the best rate of square matrix products, and that of a
 3x3 convolution. FLOP are those that PyTorch counts. Images are noise and the target network is untrained: neither
 changes the time of a step. Prints Markdown.
 """
@@ -121,7 +121,7 @@ class Step:
 
     def __init__(self, plain, source, target, args, device):
         randomness = Randomness(0, device)
-        self.args, self.device, self.plain = args, device, plain
+        self.args, self.device = args, device
         layout = reference.FORMAT if plain else torch.channels_last
         self.loss_of = reference.outer_loss if plain else distill.outer_loss
         kind = reference.RealBatches if plain else distill.RealBatches
@@ -244,7 +244,7 @@ def machine(device):
 
 
 class Plain:
-    """The plain step, in the process that `serve` starts."""
+    """The plain step, in the process that `measure` starts."""
 
     step = None
 

@@ -23,7 +23,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import growth, speed
 from models import label
 from utils import cli, files, results
 from utils.errors import UserError
@@ -443,6 +442,8 @@ MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.
 
 def renewed(text, lines):
     """`text` with the tables between its marks made anew."""
+    from benchmarks import growth, speed  # these load every method, which takes longer than a table
+
     made = document(lines) | {"speed": speed.collected(), "growth": growth.collected()}
     return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
 

@@ -197,3 +197,12 @@ def diff_augment_alike(generator, *batches):
         generator.set_state(state)
         augmented.append(diff_augment(x, generator, siamese=True))
     return augmented
+
+
+def barlow_twins_view(x, generator, settings, p_solarise):
+    """One random view of pixels (b, 3, S, S); `settings` has `crop_min`, `jitter`, `greyscale` and `flip`."""
+    x = random_resized_crop(x, generator, scale=(settings.crop_min, 1.0))
+    x = color_jitter(x, generator, p=settings.jitter)
+    x = greyscale(x, generator, p=settings.greyscale)
+    x = solarise(x, generator, p=p_solarise)
+    return horizontal_flip(x, generator, p=settings.flip)

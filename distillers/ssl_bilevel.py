@@ -23,13 +23,14 @@ from torch import nn
 from torch.func import functional_call
 
 import models
+from data.augment import barlow_twins_view
 from data.images import normalise, unit
 from data.loading import Loader
 from distillers import method
 from distillers.labelled import MEASURE
 from distillers.method import Method
 from distillers.unroll import back, descend, flat, unflat
-from pretrain_target import barlow_twins_loss, projector, view
+from models.barlow_twins import barlow_twins_loss, projector
 from utils import cli, optim
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
@@ -58,7 +59,9 @@ def two_views(x, source, generator, args):
     """Two random views of normalised images (b, 3, S, S), as the target network is trained with; differentiable."""
     mean, std = (each.to(x)[:, None, None] for each in (source.mean, source.std))
     pixels = x * std + mean
-    return [normalise(view(pixels, generator, args, p), source.mean, source.std) for p in (0.0, args.solarise)]
+    return [
+        normalise(barlow_twins_view(pixels, generator, args, p), source.mean, source.std) for p in (0.0, args.solarise)
+    ]
 
 
 def ssl_loss(learner, theta, views, args):

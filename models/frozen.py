@@ -29,12 +29,10 @@ class Frozen:
                     conv.bias = nn.Parameter(torch.empty(conv.out_channels, device="meta"), requires_grad=False)
                     setattr(module, following, nn.Identity())
 
-    @torch.no_grad()
     def _folded(self):
         """The tensors of `skeleton` by name."""
         features = self.network.features
-        tensors = {**dict(features.named_parameters()), **dict(features.named_buffers())}
-        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        tensors = features.state_dict()  # without a graph
         for conv, norm in self.pairs:
             mean, var, weight, bias = (
                 tensors.pop(f"{norm}.{name}") for name in ("running_mean", "running_var", "weight", "bias")

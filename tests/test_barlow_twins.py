@@ -7,7 +7,8 @@ import torch
 import torchvision
 
 import models
-from pretrain_target import barlow_twins_loss, load_backbone
+from models.barlow_twins import barlow_twins_loss
+from pretrain_target import load_backbone
 from utils.errors import UserError
 from utils.optim import LARS, schedule
 

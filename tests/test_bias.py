@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import pretrain_target
 from benchmarks import bias
+from models import barlow_twins
 from tests.conftest import command
 
 UNIFORM = torch.full((1, bias.OUTCOMES), 1 / bias.OUTCOMES, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_losses_against_their_formulas(setup):
     generator = torch.Generator().manual_seed(1)
     z1, z2 = (torch.randn(8, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     torch.testing.assert_close(
-        bias.barlow_twins_loss(z1, z2), pretrain_target.barlow_twins_loss(z1, z2, bias.OFF_DIAGONAL)
+        bias.barlow_twins_loss(z1, z2), barlow_twins.barlow_twins_loss(z1, z2, bias.OFF_DIAGONAL)
     )
     z = torch.cat([z1, z2])
     z = z / (1 + z.norm(dim=1, keepdim=True) ** 2).sqrt()

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import pretrain
-import pretrain_target
 from data import augment
 from data.distilled import load_distilled
 from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import ssl_bilevel, unroll
+from models import barlow_twins
 from tests.conftest import stopping_at
 from utils import run
 from utils.errors import UserError
@@ -37,7 +37,7 @@ def tiny():
     """A network with batch norm and its projector in float64, three batches of two views, and views of real images."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.AvgPool2d(3), nn.Flatten())
-    learner = nn.Sequential(network, pretrain_target.projector(8, 4)).double()
+    learner = nn.Sequential(network, barlow_twins.projector(8, 4)).double()
     for module in learner.modules():
         if isinstance(module, nn.ReLU):
             module.forward = nn.functional.softplus  # smooth, so that differences converge
