@@ -20,7 +20,7 @@ from distillers import method, reference
 from distillers.krr import LIMITS, larger_ridges, ridge_predict
 from distillers.method import Method
 from distillers.pool import Pool
-from utils import cli, optim
+from utils import cli, optim, ranks
 from utils.allocator import keep_freed_memory
 from utils.errors import UserError
 from utils.run import Tensors
@@ -81,7 +81,10 @@ def distill(source, chosen, target, args, run, device):
     `Distilled`, with the loss under the final pool before and after in its meta."""
     if args.reference and (args.precision != "fp32" or args.augment_outer):
         raise UserError("--reference goes with --precision fp32 and without --augment-outer")
-    randomness = Randomness(args.seed, device)
+    if args.pool_size % ranks.count():
+        raise UserError(f"--pool-size {args.pool_size}: must be a multiple of the number of processes, {ranks.count()}")
+    steps = args.outer_steps // (ranks.count() if args.steps_equal_samples else 1)
+    randomness = Randomness(args.seed, device, own=True)
     kind, loss_of, layout = RealBatches, outer_loss, torch.channels_last
     if args.reference:
         kind, loss_of, layout = reference.RealBatches, reference.outer_loss, reference.FORMAT
@@ -92,31 +95,36 @@ def distill(source, chosen, target, args, run, device):
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
     x_init = x_init.contiguous(memory_format=layout)
+    ranks.same([x_init, y_init])
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
 
     pool = Pool(
-        args.pool_size, args.pool_steps, randomness.cpu,
+        args.pool_size // ranks.count(), args.pool_steps, randomness.cpu,
         arch=args.arch, image_size=source.image_size, num_outputs=y_init.shape[1], width=args.width, device=device,
         lr=args.pool_lr, weight_decay=args.pool_weight_decay, precision=args.precision, memory_format=layout,
     )  # fmt: skip
     adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
-    scheduler = optim.schedule(adamw, "linear", args.outer_steps)
+    scheduler = optim.schedule(adamw, "linear", steps)
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
     run.resume(
         device,
         dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness),
+        own=("pool", "real", "randomness"),
     )
 
     run.limits = LIMITS
-    for _ in run.steps("initialise pool", sum(pool.ages)):  # line 5
-        pool.below_age().train_step(x_init, y_init)
+    for _ in run.steps("initialise pool", ranks.most(sum(pool.ages))):  # line 5
+        if young := pool.below_age():  # else only other ranks have some
+            young.train_step(x_init, y_init)
 
-    for step in run.steps("distil", args.outer_steps):  # line 6
+    for step in run.steps("distil", steps):  # line 6
         x_real, y_real = real.next()  # line 7
         member = pool.draw(randomness.cpu)  # line 8
         loss = loss_of(member, x_real, y_real, x_syn, y_syn, args)  # line 9
         adamw.zero_grad()
         loss.backward(inputs=[x_syn, y_syn])
+        loss = loss.detach()
+        ranks.average([x_syn.grad, y_syn.grad, loss])
         # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
         gradient, lr = x_syn.grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=larger_ridges(device))
@@ -130,10 +138,12 @@ def distill(source, chosen, target, args, run, device):
     x_held = source.normalised(index, device)
     y_held = target.features(x_held)
     with torch.no_grad():
-        before, after = (
-            torch.stack([loss_of(member, x_held, y_held, x, y, args) for member in pool.members]).mean().item()
+        losses = [
+            torch.stack([loss_of(member, x_held, y_held, x, y, args) for member in pool.members]).mean()
             for x, y in ((x_init, y_init), (x_syn, y_syn))
-        )
+        ]
+    ranks.average(losses)
+    before, after = (each.item() for each in losses)
     print(f"outer loss under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
     return packed(x_syn, y_syn, source, args, outer_loss_initial=before, outer_loss_distilled=after)
 
@@ -148,10 +158,16 @@ def packed(x_syn, y_syn, source, args, **measured):
 
 def add_flags(parser):
     cli.add_chunk(parser)
+    parser.add_argument(
+        "--steps-equal-samples", action="store_true",
+        help="of several processes: so many steps fewer that all together see as many real images as one would",
+    )  # fmt: skip
     parser.add_argument("--reference", action="store_true", help="the plain, slow step, to compare with")
 
 
-METHOD = Method("krr_st", distill, HELP, stage="distill", doc=__doc__, needs_target=True, add_flags=add_flags)
+METHOD = Method(
+    "krr_st", distill, HELP, stage="distill", doc=__doc__, needs_target=True, several=True, add_flags=add_flags
+)
 
 
 def main(argv):

@@ -22,7 +22,8 @@ from data.images import load_images, normalise, unit
 from data.loading import Loader
 from data.subsets import few_labels
 from models import saved
-from utils import cli, evaluate, optim, results, start
+from models.sync_batch_norm import synchronised
+from utils import cli, evaluate, optim, ranks, results, start
 from utils.errors import UserError
 from utils.presets import differences, preset
 from utils.run import Run
@@ -39,7 +40,7 @@ HELP = dict(
 
 def finetune(network, train, args, run, randomness, device):
     """Train all of `network` with cross-entropy on random crops (and flips) of `train`."""
-    batches = Batches(len(train), args.batch_size, randomness.cpu)
+    batches = Batches(len(train), args.batch_size, randomness.cpu, shared=True)
     sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(sgd, "cosine", args.steps)
     run.resume(
@@ -47,24 +48,25 @@ def finetune(network, train, args, run, randomness, device):
     )
     loader = Loader([train.pixels, train.labels], batches, device)
     network.train()
-    for step in run.steps("fine-tune", args.steps):
-        pixels, labels = loader.next()
-        x = augment.random_crop(unit(pixels), randomness.device)
-        if args.flip:
-            x = augment.horizontal_flip(x, randomness.device)
-        with cli.autocast(device, args.precision):
-            predicted = network(normalise(x, train.mean, train.std))
-        loss = F.cross_entropy(predicted.float(), labels)
-        sgd.zero_grad()
-        loss.backward()
-        run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
-        sgd.step()
-        scheduler.step()
+    with synchronised(network):
+        for step in run.steps("fine-tune", args.steps):
+            pixels, labels = loader.next()
+            randomness.part()
+            x = augment.random_crop(unit(pixels), randomness.device)
+            if args.flip:
+                x = augment.horizontal_flip(x, randomness.device)
+            with cli.autocast(device, args.precision):
+                predicted = network(normalise(x, train.mean, train.std))
+            sgd.zero_grad()
+            loss = ranks.backward(F.cross_entropy(predicted.float(), labels), network.parameters(), batches.share)
+            run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
+            sgd.step()
+            scheduler.step()
 
 
 def main(argv):
     args = parse_args(argv)
-    device, started = cli.device(args), time.monotonic()
+    device, started = cli.device(args, several=args.protocol == "full"), time.monotonic()
     beginning = start.load(args)
     size = beginning.saved["image_size"]
     train = load_images(args.target, "train", size, args.data_root, labels=True)
@@ -73,7 +75,7 @@ def main(argv):
     if args.protocol != "full":
         settings = {name: value for name, value in settings.items() if name not in HELP}
     key = results.digest(settings)
-    if line := results.find(beginning.folder, key):
+    if line := ranks.from_first(lambda: results.find(beginning.folder, key)):
         print(f"{results.show(line)} (was there already)")
         return
     if train.labels is None:

@@ -25,7 +25,8 @@ from data.augment import diff_augment
 from data.distilled import load_distilled
 from data.images import load_images
 from models import saved
-from utils import cli, evaluate, files, optim, results, start
+from models.sync_batch_norm import synchronised
+from utils import cli, evaluate, files, optim, ranks, results, start
 from utils.errors import UserError
 from utils.presets import differences, preset
 from utils.run import Run
@@ -43,35 +44,36 @@ HELP = dict(
 def imitate(student, teacher, distilled, args, run, randomness, device):
     """Train the student on the teacher's probabilities for the images of a `Distilled`, or for as many of noise."""
     x_syn, fresh_noise = distilled.images.to(device), distilled.meta.get("fresh_noise", False)  # (m, 3, S, S)
-    batches = Batches(len(x_syn), args.batch_size, randomness.cpu)
+    batches = Batches(len(x_syn), args.batch_size, randomness.cpu, shared=True)
     optimizer = optim.optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, "cosine", args.epochs)
     run.resume(
         device, dict(student=student, optimizer=optimizer, scheduler=scheduler, batches=batches, randomness=randomness)
     )
     student.train()
-    for step in run.steps("imitate", args.epochs * batches.per_epoch):
-        x = x_syn[batches.next().to(device)]
-        if fresh_noise:
-            x = torch.randn(x.shape, generator=randomness.device, device=device)
-        if args.augment:
-            x = diff_augment(x, randomness.device)
-        with cli.autocast(device, args.precision):
-            with evaluate.evaluating(teacher, batch_statistics=True):
-                wanted = teacher(x).float().softmax(1)  # (b, c)
-            predicted = student(x)
-        loss = F.cross_entropy(predicted.float(), wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        run.log(step, loss=loss, gradient=optim.gradient_norm(student.parameters()))
-        optimizer.step()
-        if (step + 1) % batches.per_epoch == 0:
-            scheduler.step()
+    with synchronised(student, teacher):
+        for step in run.steps("imitate", args.epochs * batches.per_epoch):
+            x = x_syn[batches.next().to(device)]
+            randomness.part()
+            if fresh_noise:
+                x = torch.randn(x.shape, generator=randomness.device, device=device)
+            if args.augment:
+                x = diff_augment(x, randomness.device)
+            with cli.autocast(device, args.precision):
+                with evaluate.evaluating(teacher, batch_statistics=True):
+                    wanted = teacher(x).float().softmax(1)  # (b, c)
+                predicted = student(x)
+            optimizer.zero_grad()
+            loss = ranks.backward(F.cross_entropy(predicted.float(), wanted), student.parameters(), batches.share)
+            run.log(step, loss=loss, gradient=optim.gradient_norm(student.parameters()))
+            optimizer.step()
+            if (step + 1) % batches.per_epoch == 0:
+                scheduler.step()
 
 
 def main(argv):
     args = parse_args(argv)
-    device, started = cli.device(args), time.monotonic()
+    device, started = cli.device(args, several=True), time.monotonic()
     beginning = start.load(args)
     distilled, teaching = load_distilled(args.distilled), saved.load_model(args.teacher)
     size = beginning.saved["image_size"]
@@ -87,7 +89,7 @@ def main(argv):
     digests = dict(distilled=files.digest(args.distilled), teacher=files.digest(args.teacher))
     settings = start.settings(args, beginning, target=test.name, protocol="kd", **digests)
     key = results.digest(settings)
-    if line := results.find(beginning.folder, key):
+    if line := ranks.from_first(lambda: results.find(beginning.folder, key)):
         print(f"{results.show(line)} (was there already)")
         return
 

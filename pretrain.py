@@ -26,7 +26,8 @@ from data.images import load_images, normalise, unit
 from data.loading import Loader
 from distillers.target import load_target
 from models import saved
-from utils import cli, files, optim
+from models.sync_batch_norm import synchronised
+from utils import cli, files, optim, ranks
 from utils.errors import UserError
 from utils.presets import PRESETS, differences, image_size, preset
 from utils.run import Run
@@ -97,7 +98,7 @@ def of_source(args, device):
 
 def pretrain(network, lessons, args, run, randomness, device):
     """Fit `network` to the images and targets of `lessons` (equation 5)."""
-    batches = Batches(len(lessons.images), args.batch_size, randomness.cpu)
+    batches = Batches(len(lessons.images), args.batch_size, randomness.cpu, shared=True)
     total = args.steps or args.epochs * batches.per_epoch
     optimizer = optim.optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, args.schedule, total, args.warmup)
@@ -106,24 +107,25 @@ def pretrain(network, lessons, args, run, randomness, device):
     )
     loader = Loader([lessons.images, lessons.targets], batches, device)
     network.train()
-    for step in run.steps("pre-train", total):
-        images, y = loader.next()
-        x = lessons.seen(images)
-        if args.augment:
-            x = diff_augment(x, randomness.device)
-        with cli.autocast(device, args.precision):
-            predicted = network(x)
-        loss = LOSSES[args.loss](predicted.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
-        optimizer.step()
-        scheduler.step()
+    with synchronised(network):
+        for step in run.steps("pre-train", total):
+            images, y = loader.next()
+            randomness.part()
+            x = lessons.seen(images)
+            if args.augment:
+                x = diff_augment(x, randomness.device)
+            with cli.autocast(device, args.precision):
+                predicted = network(x)
+            optimizer.zero_grad()
+            loss = ranks.backward(LOSSES[args.loss](predicted.float(), y), network.parameters(), batches.share)
+            run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
+            optimizer.step()
+            scheduler.step()
 
 
 def main(argv):
     args, distilled = parse_args(argv)
-    device = cli.device(args)
+    device = cli.device(args, several=True)
     lessons = of_set(distilled, args, device) if distilled else of_source(args, device)
     folder = lessons.home / models.label(args.arch, args.width) / f"seed{args.seed}"
     run = Run(folder, "model.pt", cli.settings(args, **lessons.facts), args.log_every)

@@ -16,7 +16,8 @@ from data.augment import barlow_twins_view
 from data.images import load_images, normalise, unit
 from data.loading import Loader
 from models.barlow_twins import barlow_twins_loss, projector
-from utils import cli, evaluate, files, optim
+from models.sync_batch_norm import synchronised
+from utils import cli, evaluate, files, optim, ranks
 from utils.errors import UserError
 from utils.presets import differences, preset
 from utils.run import Run
@@ -47,7 +48,7 @@ def train(network, source, args, run, device):
     """Barlow Twins for `args.epochs` epochs; `network` is left trained."""
     head = projector(network.feature_dim, args.projector_dim).to(device)
     randomness = Randomness(args.seed, device)
-    batches = Batches(len(source), args.batch_size, randomness.cpu, drop_last=True)
+    batches = Batches(len(source), args.batch_size, randomness.cpu, drop_last=True, shared=True)
     weights = [*network.parameters(), *head.parameters()]
     lars = optim.optimizer("lars", weights, args.lr * batches.batch_size / 256, args.weight_decay)
     total = args.epochs * batches.per_epoch
@@ -58,17 +59,18 @@ def train(network, source, args, run, device):
     )
     loader = Loader([source.pixels], batches, device)
     network.train()
-    for step in run.steps("train target", total):
-        x = unit(*loader.next())  # (b, 3, S, S)
-        views = [barlow_twins_view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
-        with cli.autocast(device, args.precision):
-            z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)
-        loss = barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale)
-        lars.zero_grad()
-        loss.backward()
-        run.log(step, loss=loss, gradient=optim.gradient_norm(weights))
-        lars.step()
-        scheduler.step()
+    with synchronised(network, head):
+        for step in run.steps("train target", total):
+            x = unit(*loader.next())  # (b, 3, S, S)
+            randomness.part()
+            views = [barlow_twins_view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
+            with cli.autocast(device, args.precision):
+                z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)
+            lars.zero_grad()
+            loss = ranks.backward(barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale), weights)
+            run.log(step, loss=loss, gradient=optim.gradient_norm(weights))
+            lars.step()
+            scheduler.step()
 
 
 def load_backbone(network, weights):
@@ -104,7 +106,7 @@ def labelled_test_split(args):
 
 def main(argv):
     args = parse_args(argv)
-    device = cli.device(args)
+    device = cli.device(args, several=True)
     source = load_images(args.source, "train", args.image_size, args.data_root)
     test = labelled_test_split(args) if source.labels is not None else None
     if min(len(source), args.batch_size) < 2:

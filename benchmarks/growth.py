@@ -4,7 +4,7 @@
     python -m benchmarks.growth --collect --out growth.png  # also into benchmarks/growth.jsonl, and as a figure
 
 Starting from CIFAR-100's setting one quantity is changed at a time; each setting is a process of its own. The networks
-have --width (default 0.25, for a CPU). Time is the sum of the step's parts (benchmarks/speed.py); memory is the largest
+have --width (default 0.25, for a CPU). Time is the sum of the step's parts (benchmarks/step.py); memory is the largest
 resident memory that no file backs, on a GPU its peak. Sources that take more than half a gigabyte are sparse files of
 zeros, so that ImageNet's number of images can be had on any disk. Linux only.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import speed
+from benchmarks.step import Step, machine, made, memory, parts
 from models import label
 from utils import cli, files, progress
 
@@ -62,16 +63,16 @@ def measure(setting, args):
     taken, _ = speed.parse_args(words)
     device = cli.device(taken)
     with tempfile.TemporaryDirectory() as folder:
-        source, target = speed.made(taken, setting["source"], device, Path(folder))
-        step = speed.Step(False, source, target, taken, device)
+        source, target = made(taken, setting["source"], device, Path(folder))
+        step = Step(False, source, target, taken, device)
         threading.Thread(target=watch, daemon=True).start()
         step()
         done.set()
-        memory = speed.memory(device) if device.type == "cuda" else most / 2**30
-        pieces = speed.parts(step)
+        used = memory(device) if device.type == "cuda" else most / 2**30
+        pieces = parts(step)
     return setting | dict(
-        width=args.width, precision=args.precision, arch=taken.arch, machine=speed.machine(device),
-        torch=str(torch.__version__), memory_gib=memory, parts=pieces,
+        width=args.width, precision=args.precision, arch=taken.arch, machine=machine(device),
+        torch=str(torch.__version__), memory_gib=used, parts=pieces,
     )  # fmt: skip
 
 

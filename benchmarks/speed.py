@@ -3,67 +3,38 @@
     python -m benchmarks.speed                                  # CIFAR-100's setting
     python -m benchmarks.speed --preset tinyimagenet --device cuda
     python -m benchmarks.speed --collect                        # add the result to benchmarks/speed.jsonl
+    torchrun --nproc-per-node 2 -m benchmarks.speed             # what several processes do at a time (scaling.py)
 
 Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own, since what a process
 does with freed memory is a part of the difference (utils/allocator.py); their ratio is the figure to quote, since
 machines are shared and change their pace. The loss and gradients of both are compared with the plain step in float64.
 Beside each pair the machine's own peak is measured: the best rate of square matrix products, and that of a
-3x3 convolution. FLOP are those that PyTorch counts. Images are noise and the target network is untrained: neither
-changes the time of a step. Prints Markdown.
+3x3 convolution. FLOP are those that PyTorch counts. Images are noise (step.py). Prints Markdown.
 """
 
 import argparse
 import json
 import multiprocessing
-import platform
-import resource
 import statistics
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import models
-from data.images import ImageSet
-from distillers import method, reference
-from distillers.krr import ridge_predict
-from distillers.pool import Member
-from distillers.target import Target
-from utils import cli, files, optim, progress
+from benchmarks import scaling
+from benchmarks.step import Step, flop, images_for, machine, made, memory, middle, parts, seconds
+from distillers import method
+from utils import cli, files, progress, ranks
 from utils.allocator import keep_freed_memory
-from utils.sampling import Randomness
 
 RESULTS = Path(__file__).with_name("speed.jsonl")
 PEAK_SIZES = (1024, 2048, 4096)
-KEY = ("preset", "arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "machine")
+KEY = ("preset", "arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "machine", "ranks")
 CHECKED = 200  # images, distilled and real, in the comparison with float64
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(function, device):
-    """Of one call, and what it returns."""
-    wait(device)
-    started = time.perf_counter()
-    result = function()
-    wait(device)
-    return time.perf_counter() - started, result
-
-
-def flop(function):
-    """Floating-point operations of a call, in matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def peak(device, dtype=torch.float32):
@@ -84,119 +55,6 @@ def peak(device, dtype=torch.float32):
             took, _ = seconds(lambda product=product, times=times: [product() for _ in range(times)], device)
             rates[name] = max(rates[name], operations * times / took)
     return rates
-
-
-def sparse(path, shape, dtype):
-    """A tensor of zeros mapped from a sparse .npy file, which takes no room on disk."""
-    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
-
-
-class MadeTarget(Target):
-    """An untrained target network whose features of the source are what is given."""
-
-    def features_of(self, images):
-        return self.table
-
-
-def made(args, images, device, folder):
-    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a sparse file."""
-    shape = (images, args.image_size, args.image_size, 3)
-    target = MadeTarget(
-        models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval(), Path(), "made",
-        device, args.precision, {},
-    )  # fmt: skip
-    if np.prod(shape) < 2**29:
-        pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        target.table = torch.randn(images, target.network.feature_dim, generator=torch.Generator().manual_seed(1))
-    else:
-        pixels = sparse(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse(folder / "features.npy", (images, target.network.feature_dim), np.float32)
-    half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    return ImageSet("made", pixels, None, [], half, quarter, "made"), target
-
-
-class Step:
-    """The loop of distill.py with one pool member, `plain` or ours, that can be taken apart."""
-
-    def __init__(self, plain, source, target, args, device):
-        randomness = Randomness(0, device)
-        self.args, self.device = args, device
-        layout = reference.FORMAT if plain else torch.channels_last
-        self.loss_of = reference.outer_loss if plain else distill.outer_loss
-        kind = reference.RealBatches if plain else distill.RealBatches
-        self.real = kind(source, target, args, randomness, device)
-        chosen = torch.arange(args.num_images) % len(source)
-        x = source.normalised(chosen, device).contiguous(memory_format=layout)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)
-        self.x_syn = (x + 0.1 * noise).requires_grad_()  # no image twice
-        self.y_syn = target.table[chosen].to(device).requires_grad_()
-        self.member = Member(
-            args.arch, args.image_size, self.y_syn.shape[1], args.width, device, args.pool_lr, args.pool_weight_decay,
-            "fp32" if plain else args.precision, memory_format=layout,
-        )  # fmt: skip
-        self.adamw = optim.optimizer("adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0)
-
-    def batch(self):
-        return self.real.next()
-
-    def loss(self, x_real, y_real):
-        return self.loss_of(self.member, x_real, y_real, self.x_syn, self.y_syn, self.args)
-
-    def gradient(self, loss):
-        self.adamw.zero_grad()
-        loss.backward(inputs=[self.x_syn, self.y_syn])
-
-    def train(self):
-        self.member.train_step(self.x_syn.detach(), self.y_syn.detach())
-
-    def __call__(self):
-        self.gradient(self.loss(*self.batch()))
-        self.adamw.step()
-        self.train()
-
-
-def parts(step):
-    """{name: (seconds, FLOP)} of a step's parts, each timed alone, after a call that counts."""
-    x_real, y_real = step.batch()
-    args, member = step.args, step.member
-    step.gradient(step.loss(x_real, y_real))
-    with torch.no_grad():
-        f_real = member.embed(x_real, args.chunk)
-
-    def embed():
-        return member.embed(step.x_syn, args.chunk)
-
-    f_syn = embed().detach().requires_grad_()
-
-    def head():
-        predicted = ridge_predict(f_real, f_syn, step.y_syn, args.ridge, args.ridge_per_image, args.bias_column)
-        F.mse_loss(predicted, y_real).backward(inputs=[f_syn, step.y_syn])
-
-    def nothing():
-        pass
-
-    @torch.no_grad()
-    def real(_):
-        member.embed(x_real, args.chunk)
-
-    named = {  # what is timed, and what has to be there for it
-        "batch of real images": (lambda _: step.batch(), nothing),
-        "features of the real images": (real, nothing),
-        "features of the distilled images": (lambda _: embed(), nothing),
-        "their gradient": (lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]), embed),
-        "kernels and solve, with gradient": (lambda _: head(), nothing),
-        "update of images and targets": (lambda _: step.adamw.step(), nothing),
-        "step of the pool's member": (lambda _: step.train(), nothing),
-    }
-    found = {}
-    for name, (function, before) in named.items():
-        there = before()
-        operations = flop(lambda function=function, there=there: function(there))
-        there = before()
-        took, _ = seconds(lambda function=function, there=there: function(there), step.device)
-        found[name] = (took, operations)
-    return found
 
 
 def errors(args, source, target, device):
@@ -227,22 +85,6 @@ def errors(args, source, target, device):
     }
 
 
-def memory(device):
-    """Peak memory in GiB: of the GPU, or of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def machine(device):
-    """Its name as a table should say it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{torch.get_num_threads()} threads of {name}"
-
-
 class Plain:
     """The plain step, in the process that `measure` starts."""
 
@@ -261,10 +103,6 @@ class Plain:
     @classmethod
     def seconds(cls):
         return seconds(cls.step, cls.step.device)[0]
-
-
-def images_for(args):
-    return max(2 * args.outer_batch, args.num_images)
 
 
 def measure(args, device):
@@ -296,16 +134,10 @@ def measure(args, device):
     names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "outer_steps",
              "pool_size", "pool_steps")  # fmt: skip
     return dict(
-        preset=args.preset, **{name: getattr(args, name) for name in names}, machine=machine(device),
+        preset=args.preset, **{name: getattr(args, name) for name in names}, machine=machine(device), ranks=1,
         torch=str(torch.__version__), parts=pieces, memory_gib=used, errors=wrong, rounds=rounds,
         flop=operations, plain_flop=plain_operations,
     )  # fmt: skip
-
-
-def middle(values):
-    """Median, smallest and largest, as text."""
-    values = list(values)
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def markdown(result):
@@ -353,25 +185,32 @@ def markdown(result):
     return "\n".join(lines)
 
 
+def results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
 def collected():
-    """All results in `RESULTS`, as Markdown."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else ()
-    return "\n\n".join(markdown(json.loads(line)) for line in lines) or "No results yet."
+    """The tables of README by name: Markdown of all results in `RESULTS`."""
+    alone, several = (
+        "\n\n".join(show(each) for each in results() if (each["ranks"] > 1) == of_several)
+        for show, of_several in ((markdown, False), (scaling.markdown, True))
+    )
+    return {name: text or "No results yet." for name, text in (("speed", alone), ("scaling", several))}
 
 
 def key(result):
     """What two results of the same experiment share."""
-    return [str(result[name]) for name in KEY]
+    return [str(result.get(name)) for name in KEY]
 
 
 def main(argv):
     args, collect = parse_args(argv)
-    device = cli.device(args)
-    result = json.loads(json.dumps(measure(args, device)))
-    print(markdown(result))
-    if collect:
-        known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-        kept = [each for each in known if key(each) != key(result)] + [result]
+    device = cli.device(args, several=True)
+    several = ranks.count() > 1
+    result = json.loads(json.dumps((scaling.measure if several else measure)(args, device)))
+    print((scaling.markdown if several else markdown)(result))
+    if collect and ranks.first():
+        kept = [each for each in results() if key(each) != key(result)] + [result]
         files.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in sorted(kept, key=key)))
 
 

@@ -16,7 +16,7 @@ from data.distilled import Distilled
 from data.images import load_images, normalise
 from data.subsets import random_subset
 from distillers.target import load_target
-from utils import cli, files
+from utils import cli, files, ranks
 from utils.errors import UserError
 from utils.presets import differences, preset
 from utils.run import Run, versions
@@ -31,7 +31,7 @@ class Method:
     `ImageSet`, `chosen` (m,) the indices of the real images to start from, `target` a `Target` or None, `run` a `Run`
     to train in. `help`: setting -> description, for the flags. `stage`: of its settings in utils/presets.py.
     `choose(source, m, seed)` returns `chosen`. `needs_target`: whether it uses the target network.
-    `add_flags(parser)` adds flags that are no settings.
+    `add_flags(parser)` adds flags that no preset sets. `several`: whether several processes can share it (torchrun).
     """
 
     name: str
@@ -41,13 +41,14 @@ class Method:
     doc: str
     choose: Callable = random_subset
     needs_target: bool = False
+    several: bool = False
     add_flags: Callable = lambda parser: None
 
 
 def main(method, argv):
     """Run `method` as the command line `argv` says; writes distilled.pt and images.png."""
     args = parse_args(method, argv)
-    device = cli.device(args)
+    device = cli.device(args, method.several)
     source = load_images(args.source, "train", args.image_size, args.data_root)
     chosen = method.choose(source, args.num_images, args.seed)
     home, target = args.run_root / source.name, None
@@ -57,6 +58,8 @@ def main(method, argv):
         target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
         facts["target"] = target.digest
         scale |= target.scale
+    if ranks.count() > 1:  # another algorithm than that of one process
+        facts["ranks"], scale["ranks"] = ranks.count(), [ranks.count(), 1]
     run = Run(home / args.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
     if run.finished:
         print(f"{run.artefact} is there already")
@@ -96,6 +99,8 @@ def renew_picture(run, args, step, distilled):
 
 def save_picture(path, distilled, most=100):
     """A grid of the first `most` images as pixels, ten in a row, each enlarged to 64 screen pixels or more."""
+    if not ranks.first():
+        return
     pixels = distilled.pixels()[:most]
     enlarged = F.interpolate(pixels, scale_factor=-(-64 // pixels.shape[-1]), mode="nearest")
     with files.aside(path) as partial:

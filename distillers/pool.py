@@ -61,8 +61,8 @@ class Pool:
         self.ages = torch.randint(1, max(2, max_steps), (size,), generator=generator).tolist()
 
     def below_age(self):
-        """The first member that has not reached its initial age yet."""
-        return next(member for member, age in zip(self.members, self.ages, strict=True) if member.steps < age)
+        """The first member that has not reached its initial age yet, or None."""
+        return next((each for each, age in zip(self.members, self.ages, strict=True) if each.steps < age), None)
 
     def draw(self, generator):
         """A member, uniformly at random (line 8)."""

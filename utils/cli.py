@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from models import ARCHITECTURES, SMALLEST_SIZE
-from utils import allocator
+from utils import allocator, ranks
 from utils.errors import UserError
 from utils.presets import PRESETS, image_size
 from utils.run import FREE_SETTINGS, Stopped
@@ -25,6 +25,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+
+    def exit(self, status=0, message=None):
+        super().exit(status, message if ranks.first() else None)  # all ranks have the same command line
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -139,8 +142,9 @@ def settings(args, **derived):
     return {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS} | derived
 
 
-def device(args):
-    """The torch device that --device asks for. Raises UserError if it is not there.
+def device(args, several=False):
+    """The torch device that --device asks for; of several processes, this one's. Raises UserError if it is not there,
+    or where the program is for one process and `several` false.
 
     TF32 is set for convolutions only: the kernels need all of float32. On a CPU freed memory is kept.
     """
@@ -148,13 +152,15 @@ def device(args):
     name = next(each for each in ("cuda", "mps", "cpu") if there[each]) if args.device == "auto" else args.device
     if not there[name]:
         raise UserError(f"--device {name}: this machine has none that torch {torch.__version__} can use")
+    if ranks.count() > 1 and not several:
+        raise UserError("runs in one process, not under torchrun")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # a warning names what has no such form
     allocator.keep_freed_memory(name == "cpu")
-    return torch.device(name)
+    return ranks.begin(name)
 
 
 def autocast(device, precision):
@@ -167,20 +173,25 @@ def run(main, argv=None):
     name, code = Path(sys.argv[0]).name, 2
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        main(sys.argv[1:] if argv is None else argv)
-        return
-    except UserError as error:
-        message = f"error: {error}"
-    except (torch.OutOfMemoryError, MemoryError):
-        message = f"error: out of memory; give {' or '.join(dict.fromkeys([*_savings, '--precision bf16']))}"
-    except OSError as error:
-        message = f"error: {error.filename or 'system'}: {error.strerror or error}"
-    except (Stopped, KeyboardInterrupt) as stop:
-        message, code = str(stop) or "interrupted; the same command goes on from what is on disk", 130
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+            return
+        except UserError as error:
+            message = f"error: {error}"
+        except (torch.OutOfMemoryError, MemoryError):
+            message = f"error: out of memory; give {' or '.join(dict.fromkeys([*_savings, '--precision bf16']))}"
+        except OSError as error:
+            message = f"error: {error.filename or 'system'}: {error.strerror or error}"
+        except (Stopped, KeyboardInterrupt) as stop:
+            message, code = str(stop) or "interrupted; the same command goes on from what is on disk", 130
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended
+        if ranks.first() or code == 2:
+            which = f" (rank {ranks.rank()})" if ranks.count() > 1 else ""
+            print(f"{name}{which}: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)
     finally:
+        ranks.end()
         signal.signal(signal.SIGTERM, before)
-    print(f"{name}: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def _interrupt(number, frame):

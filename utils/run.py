@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import files, progress
+from utils import files, progress, ranks
 from utils.errors import UserError
 
 CHECKPOINT_SECONDS = 120
@@ -35,6 +35,9 @@ class Run:
     may hold logged name -> (value, advice): the run stops with that advice when the mean over the last `RECENT` steps
     is above the value. Until the run has finished, its process alone may work in the folder.
 
+    Of several ranks the first alone reads and writes the folder. The others have ended where the run has finished: what
+    follows is the first's.
+
     Raises UserError when another process does, when the folder holds the artefact or a checkpoint of other settings
     (naming those that differ), or when its files are damaged.
     """
@@ -42,11 +45,16 @@ class Run:
     def __init__(self, folder, artefact, settings, log_every=50):
         self.folder, self.artefact, self.log_every = Path(folder), Path(folder) / artefact, log_every
         self.done, self.state, self.device = {}, {}, "cpu"  # phase -> steps taken; name -> object with state_dict()
-        self.phase, self.total, self.limits, self._recent = artefact, 0, {}, {}
+        self.own, self.phase, self.total, self.limits, self._recent = (), artefact, 0, {}, {}
         self._unread, self._window = [], {}
         self._started = self._saved = time.monotonic()
         self._cost, self._kept = 0.0, {}
         self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        if ranks.from_first(self._open) and not ranks.first():
+            raise SystemExit(0)
+
+    def _open(self):
+        """Take the folder; whether the run has finished."""
         if not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.hold(self._lock)
@@ -54,7 +62,7 @@ class Run:
         if begun and self._config.is_file():
             self._compare(files.read_json(self._config, "settings file"), self._config)
         elif self.finished:
-            raise UserError(f"{self._config}: missing, so nobody knows what {artefact} is; {ELSEWHERE}")
+            raise UserError(f"{self._config}: missing, so nobody knows what {self.artefact.name} is; {ELSEWHERE}")
         elif not begun:  # else the checkpoint knows the settings
             self._write_config()
         if self.finished:
@@ -63,6 +71,7 @@ class Run:
         else:
             for partial in self.folder.glob("*.partial"):
                 partial.unlink()
+        return self.finished
 
     def _write_config(self):
         files.write_json(self._config, {"command": sys.argv, "settings": self.settings, "versions": versions()})
@@ -91,13 +100,33 @@ class Run:
 
     @property
     def finished(self):
-        return self.artefact.is_file()
+        return ranks.first() and self.artefact.is_file()
 
-    def resume(self, device, state):
+    def resume(self, device, state, own=()):
         """Take `state` (name -> object with state_dict and load_state_dict) as what a checkpoint keeps, and load the
         newest checkpoint, if there is one. Raises UserError when it was written on another kind of device, whose random
-        generator has another state, under other settings, or when none is whole."""
-        self.state, self.device = state, device.type
+        generator has another state, under other settings, or when none is whole. `own` names the parts of which each
+        rank has its own."""
+        self.state, self.own, self.device = state, own, device.type
+        path, checkpoint = ranks.from_first(self._read_newest)
+        if checkpoint:
+            try:
+                kept = checkpoint["state"] | (checkpoint["others"][ranks.rank() - 1] if own and ranks.rank() else {})
+                for name, part in self.state.items():
+                    part.load_state_dict(kept[name])
+                self.done = {str(phase): int(steps) for phase, steps in checkpoint["done"].items()}
+            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
+                raise UserError(f"{path}: does not fit this run ({reason}); delete it to start afresh") from error
+            self._kept = dict(self.done)
+        self._saved = time.monotonic()
+        if ranks.first():
+            if checkpoint and not self._config.is_file():
+                self._write_config()
+            self._drop_log_after_checkpoint()
+
+    def _read_newest(self):
+        """As `_newest`, where it fits this run."""
         path, checkpoint = self._newest()
         if checkpoint:
             self._compare(checkpoint, path)
@@ -106,18 +135,7 @@ class Run:
                     f"{path} was written on {checkpoint['device']}, this is {self.device}; "
                     f"go on with --device {checkpoint['device']}, or delete it to start afresh"
                 )
-            try:
-                for name, part in self.state.items():
-                    part.load_state_dict(checkpoint["state"][name])
-                self.done = {str(phase): int(steps) for phase, steps in checkpoint["done"].items()}
-            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
-                raise UserError(f"{path}: does not fit this run ({reason}); delete it to start afresh") from error
-            self._kept = dict(self.done)
-            if not self._config.is_file():
-                self._write_config()
-        self._saved = time.monotonic()
-        self._drop_log_after_checkpoint()
+        return path and str(path), checkpoint
 
     def _newest(self):
         """Path and content of the newest checkpoint that is whole, or (None, None) where there is none at all. Raises
@@ -151,9 +169,17 @@ class Run:
         state = {name: part.state_dict() for name, part in self.state.items()}
         if part := files.not_finite(state):
             raise self._spoiled(part, max(self.done.get(self.phase, 0) - 1, 0))
-        content = {"done": self.done, "device": self.device, "settings": self.settings, "state": state}
+        others = ranks.gathered({name: state[name] for name in self.own})[1:]
+        content = {
+            "done": self.done,
+            "device": self.device,
+            "settings": self.settings,
+            "state": state,
+            "others": others,
+        }
         newest, before = self._checkpoints
-        files.save(newest, "checkpoint", content, previous=before)
+        if ranks.first():
+            files.save(newest, "checkpoint", content, previous=before)
         self._saved, self._kept = time.monotonic(), dict(self.done)
         self._cost = self._saved - started
 
@@ -176,11 +202,12 @@ class Run:
                 yield step
                 self.done[phase] = step + 1
                 self.bar.update()
-                if signals.received:
+                due = ranks.first() and self._due(end=step + 1 == total)
+                wish = ranks.most(2 if signals.received else int(due))  # all ranks do it, or none
+                if wish:
                     self.checkpoint()
+                if wish == 2:
                     raise Stopped(f"stopped after step {step + 1} of {total} ({phase}); the same command goes on there")
-                if self._due(end=step + 1 == total):
-                    self.checkpoint()
 
     def log(self, step, **scalars):
         """Take the scalars of a step; every `log_every` steps their means become a line of log.jsonl and the bar's
@@ -201,6 +228,8 @@ class Run:
             seconds = round(time.monotonic() - self._started, 2)
             line = {"phase": self.phase, "step": step + 1, "of": self.total, **means, "seconds": seconds}
             log = self.folder / "log.jsonl"
+            if not ranks.first():
+                return
             with files.named(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -239,6 +268,8 @@ class Run:
         that are not finite."""
         if part := files.not_finite(content):
             raise UserError(f"{self.artefact} not written: {part} is not finite; {ELSEWHERE}")
+        if not ranks.first():
+            raise SystemExit(0)
         files.save(self.artefact, kind, content)
         self._delete_checkpoints()
         files.release(self._lock)
@@ -286,7 +317,7 @@ class _Signals:
 
     def _note(self, number, frame):
         self.received = True
-        for each, handler in self.before.items():
+        for each, handler in self.before.items() if ranks.count() == 1 else ():  # torchrun hands on what it gets
             signal.signal(each, handler)
 
     def __exit__(self, *exception):

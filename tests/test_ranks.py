@@ -1,0 +1,352 @@
+"""Several processes on one run: the same mathematics as one, one writer, and an end and a resumption in order."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import distill
+import finetune
+import kd
+import pretrain
+import pretrain_target
+from benchmarks import speed
+from data.distilled import load_distilled
+from distillers.pool import Member
+from models.barlow_twins import barlow_twins_loss
+from models.sync_batch_norm import synchronised
+from tests.conftest import DISTILL, ROOT, TARGET, command
+from tests.ranked import ranked
+from utils import cli, files, ranks, run
+from utils.sampling import Batches, Randomness
+
+DIM, ROWS = 6, 10
+
+
+def joined(function, *args):
+    """In a process of several: `function(*args)` between `ranks.begin` and `ranks.end`."""
+    ranks.begin("cpu")
+    try:
+        return function(*args)
+    finally:
+        ranks.end()
+
+
+def twins():
+    """Two views (10, 3, 4, 4), a small network with both kinds of batch norm, in float64."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, DIM),
+        nn.BatchNorm1d(DIM), nn.ReLU(), nn.Linear(DIM, DIM),
+    ).double()  # fmt: skip
+    return [torch.randn(ROWS, 3, 4, 4, generator=g, dtype=torch.float64) * 2 + 1 for _ in range(2)], network
+
+
+def of_twins(rank=0, count=1):
+    """Loss, gradients and buffers after a Barlow Twins step on a part of the views; and a mean of the outputs in eval
+    mode, which asks no other rank."""
+    views, network = twins()
+    weights = list(network.parameters())
+    with synchronised(network):
+        z1, z2 = (network(view.tensor_split(count)[rank]) for view in views)
+        loss = ranks.backward(barlow_twins_loss(z1, z2, 0.1, 0.5), weights)
+        own = network.eval()(views[0][: rank + 1]).mean().item()
+    whole = not any("forward" in vars(module) for module in network.modules())
+    return loss.item(), [each.grad for each in weights], list(network.buffers()), own, whole
+
+
+def _twins():
+    return joined(lambda: of_twins(ranks.rank(), ranks.count()))
+
+
+def test_four_processes_have_equal_sets_and_their_speed_is_a_table(home, data_root, tmp_path):
+    words = [*DISTIL, "--pool-size", "4", "--data-root", data_root, "--run-root", home]
+    found, codes = ranked(4, tmp_path / "a", call, distill.main, words)
+    assert codes == [0] * 4, outputs(tmp_path / "a", 4)
+    assert len(found[0]) == 2 and found.count(found[0]) == 4
+    words = ["--width", "0.05", "--num-images", "10", "--outer-batch", "12", "--pairs", "2", "--device", "cpu"]
+    _, codes = ranked(4, tmp_path / "b", call, speed.main, words)
+    out, *others = outputs(tmp_path / "b", 4)
+    assert codes == [0] * 4 and not any(others[:3]), outputs(tmp_path / "b", 4)
+    assert "4 processes" in out and "| of 4 at a time, with their exchange |" in out
+    # 10 images of 3 x 32 x 32 and 10 features of 512, four bytes each; in a ring of two each process sends all of it
+    assert "exchanges 0.1 MB for the images and 0.0 MB" in out
+    sent = 4 * 10 * (3 * 32 * 32 + 512) + 4
+    assert f"| 2 | {sent / 1e6:.1f} | {1e3 * sent / 25e9:.3g} ms (" in out
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_barlow_twins_equals_one_process_with_the_whole_batch(count, tmp_path):
+    loss, gradients, buffers, _, _ = of_twins()
+    found, codes = ranked(count, tmp_path, _twins)
+    assert codes == [0] * count, (tmp_path / "err0").read_text()
+    for rank, (theirs, their_gradients, their_buffers, own, whole) in enumerate(found):
+        assert theirs == pytest.approx(loss, rel=1e-6) and whole
+        for ours, other in zip(gradients, their_gradients, strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-6, atol=1e-9)
+        for ours, other in zip(buffers, their_buffers, strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-7, atol=1e-9)
+        views, network = twins()
+        for buffer, value in zip(network.buffers(), their_buffers, strict=True):
+            buffer.copy_(value)
+        assert own == pytest.approx(network.eval()(views[0][: rank + 1]).mean().item())
+
+
+def _gradient_of_a_mean():
+    def work():
+        weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        batches = Batches(7, 7, torch.Generator().manual_seed(0), shared=True)
+        index = batches.next()
+        loss = ranks.backward((weight[0] * index.float() ** 2 + weight[1]).mean(), [weight], batches.share)
+        start = torch.full((2, 2), float(ranks.rank())).t()
+        ranks.same([start])
+        top = ranks.most(10 - ranks.rank())
+        return index.tolist(), loss.item(), weight.grad.tolist(), start.tolist(), top
+
+    return joined(work)
+
+
+def test_uneven_parts_of_a_batch_weigh_by_their_images(tmp_path):
+    found, codes = ranked(3, tmp_path, _gradient_of_a_mean)
+    assert codes == [0] * 3, (tmp_path / "err0").read_text()
+    squares = sum(k * k for k in range(7)) / 7
+    assert sorted(k for index, *_ in found for k in index) == [*range(7)]
+    assert sorted(len(index) for index, *_ in found) == [2, 2, 3]
+    for _, loss, gradient, start, top in found:
+        assert loss == pytest.approx(squares + 2) and gradient == pytest.approx([squares, 1])
+        assert start == [[0, 0], [0, 0]] and top == 10
+
+
+def test_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    Batches(11, 4, torch.Generator(), drop_last=True, shared=True)
+    with pytest.raises(run.UserError, match="3 images is too small for 4"):
+        Batches(11, 4, torch.Generator(), shared=True)
+
+
+def test_parts_of_a_step_draw_differently_and_alike_in_each_run(monkeypatch):
+    def draws(rank):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        randomness = Randomness(0, torch.device("cpu"))
+        randomness.part()
+        return [torch.rand(3, generator=each) for each in (randomness.device, randomness.cpu)] + [torch.rand(3)]
+
+    first, second = draws(0), draws(1)
+    assert not torch.equal(first[0], second[0]) and all(map(torch.equal, first[1:], second[1:]))
+    assert all(map(torch.equal, draws(1), second))
+
+
+# The real commands.
+
+
+def at_step(phase, number, action):
+    """Let `action()` happen in the loop of `phase` after `number` steps, and write a checkpoint after each."""
+    steps = run.Run.steps
+    run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0, 1e9
+
+    def stepping(self, name, total):
+        for step in steps(self, name, total):
+            if (name, step) == (phase, number):
+                action()
+            yield step
+
+    run.Run.steps = stepping
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_stopped():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def call(main, words, event=None, of_rank=None):
+    """In a process: the command, with `event` = (phase, step, action) in rank `of_rank`; the digest of what it would
+    have written last."""
+    digests = []
+    finish = run.Run.finish
+
+    def finishing(self, kind, content):
+        if kind == "distilled":
+            digests.append(hashlib.sha256(content["images"].numpy().tobytes()).hexdigest())
+            digests.append(hashlib.sha256(content["targets"].numpy().tobytes()).hexdigest())
+        try:
+            finish(self, kind, content)
+        except SystemExit as end:
+            assert end.code == 0 and not ranks.first()
+
+    run.Run.finish = finishing
+    if event:
+        at_step(*event[:2], event[2] if ranks.rank() == of_rank else lambda: None)
+    cli.run(main, [*map(str, words)])
+    return digests
+
+
+def outputs(folder, count):
+    return [(folder / f"{name}{rank}").read_text() for name in ("out", "err") for rank in range(count)]
+
+
+DISTIL = ["--source", "digits", *DISTILL, "--outer-steps", "20", "--pool-steps", "5", "--log-every", "1"]
+
+
+@pytest.fixture
+def home(runs, tmp_path):
+    """A run root with the toy target in it."""
+    target = tmp_path / "runs" / "digits" / "target" / "seed0"
+    target.mkdir(parents=True)
+    for name in ("target.pt", "config.json"):
+        (target / name).write_bytes((runs / "target" / "seed0" / name).read_bytes())
+    return tmp_path / "runs"
+
+
+def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_root, tmp_path):
+    words = [*DISTIL, "--data-root", data_root, "--run-root"]
+    found, codes = ranked(2, tmp_path / "a", call, distill.main, [*words, home])
+    assert codes == [0, 0], outputs(tmp_path / "a", 2)
+    assert len(found[0]) == 2 and found[0] == found[1]
+    whole = home / "digits" / "krr_st" / "seed0"
+    log = [line for line in run.read_log(whole) if line["phase"] == "distil"]
+    assert [line["step"] for line in log] == [*range(1, 21)]  # of one process alone
+    out, other_out, err, other_err = outputs(tmp_path / "a", 2)
+    assert "wrote" in out and "distil" in err and not other_out and not other_err
+    expected = files.load(whole / "distilled.pt", "distilled")
+    assert expected["meta"]["scale"]["ranks"] == [2, 1]
+    assert expected["meta"]["settings"]["ranks"] == 2
+    alone = tmp_path / "alone"
+    (alone / "digits").mkdir(parents=True)
+    (alone / "digits" / "target").symlink_to(home / "digits" / "target")
+    for which, event in ((0, ("initialise pool", 1, die)), (1, ("distil", 7, die)), (1, ("distil", 12, be_stopped))):
+        found, codes = ranked(2, tmp_path / "b", call, distill.main, [*words, alone], event, which)
+        text = outputs(tmp_path / "b", 2)
+        if event[2] is die:
+            assert codes[which] == -signal.SIGKILL and codes[1 - which] == 2
+            assert "another process of this job cannot be reached" in text[3 - which], text
+        else:
+            assert codes == [130, 130] and "stopped after step 13 of 20 (distil)" in text[2] and not text[3]
+    assert "ranks: 2 there, None now" in command("distill.py", *words, alone, check=False).stderr
+    found, codes = ranked(2, tmp_path / "c", call, distill.main, [*words, alone])
+    assert codes == [0, 0] and found[0] == found[1]
+    resumed = files.load(alone / "digits" / "krr_st" / "seed0" / "distilled.pt", "distilled")
+    for name in ("images", "targets"):
+        assert torch.equal(resumed[name], expected[name])
+    assert resumed["meta"] == expected["meta"]
+
+
+def _steps_taken(words):
+    """What each rank saw at each step, and the gradients that it took."""
+    seen, outer_loss, average = [], distill.outer_loss, ranks.average
+
+    def recording(member, x_real, y_real, x_syn, y_syn, args):
+        tensors = [each.detach().clone() for each in (x_real, y_real, x_syn, y_syn)]
+        weights = {name: value.clone() for name, value in member.network.state_dict().items()}
+        seen.append([weights, tensors])
+        return outer_loss(member, x_real, y_real, x_syn, y_syn, args)
+
+    def averaging(tensors):
+        average(tensors)
+        if len(tensors) == 3:
+            seen[-1].append([each.clone() for each in tensors])
+
+    distill.outer_loss, ranks.average = recording, averaging
+    call(distill.main, words)
+    return [each for each in seen if len(each) == 3]
+
+
+def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_and_batch(home, data_root, tmp_path):
+    words = [*DISTIL, "--pool-size", "4", "--outer-steps", "6", "--steps-equal-samples"]
+    words += ["--data-root", data_root, "--run-root", home]
+    found, codes = ranked(2, tmp_path / "a", _steps_taken, words)
+    assert codes == [0, 0], outputs(tmp_path / "a", 2)
+    assert len(found[0]) == len(found[1]) == 3  # 6 steps of one process
+    args = SimpleNamespace(ridge=1e-6, ridge_per_image=False, bias_column=True, chunk=0)
+    for one, two in zip(*found, strict=True):
+        assert not torch.equal(one[1][0], two[1][0]) and all(map(torch.equal, one[1][2:], two[1][2:]))
+        assert not torch.equal(one[0]["fc.weight"], two[0]["fc.weight"])
+        single = []
+        for weights, (x_real, y_real, x_syn, y_syn), _ in (one, two):
+            member = Member("convnet3", 32, y_syn.shape[1], 0.125, torch.device("cpu"), 0.1, 1e-3)
+            member.network.load_state_dict(weights)
+            x, y = x_syn.clone().requires_grad_(), y_syn.clone().requires_grad_()
+            loss = distill.outer_loss(member, x_real, y_real, x, y, args)
+            loss.backward(inputs=[x, y])
+            single.append([x.grad, y.grad, loss.detach()])
+        for ours, a, b in zip(one[2], *single, strict=True):
+            torch.testing.assert_close(ours, (a + b) / 2, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+        assert all(map(torch.equal, one[2], two[2]))
+
+
+def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(distilled, data_root, tmp_path):
+    words = ["--epochs", "4", "--width", "0.125", "--batch-size", "7", "--lr", "1e-3", "--no-augment", "--distilled"]
+    places = {}
+    for name in ("one", "two", "mixed"):
+        places[name] = tmp_path / name / "distilled.pt"
+        places[name].parent.mkdir()
+        places[name].write_bytes(distilled.read_bytes())
+    pretrain.main([*words, str(places["one"])])
+    _, codes = ranked(2, tmp_path / "a", call, pretrain.main, [*words, places["two"]])
+    assert codes == [0, 0], outputs(tmp_path / "a", 2)
+    event = ("pre-train", 5, be_stopped)
+    _, codes = ranked(2, tmp_path / "b", call, pretrain.main, [*words, places["mixed"]], event, 0)
+    assert codes == [130, 130]
+    _, codes = ranked(
+        3, tmp_path / "c", call, pretrain.main, [*words, places["mixed"]], ("pre-train", 9, be_stopped), 2
+    )
+    assert codes == [130] * 3, outputs(tmp_path / "c", 3)
+    pretrain.main([*words, str(places["mixed"])])
+    model = "convnet3-x0.125/seed0/model.pt"
+    one, *others = (files.load(place.parent / model, "model")["network"] for place in places.values())
+    for other in others:
+        assert not torch.equal(one["fc.weight"], torch.zeros_like(one["fc.weight"]))
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, data_root, tmp_path):
+    roots = ["--data-root", data_root, "--run-root", tmp_path]
+    (tmp_path / "model.pt").write_bytes(weights.read_bytes())
+    teacher = tmp_path / "scratch/convnet3-x0.125_32px/digits_full_seed0/model.pt"
+    for number, (main, words) in enumerate((
+        (pretrain_target.main, ["--source", "digits", *TARGET]),
+        (finetune.main, ["--weights", "none", "--width", "0.125", "--target", "digits", "--steps", "2"]),
+        (kd.main, ["--weights", tmp_path / "model.pt", "--distilled", distilled, "--target", "digits",
+                   "--teacher", teacher, "--epochs", "2"]),
+        (kd.main, ["--weights", tmp_path / "model.pt", "--distilled", distilled, "--target", "digits",
+                   "--teacher", teacher, "--epochs", "2"]),
+    )):  # fmt: skip
+        _, codes = ranked(2, tmp_path / str(number), call, main, [*words, *roots])
+        assert codes == [0, 0], outputs(tmp_path / str(number), 2)
+    assert "was there already" in (tmp_path / "3" / "out0").read_text()
+    assert files.load(tmp_path / "digits/target/seed0/target.pt", "target")["knn_accuracy"] > 20
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+    assert len((teacher.parent.parent / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_torchrun_with_one_process_is_the_ordinary_run_and_with_two_starts_two(home, data_root, distilled, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    words = ["distill.py", "--source", "digits", *DISTILL, "--data-root", str(data_root), "--run-root", str(home)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [*launch, "1", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    alone, ordinary = load_distilled(home / "digits" / "krr_st" / "seed0" / "distilled.pt"), load_distilled(distilled)
+    assert torch.equal(alone.images, ordinary.images) and torch.equal(alone.targets, ordinary.targets)
+    assert {**alone.meta, "settings": 0} == {**ordinary.meta, "settings": 0}
+    for flags, message in (
+        (["distill.py", *words[1:], "--pool-size", "3", "--name", "x"], "--pool-size 3: must be a multiple"),
+        (["-m", "distillers", "dm", "--source", "digits"], "runs in one process, not under torchrun"),
+        (["distill.py", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ):
+        done = subprocess.run([*launch, "2", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode != 0 and message in done.stderr
+    assert len(re.findall("unrecognized", done.stderr)) == 1
