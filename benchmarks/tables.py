@@ -51,6 +51,11 @@ METHODS = {  # in the order of the rows; others follow under their own names
     "krr_st_d7": "KRR-ST, D7: pixels as they are",
     "krr_st_d8": "KRR-ST, D8: augmented outer batch",
     "krr_st_as_released": "KRR-ST, D1, D5, D7 and D8: as released",
+    "krr_st_pool_of_1": "KRR-ST, a pool of one member",
+    "krr_st_T_5": "KRR-ST, T = 5",
+    "krr_st_T_80": "KRR-ST, T = 80",
+    "krr_st_m_50": "KRR-ST, m = 50",
+    "krr_st_m_200": "KRR-ST, m = 200",
 }
 TITLES = {
     "table1": "Table 1: CIFAR-100's sets, ConvNet3",

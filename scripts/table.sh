@@ -1,6 +1,7 @@
-# Sourced by the run_*.sh after they have set $methods and $targets (and $archs, $quick_targets, $quick_width): reads the
-# flags, and has a function for each command of the paper's pipeline. `task` notes a command with what it leaves;
-# `carry_out`, at a script's end, does what is missing (benchmarks/plan.py).
+# Sourced by the run_*.sh after they have set $methods and $targets (and $archs, $quick_targets, $quick_width; $reduced, a
+# folder of the run root, where there is but a reduced scale): reads the flags, and has a function for each command of
+# the paper's pipeline. `task` notes a command with what it leaves; `carry_out`, at a script's end, does what is missing
+# (benchmarks/plan.py).
 table=$0
 flags="
   --dry-run          list the commands, what is done, and an estimate of the time left
@@ -17,7 +18,7 @@ flags="
   --data-root FOLDER default: datasets, or \$DATA_ROOT
   -- FLAGS           for every script, such as: -- --device cuda --precision tf32"
 
-seeds="0 1 2" runs=runs data=${DATA_ROOT:-datasets} quick="" jobs="" dry="" roots="" extra=""
+seeds="0 1 2" runs=runs data=${DATA_ROOT:-datasets} quick=${reduced:-} jobs="" dry="" roots="" extra=""
 oracle="" probes="" head="" evaluated=""
 usage_error() {
   echo "$(basename "$table"): error: $1 (see --help)" >&2
@@ -56,7 +57,7 @@ while [ $# -gt 0 ]; do
 done
 case "$runs$data" in *[[:space:]]*) usage_error "--run-root and --data-root: no spaces, please" ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-[ -z "$quick" ] || { runs=$runs/quick targets=${quick_targets:-$targets}; }
+[ -z "$quick" ] || { runs=$runs/${reduced:-quick} targets=${quick_targets:-$targets}; }
 [ -z "$oracle" ] || methods="$methods full"
 targets=${wanted:-$targets} jobs=${jobs:-$([ -z "$quick" ] && echo 1 || nproc)}
 roots="--run-root $runs $roots"

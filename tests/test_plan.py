@@ -42,7 +42,8 @@ def listed(script, *flags):
 def parse(words, monkeypatch):
     """What the command's own parser makes of it."""
     made = words[words.index("--distilled") + 1] if "--distilled" in words else ""
-    name = f"quick-{made.split('/')[2]}" if made.startswith("runs/quick/") else [*made.split("/"), ""][1]
+    reduced = made.startswith(("runs/quick/", "runs/departures/"))
+    name = f"quick-{made.split('/')[2]}" if reduced else [*made.split("/"), ""][1]
     stand_in = SimpleNamespace(meta=dict(preset=name), target_kind="class")
     monkeypatch.setattr("pretrain.load_distilled", lambda path: stand_in)
     if words[0] == "-m" and words[1] == "distillers":
@@ -58,7 +59,7 @@ def parse(words, monkeypatch):
 
 
 MORE = ["--oracle", "--probes", "--head"]
-WITHOUT_MORE = {"run_kd.sh", "run_figures.sh"}
+WITHOUT_MORE = {"run_kd.sh", "run_figures.sh", "run_departures.sh"}
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])

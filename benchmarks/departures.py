@@ -1,0 +1,112 @@
+"""What the departures of README change: the results of scripts/run_departures.sh, paired by seed, as Markdown.
+
+    python -m benchmarks.departures runs/departures              # from all results.jsonl below it
+    python -m benchmarks.departures --collect runs/departures    # take them into benchmarks/departures.jsonl
+    python -m benchmarks.departures                              # from that file
+
+A cell is the mean accuracy in percent ± the standard deviation over seeds (ddof = 0), and in brackets the same of the
+difference from KRR-ST as the paper has it, each seed's own: both start from the same images and the same networks. A
+star marks differences whose 95 % interval by Student's t excludes zero; of many cells, one in twenty does by chance.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from scipy import stats
+
+from benchmarks.tables import METHODS, Cell, gathered, markdown, order
+from utils import cli, files, results
+
+RESULTS = Path(__file__).with_name("departures.jsonl")
+BASE = "krr_st"
+COMMAND = "bash scripts/run_departures.sh --methods {}"
+KEPT = ("method", "seed", "target", "protocol", "labels_per_class", "label_fraction", "accuracy", "num_images", "arch",
+        "width", "digest", "scale", "device", "versions", "seconds")  # fmt: skip
+
+
+def column_of(line):
+    few = f"{line['labels_per_class']} labels/class" if line["labels_per_class"] else f"{line['label_fraction']:.0%}"
+    return ("fine-tuned" if line["protocol"] == "full" else "probe") + f", {few}", line["target"]
+
+
+def by_seed(lines):
+    """{method: {column: {seed: accuracy}}}, and for each protocol the mean over its data sets where all are there."""
+    found = {}
+    for line in lines:
+        found.setdefault(line["method"], {}).setdefault(column_of(line), {})[line["seed"]] = line["accuracy"]
+    protocols = {}
+    for columns in found.values():
+        for protocol, target in columns:
+            protocols.setdefault(protocol, []).append(target)
+    for protocol, targets in protocols.items():
+        for columns in found.values():
+            each = [columns.get((protocol, target), {}) for target in dict.fromkeys(targets)]
+            seeds = set.intersection(*map(set, each))
+            if seeds:
+                columns[protocol, "mean"] = {k: statistics.fmean(part[k] for part in each) for k in sorted(seeds)}
+    return found
+
+
+def difference(ours, base):
+    """(mean, standard deviation, whether the 95 % interval excludes zero) of the differences at the seeds of both, or
+    None without any."""
+    apart = [ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())]
+    if not apart:
+        return None
+    sure = False
+    if len(apart) > 1:
+        half = stats.t.ppf(0.975, len(apart) - 1) * statistics.stdev(apart) / len(apart) ** 0.5
+        sure = abs(statistics.fmean(apart)) > half
+    return statistics.fmean(apart), statistics.pstdev(apart), sure
+
+
+def cell(values, base):
+    """The text of a column's {seed: accuracy}, with the difference from `base`'s, if any."""
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values.values()):.2f} ± {statistics.pstdev(values.values()):.2f}"
+    if apart := base and difference(values, base):
+        text += f" ({apart[0]:+.2f} ± {apart[1]:.2f}{'*' if apart[2] else ''})"
+    return text
+
+
+def tables(lines):
+    """A Markdown table for each protocol, with a row for each method."""
+    found, texts = by_seed(lines), []
+    columns = {column for values in found.values() for column in values}
+    for protocol in sorted({protocol for protocol, _ in columns}, reverse=True):
+        targets = sorted((t for p, t in columns if p == protocol), key=lambda t: (t == "mean", t))
+        rows = [[Cell(protocol), *map(Cell, targets), Cell("seeds"), Cell("command")]]
+        for method in sorted(found, key=order):
+            mine = [found[method].get((protocol, target), {}) for target in targets]
+            base = [found.get(BASE, {}).get((protocol, t), {}) if method != BASE else {} for t in targets]
+            if any(mine):
+                count, command = len(set().union(*mine)), f"`{COMMAND.format(method)}`"
+                texts_of = [Cell(cell(*pair)) for pair in zip(mine, base, strict=True)]
+                rows.append([Cell(METHODS.get(method, method)), *texts_of, Cell(str(count)), Cell(command)])
+        texts.append(markdown(rows))
+    return "\n\n".join(texts) or "No results yet."
+
+
+def main(argv):
+    args = parse_args(argv)
+    lines = gathered([args.folder]) if args.folder else results.read(RESULTS)
+    if args.collect:
+        kept = [{name: line.get(name) for name in KEPT} for line in lines]
+        kept.sort(key=lambda line: (order(line["method"]), line["seed"], column_of(line)))
+        files.write_text(RESULTS, "".join(json.dumps(line) + "\n" for line in kept))
+    print(tables(lines))
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.prog = "python -m benchmarks.departures"
+    parser.add_argument("folder", nargs="?", type=Path, help=f"run root (default: benchmarks/{RESULTS.name})")
+    parser.add_argument("--collect", action="store_true", help="put the results into that file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)
