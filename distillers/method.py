@@ -58,8 +58,9 @@ def main(method, argv):
         target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
         facts["target"] = target.digest
         scale |= target.scale
-    if ranks.count() > 1:  # another algorithm than that of one process
-        facts["ranks"], scale["ranks"] = ranks.count(), [ranks.count(), 1]
+    if method.several:  # another algorithm for each number of processes
+        facts["ranks"] = ranks.count()
+        scale |= {"ranks": [ranks.count(), 1]} if ranks.count() > 1 else {}
     run = Run(home / args.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
     if run.finished:
         print(f"{run.artefact} is there already")

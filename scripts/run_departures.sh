@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The departures of README on real images, one at a time and together, each against KRR-ST as the paper has it; and Y_s
-# at random, a pool of one member, other T and m. TinyImageNet at 32 px and small networks, whatever the flags say: hours
+# at random, a pool of one member, other T and m, and networks in bf16 in all stages. TinyImageNet at 32 px and small networks, whatever the flags say: hours
 # of a CPU. Three distillations each, so that differences are paired by seed; each set is judged by a linear probe with
 # 20 % of the labels and by fine-tuning with 20 labels a class. A member of the pool is drawn about 120 times, so it
 # starts afresh five times. benchmarks/findings.md has what came out.
 set -euo pipefail
 methods="krr_st scratch random_features krr_st_d1 krr_st_d2 krr_st_d3 krr_st_d5 krr_st_d7 krr_st_d8 krr_st_as_released
- krr_st_random_targets krr_st_pool_of_1 krr_st_T_5 krr_st_T_80 krr_st_m_50 krr_st_m_200"
+ krr_st_random_targets krr_st_pool_of_1 krr_st_T_5 krr_st_T_80 krr_st_m_50 krr_st_m_200 krr_st_bf16"
 methods=$(echo $methods) # on one line
 targets="cifar10 imagenette cars"
 reduced=departures quick_width=0.25
@@ -19,7 +19,7 @@ target_network tinyimagenet
 for seed in $seeds; do
   for method in $methods; do
     case $method in
-      krr_st) changes="" ;;
+      krr_st | krr_st_bf16) changes="" ;;
       krr_st_d1) changes="--outer-lr 0.002" ;;
       krr_st_d2) changes="--ridge-per-image" ;;
       krr_st_d3) changes="--no-bias-column" ;;
@@ -33,8 +33,9 @@ for seed in $seeds; do
       krr_st_m_*) changes="--num-images ${method##*_}" ;;
     esac
     folder=$runs/tinyimagenet/$method/seed$seed
-    network=$folder/$(net $arch)/seed$seed
-    from="--source tinyimagenet $(preset tinyimagenet) --target $runs/tinyimagenet/target/seed0/target.pt --seed $seed"
+    network=$folder/$(net $arch)/seed$seed precise="--precision fp32"
+    [ $method != krr_st_bf16 ] || precise="--precision bf16"
+    from="--source tinyimagenet $(preset tinyimagenet) --target $runs/tinyimagenet/target/seed0/target.pt --seed $seed $precise"
     case $method in
       scratch) ;;
       random_features) task "$folder/distilled.pt" -m distillers $method $from $images ;;
@@ -44,13 +45,13 @@ for seed in $seeds; do
       network=$(scratch_folder $arch 32) start="none $(fresh $arch 32)"
     else
       start=$network/model.pt
-      task "$start" pretrain.py --distilled "$folder/distilled.pt" --arch $arch --width "$width" --epochs 400 --seed "$seed"
+      task "$start" pretrain.py --distilled "$folder/distilled.pt" --arch $arch --width "$width" --epochs 400 --seed "$seed" $precise
     fi
     for target in $targets; do
       task "$network/results.jsonl#${target}_linear_0.2_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.2
+        finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.2 $precise
       task "$network/results.jsonl#${target}_full_20perclass_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 20 --steps 200 --batch-size 128
+        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 20 --steps 200 --batch-size 128 $precise
     done
   done
 done

@@ -233,7 +233,7 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
             assert "another process of this job cannot be reached" in text[3 - which], text
         else:
             assert codes == [130, 130] and "stopped after step 13 of 20 (distil)" in text[2] and not text[3]
-    assert "ranks: 2 there, None now" in command("distill.py", *words, alone, check=False).stderr
+    assert "ranks: 2 there, 1 now" in command("distill.py", *words, alone, check=False).stderr
     found, codes = ranked(2, tmp_path / "c", call, distill.main, [*words, alone])
     assert codes == [0, 0] and found[0] == found[1]
     resumed = files.load(alone / "digits" / "krr_st" / "seed0" / "distilled.pt", "distilled")

@@ -26,6 +26,12 @@ class Parser(argparse.ArgumentParser):
             description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, others = super().parse_known_args(args, namespace)
+        if getattr(parsed, "precision", None) == "auto":
+            parsed.precision = fast_precision(parsed)
+        return parsed, others
+
     def exit(self, status=0, message=None):
         super().exit(status, message if ranks.first() else None)  # all ranks have the same command line
 
@@ -53,8 +59,18 @@ def parser(docstring):
 
 def add_device(shown):
     shown.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    shown.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks' passes")
+    shown.add_argument(
+        "--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
+        help="of the networks' passes (default: bf16 on a GPU that computes in it, else fp32)",
+    )  # fmt: skip
     shown.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits in each run, more slowly")
+
+
+def fast_precision(args):
+    """What --precision auto means for the other flags: the fast one of the device, which costs no accuracy that could
+    be measured (README, "Speed"). The plain step (--reference) is in float32."""
+    on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available() and not getattr(args, "reference", False)
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def add_data_root(shown):
