@@ -448,9 +448,10 @@ MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.
 
 def renewed(text, lines):
     """`text` with the tables between its marks made anew."""
-    from benchmarks import growth, speed  # these load every method, which takes longer than a table
+    from benchmarks import departures, growth, speed  # these load every method, which takes longer than a table
 
-    made = document(lines) | speed.collected() | {"growth": growth.collected()}
+    made = document(lines) | speed.collected()
+    made |= {"growth": growth.collected(), "departures_small": departures.tables(results.read(departures.RESULTS))}
     return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
 
 
