@@ -7,24 +7,13 @@ methods="krr_st krr_st_random_targets krr_st_d1 krr_st_d2 krr_st_d3 krr_st_d5 kr
 targets="cifar100 cifar10 aircraft cars cub2011 dogs flowers"
 quick_width=0.25
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
-lower="--outer-lr 1e-4"
-[ -z "$quick" ] || lower="--outer-lr 5e-4" # a tenth of the usual rate, too
+lower=1e-4
+[ -z "$quick" ] || lower=5e-4 # a tenth of the usual rate, too
 
 prepared "cifar100 $targets"
 task "$runs/bias/bias.png" -m benchmarks.bias --out "$runs/bias"
 for method in $methods; do
-  case $method in
-    krr_st) changes="" ;;
-    krr_st_random_targets) changes="--random-targets" ;;
-    krr_st_d1) changes=$lower ;;
-    krr_st_d2) changes="--ridge-per-image" ;;
-    krr_st_d3) changes="--no-bias-column" ;;
-    krr_st_d5) changes="--keep-pool-count" ;;
-    krr_st_d7) changes="--raw-init" ;;
-    krr_st_d8) changes="--augment-outer" ;;
-    krr_st_as_released) changes="$lower --keep-pool-count --raw-init --augment-outer" ;;
-  esac
-  distilled_set cifar100 "$method" $changes
+  distilled_set cifar100 "$method" $(variant "$method" $lower)
 done
 for seed in $seeds; do
   for method in $methods; do

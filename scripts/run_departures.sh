@@ -18,20 +18,6 @@ prepared "tinyimagenet $targets"
 target_network tinyimagenet
 for seed in $seeds; do
   for method in $methods; do
-    case $method in
-      krr_st | krr_st_bf16) changes="" ;;
-      krr_st_d1) changes="--outer-lr 0.002" ;;
-      krr_st_d2) changes="--ridge-per-image" ;;
-      krr_st_d3) changes="--no-bias-column" ;;
-      krr_st_d5) changes="--keep-pool-count" ;;
-      krr_st_d7) changes="--raw-init" ;;
-      krr_st_d8) changes="--augment-outer" ;;
-      krr_st_as_released) changes="--outer-lr 0.002 --keep-pool-count --raw-init --augment-outer" ;;
-      krr_st_random_targets) changes="--random-targets" ;;
-      krr_st_pool_of_1) changes="--pool-size 1" ;;
-      krr_st_T_*) changes="--pool-steps ${method##*_}" ;;
-      krr_st_m_*) changes="--num-images ${method##*_}" ;;
-    esac
     folder=$runs/tinyimagenet/$method/seed$seed
     network=$folder/$(net $arch)/seed$seed precise="--precision fp32"
     [ $method != krr_st_bf16 ] || precise="--precision bf16"
@@ -39,7 +25,7 @@ for seed in $seeds; do
     case $method in
       scratch) ;;
       random_features) task "$folder/distilled.pt" -m distillers $method $from $images ;;
-      *) task "$folder/distilled.pt" distill.py --name $method $from --arch $arch --width "$width" $images $usual $changes ;;
+      *) task "$folder/distilled.pt" distill.py --name $method $from --arch $arch --width "$width" $images $usual $(variant $method 0.002) ;;
     esac
     if [ $method = scratch ]; then
       network=$(scratch_folder $arch 32) start="none $(fresh $arch 32)"

@@ -108,6 +108,22 @@ distilled_set() { # SOURCE METHOD [FLAGS]: with flags, a variant of KRR-ST under
   task "$folder/distilled.pt" $script --source "$source" $(preset "$source") "$@"
 }
 
+variant() { # METHOD RATE: the flags that make this variant of KRR-ST (README, "Departures"); RATE is D1's
+  case $1 in
+    krr_st_random_targets) echo "--random-targets" ;;
+    krr_st_d1) echo "--outer-lr $2" ;;
+    krr_st_d2) echo "--ridge-per-image" ;;
+    krr_st_d3) echo "--no-bias-column" ;;
+    krr_st_d5) echo "--keep-pool-count" ;;
+    krr_st_d7) echo "--raw-init" ;;
+    krr_st_d8) echo "--augment-outer" ;;
+    krr_st_as_released) echo "--outer-lr $2 --keep-pool-count --raw-init --augment-outer" ;;
+    krr_st_pool_of_1) echo "--pool-size 1" ;;
+    krr_st_T_*) echo "--pool-steps ${1##*_}" ;;
+    krr_st_m_*) echo "--num-images ${1##*_}" ;;
+  esac
+}
+
 weights() { echo "$runs/$1/$2/seed0/$(net "$3")/seed$4"; } # SOURCE METHOD ARCH SEED: the folder of a pre-trained network
 
 pretrained() { # SOURCE METHOD ARCH SEED
