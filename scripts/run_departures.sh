@@ -2,7 +2,7 @@
 # The departures of README on real images, one at a time and together, each against KRR-ST as the paper has it; and Y_s
 # at random, a pool of one member, other T and m, and networks in bf16 in all stages. TinyImageNet at 32 px and small networks, whatever the flags say: hours
 # of a CPU. Three distillations each, so that differences are paired by seed; each set is judged by a linear probe with
-# 20 % of the labels and by fine-tuning with 20 labels a class. A member of the pool is drawn about 120 times, so it
+# 10 % of the labels and by fine-tuning with 20 labels a class. A member of the pool is drawn about 120 times, so it
 # starts afresh five times. benchmarks/findings.md has what came out.
 set -euo pipefail
 methods="krr_st scratch random_features krr_st_d1 krr_st_d2 krr_st_d3 krr_st_d5 krr_st_d7 krr_st_d8 krr_st_as_released
@@ -34,8 +34,8 @@ for seed in $seeds; do
       task "$start" pretrain.py --distilled "$folder/distilled.pt" --arch $arch --width "$width" --epochs 400 --seed "$seed" $precise
     fi
     for target in $targets; do
-      task "$network/results.jsonl#${target}_linear_0.2_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.2 $precise
+      task "$network/results.jsonl#${target}_linear_0.1_seed$seed" \
+        finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.1 $precise
       task "$network/results.jsonl#${target}_full_20perclass_seed$seed" \
         finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 20 --steps 200 --batch-size 128 $precise
     done
