@@ -37,7 +37,7 @@ for seed in $seeds; do
       task "$network/results.jsonl#${target}_linear_0.1_seed$seed" \
         finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.1 $precise
       task "$network/results.jsonl#${target}_full_20perclass_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 20 --steps 200 --batch-size 128 $precise
+        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 20 --steps 150 --batch-size 64 $precise
     done
   done
 done
