@@ -151,7 +151,7 @@ def test_parts_of_a_step_draw_differently_and_alike_in_each_run(monkeypatch):
 def at_step(phase, number, action):
     """Let `action()` happen in the loop of `phase` after `number` steps, and write a checkpoint after each."""
     steps = run.Run.steps
-    run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0, 1e9
+    run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE, run.TALK_SECONDS = 0, 1e9, 0
 
     def stepping(self, name, total):
         for step in steps(self, name, total):
@@ -243,8 +243,9 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
 
 
 def _steps_taken(words):
-    """What each rank saw at each step, and the gradients that it took."""
-    seen, outer_loss, average = [], distill.outer_loss, ranks.average
+    """What each rank saw at each step, and the gradients that it took; and how often ranks talked beside that."""
+    seen, outer_loss, average, most, talks = [], distill.outer_loss, ranks.average, ranks.most, []
+    run.TALK_SECONDS = 1e9
 
     def recording(member, x_real, y_real, x_syn, y_syn, args):
         tensors = [each.detach().clone() for each in (x_real, y_real, x_syn, y_syn)]
@@ -257,9 +258,13 @@ def _steps_taken(words):
         if len(tensors) == 3:
             seen[-1].append([each.clone() for each in tensors])
 
-    distill.outer_loss, ranks.average = recording, averaging
+    def talking(value):
+        talks.append(value)
+        return most(value)
+
+    distill.outer_loss, ranks.average, ranks.most = recording, averaging, talking
     call(distill.main, words)
-    return [each for each in seen if len(each) == 3]
+    return [each for each in seen if len(each) == 3], len(talks)
 
 
 def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_and_batch(home, data_root, tmp_path):
@@ -267,6 +272,8 @@ def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_an
     words += ["--data-root", data_root, "--run-root", home]
     found, codes = ranked(2, tmp_path / "a", _steps_taken, words)
     assert codes == [0, 0], outputs(tmp_path / "a", 2)
+    found, talks = zip(*found, strict=True)
+    assert talks == (5, 5)  # how long to train the pool, then at the first and last step of both loops
     assert len(found[0]) == len(found[1]) == 3  # 6 steps of one process
     args = SimpleNamespace(ridge=1e-6, ridge_per_image=False, bias_column=True, chunk=0)
     for one, two in zip(*found, strict=True):
@@ -334,10 +341,7 @@ def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, d
 def test_torchrun_with_one_process_is_the_ordinary_run(home, data_root, distilled, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     words = ["distill.py", "--source", "digits", *DISTILL, "--data-root", str(data_root), "--run-root", str(home)]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [*launch, "1", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([*launch, "1", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     alone, ordinary = load_distilled(home / "digits" / "krr_st" / "seed0" / "distilled.pt"), load_distilled(distilled)
     assert torch.equal(alone.images, ordinary.images) and torch.equal(alone.targets, ordinary.targets)

@@ -72,13 +72,13 @@ def _together():
 
 
 def most(value):
-    """The largest of all ranks' integers."""
+    """The largest of all ranks' integers, or of each place in a list of them."""
     if count() == 1:
         return value
     box = torch.tensor(value)
     with _together():
         dist.all_reduce(box, dist.ReduceOp.MAX)
-    return int(box)
+    return box.tolist()
 
 
 def average(tensors):

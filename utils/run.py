@@ -18,6 +18,7 @@ from utils.errors import UserError
 
 CHECKPOINT_SECONDS = 120
 CHECKPOINT_SHARE = 0.02  # of the time of a run that may go into writing checkpoints; a slow disk makes them rarer
+TALK_SECONDS = 1  # after which ranks ask each other whether one of them has been told to stop
 RECENT = 100  # steps over which a limit on a logged value counts
 ELSEWHERE = "choose another --run-root or --seed, or delete that folder"
 # Do not decide the result.
@@ -192,22 +193,32 @@ class Run:
     def steps(self, phase, total):
         """Yield 0, 1, ... total-1, from where the checkpoint stands; show a bar; write checkpoints as time passes.
 
-        SIGINT and SIGTERM end the loop after the current step with a checkpoint and `Stopped`.
+        SIGINT and SIGTERM end the loop after the current step with a checkpoint and `Stopped`; of several ranks, all of
+        them within about `TALK_SECONDS`.
         """
         self.phase, self.total = phase, total
-        first = self.done.get(phase, 0)
-        self._unread, self._window = [], {}
+        first = talk = self.done.get(phase, 0)
+        self._unread, self._window, self._began = [], {}, time.monotonic()
         with _Signals() as signals, progress.bar(total=total, initial=first, desc=phase) as self.bar:
             for step in range(first, total):
                 yield step
                 self.done[phase] = step + 1
                 self.bar.update()
+                if step < talk and step + 1 < total:
+                    continue
                 due = ranks.first() and self._due(end=step + 1 == total)
-                wish = ranks.most(2 if signals.received else int(due))  # all ranks do it, or none
-                if wish:
+                wish, pause = ranks.most([2 if signals.received else int(due), self._pause(step + 1 - first)])
+                talk = step + pause
+                if wish:  # all ranks do it, or none
                     self.checkpoint()
                 if wish == 2:
                     raise Stopped(f"stopped after step {step + 1} of {total} ({phase}); the same command goes on there")
+
+    def _pause(self, steps):
+        """After how many steps ranks talk again, as the first has it from `steps` of this loop; 1 for a single one."""
+        if ranks.count() == 1 or not ranks.first():
+            return 1
+        return max(1, int(TALK_SECONDS * steps / (time.monotonic() - self._began)))
 
     def log(self, step, **scalars):
         """Take the scalars of a step; every `log_every` steps their means become a line of log.jsonl and the bar's
