@@ -2,7 +2,7 @@
 # The departures of README on real images, one at a time and together, each against KRR-ST as the paper has it; and Y_s
 # at random, a pool of one member, other T and m, and networks in bf16 in all stages. TinyImageNet at 32 px and small
 # networks, whatever the flags say: hours of a CPU. Three distillations each, so that differences are paired by seed;
-# each set is judged by a linear probe with 10 % of the labels and by fine-tuning with 20 labels a class. A member of the
+# each set is judged by a linear probe with 10 % of the labels and by fine-tuning with 15 labels a class. A member of the
 # pool is drawn about 120 times, so it starts afresh five times. benchmarks/findings.md has what came out.
 set -euo pipefail
 methods="krr_st scratch random_features krr_st_d1 krr_st_d2 krr_st_d3 krr_st_d5 krr_st_d7 krr_st_d8 krr_st_as_released
@@ -36,8 +36,8 @@ for seed in $seeds; do
     for target in $targets; do
       task "$network/results.jsonl#${target}_linear_0.1_seed$seed" \
         finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.1 $precise
-      task "$network/results.jsonl#${target}_full_20perclass_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 20 --steps 150 --batch-size 64 $precise
+      task "$network/results.jsonl#${target}_full_15perclass_seed$seed" \
+        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 15 --steps 150 --batch-size 64 $precise
     done
   done
 done
