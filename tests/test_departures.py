@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks import departures
+from data.distilled import load_distilled
 from tests.conftest import command
 
 
@@ -64,3 +66,16 @@ def test_command_refuses_a_file_that_is_none(tmp_path):
     (tmp_path / "results.jsonl").write_text("no json\n")
     done = command("-m", "benchmarks.departures", tmp_path, check=False)
     assert done.returncode == 2 and "line 1 is not a result" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_outer_losses_come_from_the_distilled_sets(roots, distilled):
+    initial, learned = departures.losses(Path(roots[3]))
+    meta = load_distilled(distilled).meta
+    assert learned["method"] == "krr_st" and learned["accuracy"] == pytest.approx(
+        100 * meta["outer_loss_distilled"], 1e-3
+    )
+    found = departures.by_seed([initial, learned])["krr_st"]
+    assert found == {
+        (departures.LOSS, "initial images"): {0: initial["accuracy"]},
+        (departures.LOSS, "distilled images"): {0: learned["accuracy"]},
+    }

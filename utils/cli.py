@@ -67,8 +67,8 @@ def add_device(shown):
 
 
 def fast_precision(args):
-    """What --precision auto means for the other flags: the fast one of the device, which costs no accuracy that could
-    be measured (README, "Speed"). The plain step (--reference) is in float32."""
+    """What --precision auto means for the other flags: the fast one of the device (benchmarks/findings.md has what
+    that does to results). The plain step (--reference) is in float32."""
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available() and not getattr(args, "reference", False)
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
