@@ -365,3 +365,14 @@ def test_bad_command_line_is_said_once_and_other_programs_refuse(monkeypatch, ca
         with pytest.raises(SystemExit):
             cli.run(main, words)
         assert "(rank 1): error: runs in one process, not under torchrun" in capsys.readouterr().err
+
+
+def test_bar_is_of_the_first_rank_and_of_none_where_the_environment_says_so():
+    code = "from utils import progress; list(progress.bar(range(3), desc='steps'))"
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | more, capture_output=True, text=True
+        ).stderr
+        for more in ({}, {"TQDM_DISABLE": "1"}, {"RANK": "1", "WORLD_SIZE": "2"})
+    ]
+    assert "steps: 100%" in shown[0] and shown[1:] == ["", ""]

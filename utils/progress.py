@@ -9,5 +9,7 @@ from utils import ranks
 
 def bar(iterable=None, **options):
     """A tqdm bar on standard error; `options` are tqdm's (desc, total, initial)."""
-    options |= dict(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True, disable=not ranks.first())
+    options |= dict(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    if not ranks.first():
+        options["disable"] = True  # not given otherwise: $TQDM_DISABLE decides
     return tqdm(iterable, **options)
