@@ -11,7 +11,6 @@ Last comes what distill.py minimises, under the final pool and for real images t
 variant with another kind of pool has another measure.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -27,8 +26,6 @@ BASE = "krr_st"
 COMMAND = "bash scripts/run_departures.sh --methods {}"
 KEPT = ("method", "seed", "target", "protocol", "labels_per_class", "label_fraction", "accuracy", "num_images", "arch",
         "width", "digest", "scale", "device", "versions", "seconds")  # fmt: skip
-
-
 LOSS = "outer loss x 100"
 
 
@@ -123,7 +120,7 @@ def main(argv):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.prog = "python -m benchmarks.departures"
     parser.add_argument("folder", nargs="?", type=Path, help=f"run root (default: benchmarks/{RESULTS.name})")
     parser.add_argument("--collect", action="store_true", help="put the results into that file")

@@ -6,6 +6,7 @@ anything, and of all at once as distill.py does it, with one exchange of the gra
 what the machine's shared parts cost (memory, caches, clock), the second what the exchange does.
 """
 
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def markdown(result):
     times = {name: middle(each[name] for each in rounds) for name in rounds[0]}
     images, targets = (result["bytes"][name] for name in ("images", "targets"))
     network = models.label(result["arch"], result["width"])
-    step = sorted(each["together"] for each in rounds)[len(rounds) // 2]
+    step = statistics.median(each["together"] for each in rounds)
     rows = []
     for number in NUMBERS:
         sent = 2 * (number - 1) / number * (images + targets + 4)
