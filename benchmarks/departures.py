@@ -4,6 +4,8 @@
     python -m benchmarks.departures --collect runs/departures    # take them into benchmarks/departures.jsonl
     python -m benchmarks.departures                              # from that file
 
+Prints a table for each way of judging, with a column for each data set; findings.md has the means over data sets.
+
 A cell is the mean accuracy in percent ± the standard deviation over seeds (ddof = 0), and in brackets the same of the
 difference from KRR-ST as the paper has it, each seed's own: both start from the same images and the same networks. A
 star marks differences whose 95 % interval by Student's t excludes zero; of many cells, one in twenty does by chance.
@@ -89,24 +91,41 @@ def cell(values, base):
     return text
 
 
-def tables(lines):
-    """A Markdown table for each protocol, with a row for each method."""
-    found, texts = by_seed(lines), []
+def table(found, name, columns):
+    """Markdown, headed `name`: a row for each method that has a result in one of `columns` {head: column}."""
+    rows = [[Cell(name), *map(Cell, columns), Cell("seeds"), Cell("command")]]
+    for method in sorted(found, key=order):
+        mine = [found[method].get(column, {}) for column in columns.values()]
+        base = [found.get(BASE, {}).get(column, {}) if method != BASE else {} for column in columns.values()]
+        if any(mine):
+            count, command = len(set().union(*mine)), f"`{COMMAND.format(method)}`"
+            texts = [Cell(cell(*pair)) for pair in zip(mine, base, strict=True)]
+            rows.append([Cell(METHODS.get(method, method)), *texts, Cell(str(count)), Cell(command)])
+    return markdown(rows)
+
+
+def by_protocol(found):
+    """{protocol: its data sets in order, the mean last}."""
     columns = {column for values in found.values() for column in values}
-    for protocol in sorted(
-        {protocol for protocol, _ in columns}, key=lambda p: (p == LOSS, not p.startswith("probe"), p)
-    ):
-        targets = sorted((t for p, t in columns if p == protocol), key=lambda t: (t in ("mean", "distilled images"), t))
-        rows = [[Cell(protocol), *map(Cell, targets), Cell("seeds"), Cell("command")]]
-        for method in sorted(found, key=order):
-            mine = [found[method].get((protocol, target), {}) for target in targets]
-            base = [found.get(BASE, {}).get((protocol, t), {}) if method != BASE else {} for t in targets]
-            if any(mine):
-                count, command = len(set().union(*mine)), f"`{COMMAND.format(method)}`"
-                texts_of = [Cell(cell(*pair)) for pair in zip(mine, base, strict=True)]
-                rows.append([Cell(METHODS.get(method, method)), *texts_of, Cell(str(count)), Cell(command)])
-        texts.append(markdown(rows))
+    last = ("mean", "distilled images")
+    return {
+        protocol: sorted((t for p, t in columns if p == protocol), key=lambda t: (t in last, t))
+        for protocol in sorted({p for p, _ in columns}, key=lambda p: (p == LOSS, not p.startswith("probe"), p))
+    }
+
+
+def tables(lines):
+    """A Markdown table for each protocol, with a column for each data set."""
+    found = by_seed(lines)
+    texts = [table(found, p, {t: (p, t) for t in targets}) for p, targets in by_protocol(found).items()]
     return "\n\n".join(texts) or "No results yet."
+
+
+def summary(lines):
+    """One Markdown table: each protocol's mean over data sets, and the outer loss of the distilled images."""
+    found = by_seed(lines)
+    columns = {protocol: (protocol, targets[-1]) for protocol, targets in by_protocol(found).items()}
+    return table(found, "mean over data sets", columns) if found else "No results yet."
 
 
 def main(argv):

@@ -111,7 +111,9 @@ def measure(args, device):
     with tempfile.TemporaryDirectory() as folder:
         source, target = made(args, images_for(args), device, Path(folder))
         ours = Step(False, source, target, args, device)
+        keep_freed_memory(False)  # counting holds more than a step does
         operations = flop(ours)
+        keep_freed_memory(device.type == "cpu")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         ours()
@@ -119,18 +121,19 @@ def measure(args, device):
         pieces = parts(ours)
         wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
         rounds = []
+        keep_freed_memory(False)  # both processes at once may not fit
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=Plain.start, initargs=(precisely, Path(folder))
         ) as other:
             plain_operations = other.submit(Plain.flop).result()
             for _ in progress.bar(range(args.pairs), desc="pairs"):
+                keep_freed_memory(device.type == "cpu")
                 rates = {"float32": peak(device)}
                 if args.precision == "bf16":
                     rates["bfloat16"] = peak(device, torch.bfloat16)
                 took, _ = seconds(ours, device)
-                keep_freed_memory(False)  # both at once may not fit
+                keep_freed_memory(False)
                 rounds.append(dict(ours=took, plain=other.submit(Plain.seconds).result(), peak=rates))
-                keep_freed_memory(device.type == "cpu")
     names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "outer_steps",
              "pool_size", "pool_steps")  # fmt: skip
     return dict(

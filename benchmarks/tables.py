@@ -451,7 +451,7 @@ def renewed(text, lines):
     from benchmarks import departures, growth, speed  # these load every method, which takes longer than a table
 
     made = document(lines) | speed.collected()
-    made |= {"growth": growth.collected(), "departures_small": departures.tables(results.read(departures.RESULTS))}
+    made |= {"growth": growth.collected(), "departures_small": departures.summary(results.read(departures.RESULTS))}
     return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
 
 

@@ -61,6 +61,16 @@ def test_table_has_each_row_with_its_command_and_comes_back_from_the_file(tmp_pa
     assert rows[6][1:4] == ["5.00 ± 0.00", "5.00 ± 0.00", "1"]
 
 
+def test_summary_has_the_means_over_data_sets_and_the_loss_of_the_distilled_images():
+    loss = [line("krr_st", 0, target, value, departures.LOSS) for target, value in
+            (("initial images", 40.0), ("distilled images", 20.0))]  # fmt: skip
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in departures.summary(LINES + loss).splitlines()]
+    assert rows[0][:-2] == ["mean over data sets", "probe, 20%", "fine-tuned, 20 labels/class", departures.LOSS]
+    assert rows[2][:-2] == ["KRR-ST", "26.50 ± 1.50", "5.00 ± 0.00", "20.00 ± 0.00"]
+    assert rows[3][1:-1] == ["29.62 ± 2.38 (-0.75 ± 0.00)", "", "", "2"] and "krr_st_d5`" in rows[3][-1]
+    assert departures.summary([]) == departures.tables([]) == "No results yet."
+
+
 def test_command_refuses_a_file_that_is_none(tmp_path):
     (tmp_path / "results.jsonl").write_text("no json\n")
     done = command("-m", "benchmarks.departures", tmp_path, check=False)
