@@ -210,7 +210,7 @@ def bars(args):
         raise UserError(f"no results for {args.tables} yet; see scripts/run_architectures.sh")
     methods = sorted({method for *_, rows in chosen for method, *_ in rows}, key=tables.order)
     figure, axes = panels(len(chosen), width=6.4, height=3.2, most=2)
-    for axis, (_, remark, columns, rows) in zip(axes, chosen, strict=True):
+    for axis, (_, settings, columns, rows) in zip(axes, chosen, strict=True):
         wide = 0.8 / len(rows)
         for i, (method, own, cells) in enumerate(rows):
             there = [j for j, column in enumerate(columns) if column in cells]
@@ -224,7 +224,7 @@ def bars(args):
                 label=tables.METHODS.get(method, method) + (f" ({own})" if own else ""),
             )  # fmt: skip
         axis.set_xticks(range(len(columns)), [target for _, target in columns])
-        tidy(axis, columns[0][0] + (" (reduced scale)" if remark else ""), y="accuracy in %")
+        tidy(axis, columns[0][0] + ("" if settings is None else " (reduced scale)"), y="accuracy in %")
     legend(figure, axes)
     saved(figure, args.out)
 

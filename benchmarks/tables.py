@@ -254,8 +254,9 @@ def results_of(table, lines):
 
 
 def parts(table, lines):
-    """The results of `table` in `lines` as (remark, columns, rows): those at the paper's scale, and all others. A row
-    is (method, what else tells it apart, {column: results})."""
+    """The results of `table` in `lines` as (settings, columns, rows): those at the paper's scale, whose settings are
+    None, and all others, where it is a list of what differs from the paper in all rows. A row is (method, what else
+    tells it apart, {column: results})."""
     for reduced, chosen in results_of(table, lines):
         if not chosen:
             continue
@@ -266,18 +267,15 @@ def parts(table, lines):
             own = [described(name, shown(scale[name][0]), [shown(scale[name][1])]) for name in sorted(apart & {*scale})]
             own += [f"distilled with seed {line['distilled_seed']}"] if line.get("distilled_seed") else []
             rows[method_of(line), ", ".join(own)][column_of(line)].append(value(line))
-        remark = ""
-        if reduced:
-            said = ", ".join(described(*each) for each in sorted(common)) or "as the rows say"
-            remark = f"**Reduced scale, not comparable with the paper.** Settings (in brackets the paper's): {said}."
+        settings = [described(*each) for each in sorted(common)] if reduced else None
         found = sorted({column for columns in rows.values() for column in columns})
         paper = [(arch, target) for arch in table.archs for target in table.targets]
         columns = [each for each in paper if each in found] + [each for each in found if each not in paper]
         in_order = sorted(rows, key=lambda key: (order(key[0]), natural(key[1])))
-        yield remark, columns, [(*key, rows[key]) for key in in_order]
+        yield settings, columns, [(*key, rows[key]) for key in in_order]
 
 
-def grid(table, remark, columns, rows):
+def grid(table, reduced, columns, rows):
     """The rows of `parts` as rows of `Cell`s, those of the paper beside them; the first is the heading."""
     one_arch = len({arch for arch, _ in columns}) == 1
     many_targets = len({target for _, target in columns}) > 1
@@ -303,16 +301,16 @@ def grid(table, remark, columns, rows):
                 ours.append(Cell(text, bool(v) and other != ORACLE and statistics.mean(v) == best[column]))
             lines.append([Cell(name), *ours])
         known = [table.numbers.get((method, *column)) for column in columns]
-        if not any(known) or (remark and not any(other == method for other, *_ in rows)):
+        if not any(known) or (reduced and not any(other == method for other, *_ in rows)):
             continue
         paper = [
             Cell(f"{k[0]:.2f}" + (f" ± {k[1]:.2f}" if k[1] is not None else "") if k else "",
                  bool(k) and k[0] == papers_best[column])
             for k, column in zip(known, columns, strict=True)
         ]  # fmt: skip
-        lines.append([Cell(METHODS.get(method, method)), Cell("paper, full scale" if remark else "paper"), *paper])
+        lines.append([Cell(METHODS.get(method, method)), Cell("paper, full scale" if reduced else "paper"), *paper])
         mine = [cells for other, own, cells in rows if (other, own) == (method, "")]
-        if mine and not remark:
+        if mine and not reduced:
             compared = [difference(mine[0].get(column), k) for column, k in zip(columns, known, strict=True)]
             lines.append([Cell(""), Cell("difference"), *(Cell(text) for text, *_ in compared)])
     for above, below in zip(reversed(lines[:-1]), reversed(lines[1:]), strict=True):
@@ -359,14 +357,14 @@ def comma_separated(tables, lines, out):
     writer.writerow(["table", "scale", "method", "arch", "target", "mean", "std", "n", "paper_mean", "paper_std",
                      "difference", "within_two_std"])  # fmt: skip
     for table in tables:
-        for remark, columns, rows in parts(table, lines):
+        for settings, columns, rows in parts(table, lines):
             for method, own, cells in rows:
                 for column in columns:
                     if v := cells.get(column):
                         known = table.numbers.get((method, *column), ("", ""))
-                        _, apart, within = difference(v, None if remark or own or not known[0] else known)
+                        _, apart, within = difference(v, None if settings is not None or own or not known[0] else known)
                         compared = ["" if each is None else each for each in (apart, within)]
-                        scale = "; ".join(filter(None, ["reduced" if remark else "paper", own]))
+                        scale = "; ".join(filter(None, ["paper" if settings is None else "reduced", own]))
                         writer.writerow([table.name, scale, method, *column, statistics.mean(v), statistics.pstdev(v),
                                          len(v), *known, *compared])  # fmt: skip
 
@@ -419,17 +417,27 @@ def others(lines):
 
 def blocks(lines, only=None):
     """(name, heading, rows of `Cell`s) of all tables that `lines` have results for, or of those in `only`."""
+    above = name = None
     for table in all_tables(lines):
         if only and table.name not in only:
             continue
-        for remark, columns, rows in parts(table, lines):
-            shown_grid = grid(table, remark, columns, rows)
+        for settings, columns, rows in parts(table, lines):
+            shown_grid = grid(table, settings is not None, columns, rows)
             heading = TITLES[table.name]
             heading += f", {table.source}, features of {table.archs[0]}" if table.name == "fid" else ""
             heading += f". The same sets and networks on {table.probed}, by other protocols" if table.probed else ""
-            compared = any(cell.text.endswith(("✓", "✗")) for row in shown_grid for cell in row)
-            legend = "✓: within two of the paper's standard deviations." if compared else ""
-            yield table.name, f"{heading}. {remark or legend}".strip(), shown_grid
+            if settings is None:
+                compared = any(cell.text.endswith(("✓", "✗")) for row in shown_grid for cell in row)
+                remark = "✓: within two of the paper's standard deviations." if compared else ""
+            elif table.name == name and above and {*settings} <= {*above}:
+                remark = "**Reduced scale**, settings as above."
+            else:
+                above, name = settings, table.name
+                said = ", ".join(settings) or "as the rows say"
+                remark = (
+                    f"**Reduced scale, not comparable with the paper.** Settings (in brackets the paper's): {said}."
+                )
+            yield table.name, f"{heading}. {remark}".strip(), shown_grid
     for target, rows in others(lines).items():
         if not only or target in only:
             yield target, f"Accuracy on {target}'s test split.", rows

@@ -30,8 +30,8 @@ def test_table_at_the_papers_scale():
     lines += [line(99.0, labels_per_class=1), line(99.0, protocol="linear"), line(99.0, source="cifar10"),
               line(99.0, arch="vgg11"), line(99.0, method="krr_st_d5", scale={"distill.keep_pool_count": [True, False]})
              ]  # fmt: skip
-    [(remark, columns, _)] = tables.parts(TABLES["table1"], lines)
-    assert remark == "" and columns == [("convnet3", "cifar10"), ("convnet3", "cars")]
+    [(settings, columns, _)] = tables.parts(TABLES["table1"], lines)
+    assert settings is None and columns == [("convnet3", "cifar10"), ("convnet3", "cars")]
     shown = tables.document(lines, ["table1"])["table1"].split("\n\nTable")[0].splitlines()
     assert shown[2:5] + shown[-3:] == [
         "| accuracy in %      |            | cifar10                | cars                   |",
@@ -50,7 +50,8 @@ def test_results_at_another_scale_are_apart_and_say_so():
     lines += [line(9.0, target="cars", scale=SMALL | {"finetune.steps": [300, 5000], "cars train": [6098, 8144]})]
     lines += [line(55.0, width=0.25, scale={"width": [0.25, 1.0], "finetune.steps": [300, 10000]}, **SCRATCH)]
     lines += [line(58.0, method="random", scale={**SMALL, "num_images": [50, 1000]})]
-    assert [each[0][:20] for each in tables.parts(TABLES["table1"], lines)] == ["**Reduced scale, not"]
+    [(settings, *_)] = tables.parts(TABLES["table1"], lines)
+    assert "width 0.25 (1.0)" in settings
     shown = tables.document(lines)["table1"]
     heading, _, *rows = shown.splitlines()
     assert "not comparable with the paper" in heading and "✓" not in shown and "difference" not in shown
@@ -65,8 +66,8 @@ def test_results_at_another_scale_are_apart_and_say_so():
 def test_scratch_at_another_size_than_the_tables_is_of_reduced_scale():
     both = [line(60.0, arch="convnet4", image_size=64, source="tinyimagenet"),
             line(50.0, arch="convnet4", **SCRATCH)]  # fmt: skip
-    [(remark, _, rows)] = tables.parts(TABLES["table2"], both)
-    assert remark == "" and [row[0] for row in rows] == ["krr_st"]
+    [(settings, _, rows)] = tables.parts(TABLES["table2"], both)
+    assert settings is None and [row[0] for row in rows] == ["krr_st"]
     assert tables.scale_of(both[1], TABLES["table2"]) == {"image_size": [32, 64]}
 
 
@@ -76,8 +77,8 @@ def test_distillation_of_knowledge_is_by_whose_images():
     lines = [line(60.0, source="tinyimagenet", images=images | dict(method="krr_st"), **facts),
              line(33.0, images=images | dict(method="gaussian"), scale={"kd.lr": [1e-3, 1e-4]}, **SCRATCH, **facts),
              line(70.0, images=images | dict(method="krr_st"), **SCRATCH, **facts)]  # fmt: skip
-    [(remark, columns, rows)] = tables.parts(TABLES["table4"], lines)
-    assert remark == "" and columns == [("vgg11", "cifar10")]
+    [(settings, columns, rows)] = tables.parts(TABLES["table4"], lines)
+    assert settings is None and columns == [("vgg11", "cifar10")]
     assert [(method, cells["vgg11", "cifar10"]) for method, _, cells in rows] == [
         ("gaussian", [33.0]),
         ("krr_st", [60.0]),
@@ -204,6 +205,17 @@ def test_other_protocols_stand_below_the_table_of_the_same_sets():
     assert "DM" in beside[1] and "| **9.00 ± 0.00 (n=1)** |" in beside[1] and "paper" not in "".join(beside)
     rest = tables.document(lines)
     assert rest.keys() == {"table1", "cifar10"} and rest["cifar10"].count("(n=1)") == 1  # each result once
+
+
+def test_settings_are_listed_once_unless_others_come_in():
+    few, more = SMALL, SMALL | {"finetune.steps": [300, 10000]}
+    lines = [line(60.0, scale=more), line(50.0, protocol="linear", scale=few),
+             line(9.0, method="dm", protocol="head", target="cifar100", scale=few | {"dm.real_batch": [16, 256]}),
+            ]  # fmt: skip
+    main, same, other = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
+    assert "finetune.steps 300 (10,000)" in main and "width 0.25 (1.0)" in main
+    assert "**Reduced scale**, settings as above." in same and "width" not in same
+    assert "not comparable" in other and "dm.real_batch 16 (256)" in other
 
 
 def test_variants_have_their_probes_beside_their_own_table():
