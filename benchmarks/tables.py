@@ -56,7 +56,7 @@ METHODS = {  # in the order of the rows; others follow under their own names
     "krr_st_T_80": "KRR-ST, T = 80",
     "krr_st_m_50": "KRR-ST, m = 50",
     "krr_st_m_200": "KRR-ST, m = 200",
-    "krr_st_bf16": "KRR-ST, all stages in bf16",
+    "krr_st_bf16": "KRR-ST, from distillation on in bf16",
 }
 TITLES = {
     "table1": "Table 1: CIFAR-100's sets, ConvNet3",

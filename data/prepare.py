@@ -49,7 +49,7 @@ def prepare(name, split, size, root, labels=False, partial=False):
     fingerprint = _fingerprint(raw)
     if not _is(known := _record(stem), fingerprint):
         if not partial:
-            raw_images.check_counts(name, split, raw)
+            raw_images.check_counts(name, split, size, root, raw)
         if raw.made_split and split == "train":
             print(f"{name}: no test split there; a fifth of each class, drawn with seed 0, is kept for the test")
         stem.parent.mkdir(parents=True, exist_ok=True)

@@ -50,13 +50,14 @@ def is_whole(name, split, raw):
     return (len(raw.images), len(raw.classes)) == published(name, split)
 
 
-def check_counts(name, split, raw):
+def check_counts(name, split, size, root, raw):
     """Raise UserError when a named set has another number of images or classes than the published one."""
     if is_whole(name, split, raw) is False:
         images, classes = published(name, split)
         raise UserError(
             f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, the published set has "
-            f"{images:,} of {classes:,}; to use a part on purpose: python -m data.prepare {name} --partial"
+            f"{images:,} of {classes:,}; to use a part on purpose: python -m data.prepare {name} --size {size} --partial "
+            f"--data-root {root}"
         )
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The departures of README on real images, one at a time and together, each against KRR-ST as the paper has it; and Y_s
-# at random, a pool of one member, other T and m, and networks in bf16 in all stages. TinyImageNet at 32 px and small
-# networks, whatever the flags say: hours of a CPU. Three distillations each, so that differences are paired by seed;
-# each set is judged by a linear probe with 10 % of the labels and by fine-tuning with 15 labels a class. A member of the
-# pool is drawn about 120 times, so it starts afresh five times. benchmarks/findings.md has what came out.
+# at random, a pool of one member, other T and m, and networks in bf16 from distillation on. TinyImageNet at 32 px and
+# small networks, whatever the flags say: hours of a CPU. Three distillations each, so that differences are paired by
+# seed; each set is judged by a linear probe with 10 % of the labels and by fine-tuning with 15 labels a class. A
+# member of the pool is drawn about 120 times, so it starts afresh five times. benchmarks/findings.md has what came out.
 set -euo pipefail
 methods="krr_st scratch random_features krr_st_d1 krr_st_d2 krr_st_d3 krr_st_d5 krr_st_d7 krr_st_d8 krr_st_as_released
  krr_st_random_targets krr_st_pool_of_1 krr_st_T_5 krr_st_T_80 krr_st_m_50 krr_st_m_200 krr_st_bf16"
