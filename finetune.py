@@ -71,7 +71,8 @@ def main(argv):
     size = beginning.saved["image_size"]
     train = load_images(args.target, "train", size, args.data_root, labels=True)
     test = load_images(args.target, "test", size, args.data_root, labels=True)
-    settings = start.settings(args, beginning, target=train.name)
+    seen = [train.fingerprint, test.fingerprint]
+    settings = start.settings(args, beginning, target=train.name, fingerprints=seen)
     if args.protocol != "full":
         settings = {name: value for name, value in settings.items() if name not in HELP}
     key = results.digest(settings)
@@ -95,6 +96,9 @@ def main(argv):
     labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
     name = f"{train.name}_{args.protocol}{labels}_seed{beginning.seed}"
     scale = train.part | test.part
+    if args.protocol == "full":
+        used = {name: value for name, value in settings.items() if name in HELP}
+        scale |= differences(cli.preset_name(train.name), "finetune", used)
     if as_it_is:
         accuracy = evaluate.accuracy(network, test, device, args.precision)
     elif args.protocol == "full":
@@ -102,11 +106,9 @@ def main(argv):
         network = start.trained(
             beginning, run, network, len(train.classes),
             lambda: finetune(network, train, args, run, randomness, device),
-            target=train.name, finetune=run.settings,
+            target=train.name, finetune=run.settings, scale=beginning.scale | scale,
         )  # fmt: skip
         accuracy = evaluate.accuracy(network, test, device, args.precision)
-        used = {key: value for key, value in run.settings.items() if key in HELP}
-        scale |= differences(cli.preset_name(train.name), "finetune", used)
     else:
         protocol = {"linear": evaluate.linear_accuracy, "knn": evaluate.knn_accuracy}[args.protocol]
         accuracy = protocol(network.embed, train, test, device, args.precision)

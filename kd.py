@@ -87,7 +87,7 @@ def main(argv):
     if test.labels is None or teaching["num_outputs"] != len(test.classes):
         raise UserError(f"{args.teacher}: {teaching['num_outputs']} classes, but {test.name} has {len(test.classes)}")
     digests = dict(distilled=files.digest(args.distilled), teacher=files.digest(args.teacher))
-    settings = start.settings(args, beginning, target=test.name, protocol="kd", **digests)
+    settings = start.settings(args, beginning, target=test.name, fingerprint=test.fingerprint, protocol="kd", **digests)
     key = results.digest(settings)
     if line := ranks.from_first(lambda: results.find(beginning.folder, key)):
         print(f"{results.show(line)} (was there already)")
@@ -101,18 +101,19 @@ def main(argv):
     origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
     folder = beginning.folder / f"{test.name}_kd_{origin}_seed{beginning.seed}"
     run = Run(folder, "model.pt", settings, args.log_every)
+    scale = {f"teacher's {name}": pair for name, pair in teaching["meta"].get("scale", {}).items()}
+    used = {name: value for name, value in settings.items() if name in HELP}
+    scale |= test.part | distilled.meta.get("scale", {}) | differences(cli.preset_name(test.name), "kd", used)
     student = start.trained(
         beginning, run, student, len(test.classes),
         lambda: imitate(student, teacher, distilled, args, run, randomness, device),
-        target=test.name, kd=run.settings,
+        target=test.name, kd=run.settings, scale=beginning.scale | scale,
     )  # fmt: skip
     accuracies = {
         f"{who}{suffix}": round(evaluate.accuracy(network, test, device, args.precision, batch_statistics), 4)
         for who, network in (("accuracy", student), ("teacher", teacher))
         for suffix, batch_statistics in (("", True), ("_running_statistics", False))
     }
-    used = {key: value for key, value in run.settings.items() if key in HELP}
-    scale = test.part | distilled.meta.get("scale", {}) | differences(cli.preset_name(test.name), "kd", used)
     line = beginning.result(
         scale, device, started, name=f"{test.name}_kd_{Path(str(images['method'])).name}_seed{beginning.seed}",
         target=test.name, protocol="kd", images=images, **accuracies, digest=key,

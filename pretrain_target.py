@@ -114,7 +114,7 @@ def main(argv):
     run = Run(
         args.run_root / source.name / "target" / f"seed{args.seed}",
         "target.pt",
-        cli.settings(args, source=source.name),
+        cli.settings(args, source=source.name, fingerprint=source.fingerprint),
         args.log_every,
     )
     if run.finished:

@@ -132,7 +132,7 @@ def all_tables(lines=(), path=PAPER):
     found["departures"] = Table("departures", base.source, base.archs, base.targets, ["krr_st", *VARIANTS], {})
     for line in sorted((each for each in lines if each["protocol"] == "fid"), key=column_of):
         network, source = column_of(line)
-        if network != "inception":
+        if network != "inception" or ("fid", source) not in found:
             found["fid", network, source] = Table("fid", source, [network], [source], [], {})
     others = [line for line in lines if by_another_protocol(line)]
     for base in [table for table in found.values() if table.name not in ("fid", "table4")]:
@@ -471,9 +471,9 @@ def identity(line):
 
 
 def gathered(folders):
-    """All results below `folders`, each file once."""
+    """All results below `folders`, each file once; of results of the same experiment the last."""
     paths = sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.jsonl")})
-    return [line for path in paths for line in results.read(path)]
+    return [*{identity(line): line for path in paths for line in results.read(path)}.values()]
 
 
 def collect(folders, path=RESULTS):

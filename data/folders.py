@@ -42,6 +42,11 @@ def class_folders(top, split):
     return labelled(pairs, classes, folder)
 
 
+def has_images(folder):
+    """Whether image files lie in the folder itself."""
+    return any(path.suffix.lower() in SUFFIXES and not path.name.startswith(".") for path in folder.iterdir())
+
+
 def test_folder(top):
     return next((top / name for name in ("test", "val") if (top / name).is_dir()), None)
 

@@ -89,6 +89,6 @@ def _images(kept_as, split, record, train, name):
         record["classes"],
         torch.tensor(train["mean"], dtype=torch.float32),
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant
-        train["fingerprint"],
+        record["fingerprint"],
         {f"{name} {split}": [record["count"], published(name, split)[0]]} if record["whole"] is False else {},
     )

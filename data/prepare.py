@@ -46,7 +46,8 @@ def prepare(name, split, size, root, labels=False, partial=False):
     raw = raw_images.read(name, split, root, labels)
     if raw.made_split:
         stem = stem.parent.with_name(f"{folder_name(name, root)}-split-{size}px") / split
-    fingerprint = _fingerprint(raw)
+    whole = raw_images.is_whole(name, split, raw)
+    fingerprint = _fingerprint(raw, whole)
     if not _is(known := _record(stem), fingerprint):
         if not partial:
             raw_images.check_counts(name, split, size, root, raw)
@@ -57,7 +58,7 @@ def prepare(name, split, size, root, labels=False, partial=False):
             if not _is(known := _record(stem), fingerprint):  # another process may have done it meanwhile
                 for left in stem.parent.glob(f"{split}.*.*.partial"):  # by a process that was killed
                     left.unlink()
-                _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", raw_images.is_whole(name, split, raw))
+                _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", whole)
                 known = _record(stem)
     return known
 
@@ -97,9 +98,12 @@ def folder_name(name, root):
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def _fingerprint(raw: Raw):
-    """A digest of the list of files with their sizes and times; of the number of images where they are arrays."""
+def _fingerprint(raw: Raw, whole):
+    """A digest of the list of files below their common folder, with their sizes and, unless they are the `whole` of a
+    named set, their times; of the number of images where they are arrays."""
     sha = hashlib.sha256(f"{len(raw.images)} {raw.made_split}".encode())
+    paths = [image for image in raw.images if isinstance(image, Path)]
+    common = os.path.commonpath(paths) if paths else ""
     for image in raw.images:
         if isinstance(image, Path):
             try:
@@ -107,7 +111,9 @@ def _fingerprint(raw: Raw):
                 size, changed = stat.st_size, stat.st_mtime_ns
             except FileNotFoundError:  # a list may name a file that is not there: it counts as damaged
                 size, changed = -1, 0
-            sha.update(f"{image}\0{size}\0{changed}\0".encode("utf-8", "surrogateescape"))
+            changed = "" if whole else changed
+            name = str(image).removeprefix(common)
+            sha.update(f"{name}\0{size}\0{changed}\0".encode("utf-8", "surrogateescape"))
     return sha.hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data.archives import ARCHIVES
-from data.folders import class_folders, split_of_class_folders, test_folder, unlabelled
+from data.folders import class_folders, has_images, split_of_class_folders, test_folder, unlabelled
 from utils.errors import UserError
 
 
@@ -17,7 +17,8 @@ def read(name, split, root, labels=False):
 
     `name`: a folder <root>/<name> with train/ in it (this comes first, so that one's own copy of a named set is
     found), one of `ARCHIVES`, or a path. With `labels`, a folder without a test split is split in two; without them,
-    a folder without train/ in it is taken as unlabelled images. Raises UserError when nothing is there, saying what
+    a folder without train/ in it is taken as unlabelled images, and so is a train/ with images beside class folders or
+    without any. Raises UserError when nothing is there, saying what
     to put where.
     """
     if in_root(name, root):
@@ -36,11 +37,11 @@ def _folder(top, split, labels):
     train = top / "train"
     if labels and test_folder(top) is None:
         return split_of_class_folders(train if train.is_dir() else top, split)
-    if train.is_dir():
+    if train.is_dir() and not (split == "train" and has_images(train)):
         return class_folders(top, split)
     if split == "test":
         raise UserError(f"{top}: a folder without train/ and test/ has no test split")
-    return unlabelled(top)
+    return unlabelled(train if train.is_dir() else top)
 
 
 def is_whole(name, split, raw):
@@ -56,8 +57,8 @@ def check_counts(name, split, size, root, raw):
         images, classes = published(name, split)
         raise UserError(
             f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, the published set has "
-            f"{images:,} of {classes:,}; to use a part on purpose: python -m data.prepare {name} --size {size} --partial "
-            f"--data-root {root}"
+            f"{images:,} of {classes:,}; to use a part on purpose: "
+            f"python -m data.prepare {name} --size {size} --partial --data-root {root}"
         )
 
 

@@ -31,7 +31,7 @@ from data.raw import in_root
 from distillers.method import check_name, save_picture
 from utils import cli, files
 from utils.errors import UserError
-from utils.presets import PRESETS
+from utils.presets import PRESETS, differences
 from utils.run import Run, versions
 
 STATISTICS = {
@@ -216,9 +216,10 @@ def main(argv, reserved=()):
     if run.finished:
         print(f"{run.artefact} is there already")
         return
+    scale = differences(args.preset, "distill", dict(num_images=len(result.images), image_size=result.images.shape[-1]))
     names = [path.name for path in (args.images, args.targets) if path]
     result.meta |= dict(source=values["source"], method=args.method, seed=args.seed, preset=args.preset, imported=names,
-                        settings=run.settings, versions=versions())  # fmt: skip
+                        scale=scale, settings=run.settings, versions=versions())  # fmt: skip
     save_picture(run.folder / "images.png", result)
     run.finish("distilled", result.content())
     pixels = result.images * result.std[:, None, None] + result.mean[:, None, None]

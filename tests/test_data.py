@@ -1,5 +1,6 @@
 """Digits, class folders and anyone's own images, from raw files to batches; the file of a distilled set."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from data import folders, prepare
+from data import raw as raw_images
 from data.archives import ARCHIVES
 from data.distilled import Distilled, load_distilled
 from data.images import load_images
@@ -81,6 +83,38 @@ def test_changed_folder_is_decoded_again(tmp_path):
     assert len(load_images(name, "train", 32, tmp_path)) == 3
     picture(tmp_path / "mine" / "new.png", seed=9)
     assert len(load_images(name, "train", 32, tmp_path)) == 4
+
+
+def test_a_set_is_the_same_wherever_it_lies_and_however_it_is_spelled(tmp_path, monkeypatch):
+    class_folders(tmp_path / "a" / "pets")
+    monkeypatch.chdir(tmp_path)
+    first = load_images("pets", "train", 32, Path("a"))
+    made = (tmp_path / "a/prepared/pets-32px/train.npy").stat().st_mtime_ns
+    assert load_images("pets", "train", 32, tmp_path / "a").fingerprint == first.fingerprint
+    assert (tmp_path / "a/prepared/pets-32px/train.npy").stat().st_mtime_ns == made  # not decoded again
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load_images("pets", "train", 32, tmp_path / "b").fingerprint == first.fingerprint
+    assert load_images("pets", "test", 32, tmp_path / "b").fingerprint != first.fingerprint
+
+
+def test_times_of_files_do_not_tell_two_copies_of_a_whole_named_set_apart(tmp_path):
+    class_folders(tmp_path / "pets")
+    raw = raw_images.read("pets", "train", tmp_path)
+    before = [prepare._fingerprint(raw, whole) for whole in (True, False)]
+    os.utime(raw.images[0], (1, 1))
+    after = [prepare._fingerprint(raw, whole) for whole in (True, False)]
+    assert after[0] == before[0] and after[1] != before[1]
+    raw.images[0].write_bytes(b"")
+    assert prepare._fingerprint(raw, True) != before[0]
+
+
+def test_images_in_a_training_folder_need_no_class_folders(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "photos" / "train" / f"{i}.png", seed=i)
+    assert len(load_images(str(tmp_path / "photos"), "train", 32, tmp_path / "data")) == 3
+    picture(tmp_path / "photos" / "train" / "more" / "3.png", seed=3)
+    images = load_images(str(tmp_path / "photos"), "train", 32, tmp_path / "data")
+    assert len(images) == 4 and images.labels is None
 
 
 def test_unlabelled_folder_nested_unicode_modes_and_stray_files(tmp_path):

@@ -58,6 +58,7 @@ def test_raw_images_with_features_stay_as_the_released_networks_saw_them(importe
     assert d.meta["settings"]["images"] == files.digest(tmp_path / "x_syn.pt")
     assert d.meta["settings"]["targets"] == files.digest(tmp_path / "y_syn.pt")
     assert (d.meta["method"], d.meta["settings"]["normalised"]) == ("released", "none")
+    assert d.meta["scale"] == {"num_images": [M, 2000], "image_size": [S, 64]}
     assert str(tmp_path) not in str(d.meta)
     assert "0.0 % outside [0, 1]; targets: feature (6, 5)" in capsys.readouterr().out
     assert (tmp_path / "runs" / "tinyimagenet" / "released" / "seed0" / "images.png").is_file()

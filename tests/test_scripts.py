@@ -9,13 +9,16 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import save_image
 
+import finetune
 from benchmarks.tables import document, gathered
 from data.distilled import load_distilled
 from data.images import load_images
 from models.saved import load_model, rebuild
 from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, command
 from utils import files, results
+from utils.errors import UserError
 
 
 def test_target_file_carries_settings_statistics_and_accuracy(runs):
@@ -141,7 +144,27 @@ def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, 
     [line] = [line for line in results.read(weights.parent / "results.jsonl") if line["protocol"] == "kd"]
     assert {"accuracy", "accuracy_running_statistics", "teacher", "teacher_running_statistics"} <= line.keys()
     assert line["images"] == {"source": "digits", "method": "krr_st", "seed": 0, "num_images": 20}
+    assert line["scale"]["teacher's finetune.steps"] == [2, 100] and line["scale"]["num_images"] == [20, 30]
+    assert load_model(teacher)["meta"]["scale"]["finetune.steps"] == [2, 100]
     assert len(list(weights.parent.glob("digits_kd_krr_st-*_seed0/model.pt"))) == 1
+
+
+def test_a_changed_target_is_evaluated_anew_and_not_gone_on_with(weights, roots, tmp_path):
+    for i in range(8):
+        for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+            (tmp_path / "pets" / split / name).mkdir(parents=True, exist_ok=True)
+            noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i))
+            save_image(noise, tmp_path / "pets" / split / name / f"{i}.png")
+    words = ["--weights", str(weights), "--target", str(tmp_path / "pets"), *roots]
+    finetune.main([*words, "--steps", "2"])
+    finetune.main([*words, "--protocol", "knn"])
+    (tmp_path / "pets" / "test" / "b" / "7.png").unlink()
+    with pytest.raises(UserError, match=r"holds a run of other settings .fingerprints"):
+        finetune.main([*words, "--steps", "2"])
+    finetune.main([*words, "--protocol", "knn"])
+    found = [line for line in results.read(weights.parent / "results.jsonl") if line["target"].startswith("pets")]
+    assert [line["protocol"] for line in found] == ["full", "knn", "knn"]
+    assert len([line for line in gathered([weights.parent]) if line["target"].startswith("pets")]) == 2  # the last
 
 
 def test_own_folder_of_images_as_a_source(tmp_path):

@@ -105,6 +105,9 @@ def test_fid_of_different_networks_is_never_in_one_table():
     assert "features of inception" in standard and "**30.00 ± 0.00 (n=1)**" in standard and "-6.28" in standard
     assert "features of resnet18_target of cifar100, abc" in own and "1.00 ± 0.00 (n=1)" in own and "paper" not in own
     assert "| 1.00" not in standard and "✓" not in shown
+    other = [each | dict(source="imagenet", target="imagenet") for each in lines[:1]]
+    shown = tables.document(lines + other)["fid"]
+    assert "imagenet, features of inception" in shown and "features of inception" in tables.document(other)["fid"]
 
 
 def test_csv_and_latex():
