@@ -96,13 +96,12 @@ def main(argv):
     labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
     name = f"{train.name}_{args.protocol}{labels}_seed{beginning.seed}"
     scale = train.part | test.part
-    if args.protocol == "full":
-        used = {name: value for name, value in settings.items() if name in HELP}
-        scale |= differences(cli.preset_name(train.name), "finetune", used)
     if as_it_is:
         accuracy = evaluate.accuracy(network, test, device, args.precision)
     elif args.protocol == "full":
         run = Run(beginning.folder / name, "model.pt", settings, args.log_every)
+        used = {name: value for name, value in settings.items() if name in HELP}
+        scale |= differences(cli.preset_name(train.name), "finetune", used)
         network = start.trained(
             beginning, run, network, len(train.classes),
             lambda: finetune(network, train, args, run, randomness, device),

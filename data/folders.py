@@ -44,7 +44,11 @@ def class_folders(top, split):
 
 def has_images(folder):
     """Whether image files lie in the folder itself."""
-    return any(path.suffix.lower() in SUFFIXES and not path.name.startswith(".") for path in folder.iterdir())
+    return any(map(_is_image, folder.iterdir()))
+
+
+def _is_image(path):
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def test_folder(top):
@@ -99,8 +103,5 @@ def images_in(folder):
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        for name in names:
-            path = Path(place, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():
-                found.append(path)
+        found += filter(_is_image, (Path(place, name) for name in names))
     return sorted(found)

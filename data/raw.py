@@ -18,8 +18,7 @@ def read(name, split, root, labels=False):
     `name`: a folder <root>/<name> with train/ in it (this comes first, so that one's own copy of a named set is
     found), one of `ARCHIVES`, or a path. With `labels`, a folder without a test split is split in two; without them,
     a folder without train/ in it is taken as unlabelled images, and so is a train/ with images beside class folders or
-    without any. Raises UserError when nothing is there, saying what
-    to put where.
+    without any. Raises UserError when nothing is there, saying what to put where.
     """
     if in_root(name, root):
         return _folder(root / name, split, labels)
@@ -37,7 +36,7 @@ def _folder(top, split, labels):
     train = top / "train"
     if labels and test_folder(top) is None:
         return split_of_class_folders(train if train.is_dir() else top, split)
-    if train.is_dir() and not (split == "train" and has_images(train)):
+    if train.is_dir() and (labels or split == "test" or not has_images(train)):
         return class_folders(top, split)
     if split == "test":
         raise UserError(f"{top}: a folder without train/ and test/ has no test split")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every method at one small budget: 100 images of CIFAR-10 at 32 px, networks at a quarter of their width, three
-# pre-trainings of each set: 300 steps, but 1,500 on soft labels. Ends with a table: accuracy of the network that has seen only the distilled
-# set (`head`, methods with labels), and of a linear probe of its features with 100 labels a class (all methods).
+# pre-trainings of each set: 300 steps, but 1,500 on soft labels. Ends with a table: accuracy of the network that has
+# seen only the distilled set (`head`, methods with labels), and of a linear probe of its features with 100 labels a
+# class (all methods).
 # Took 76 minutes on 2 CPU cores that other jobs shared. Stopped, it goes on with what is missing. A stand-in CIFAR-10
 # as class folders will do (python -m data.prepare cifar10 --partial accepts other counts).
 set -euo pipefail

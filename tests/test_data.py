@@ -115,6 +115,9 @@ def test_images_in_a_training_folder_need_no_class_folders(tmp_path):
     picture(tmp_path / "photos" / "train" / "more" / "3.png", seed=3)
     images = load_images(str(tmp_path / "photos"), "train", 32, tmp_path / "data")
     assert len(images) == 4 and images.labels is None
+    class_folders(tmp_path / "pets")
+    picture(tmp_path / "pets" / "train" / "stray.png")
+    assert load_images("pets", "train", 32, tmp_path, labels=True).labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_unlabelled_folder_nested_unicode_modes_and_stray_files(tmp_path):
