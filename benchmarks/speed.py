@@ -13,6 +13,7 @@ Beside each pair the machine's own peak is measured: the best rate of square mat
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import statistics
@@ -105,34 +106,40 @@ class Plain:
         return seconds(cls.step, cls.step.device)[0]
 
 
+@contextlib.contextmanager
+def freed_memory_kept(device):
+    """Memory as distill.py has it on this device (`utils.cli.device`); all of it is given back at the end."""
+    keep_freed_memory(device.type == "cpu")
+    yield
+    keep_freed_memory(False)
+
+
 def measure(args, device):
     """The result as a dict of plain values, which `markdown` prints."""
     precisely = argparse.Namespace(**vars(args) | dict(precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
         source, target = made(args, images_for(args), device, Path(folder))
         ours = Step(False, source, target, args, device)
-        keep_freed_memory(False)  # counting holds more than a step does
+        keep_freed_memory(False)  # counting holds more than a step does, and both processes at once may not fit
         operations = flop(ours)
-        keep_freed_memory(device.type == "cpu")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        ours()
-        used = memory(device)
-        pieces = parts(ours)
-        wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
+        with freed_memory_kept(device):
+            ours()
+            used = memory(device)
+            pieces = parts(ours)
+            wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
         rounds = []
-        keep_freed_memory(False)  # both processes at once may not fit
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=Plain.start, initargs=(precisely, Path(folder))
         ) as other:
             plain_operations = other.submit(Plain.flop).result()
             for _ in progress.bar(range(args.pairs), desc="pairs"):
-                keep_freed_memory(device.type == "cpu")
-                rates = {"float32": peak(device)}
-                if args.precision == "bf16":
-                    rates["bfloat16"] = peak(device, torch.bfloat16)
-                took, _ = seconds(ours, device)
-                keep_freed_memory(False)
+                with freed_memory_kept(device):
+                    rates = {"float32": peak(device)}
+                    if args.precision == "bf16":
+                        rates["bfloat16"] = peak(device, torch.bfloat16)
+                    took, _ = seconds(ours, device)
                 rounds.append(dict(ours=took, plain=other.submit(Plain.seconds).result(), peak=rates))
     names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "outer_steps",
              "pool_size", "pool_steps")  # fmt: skip
