@@ -3,15 +3,16 @@
     python -m distillers random --source cifar100
     python -m distillers import --source cifar100 --method mtt_released --images images_best.pt ...
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that others released.
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that
+others released.
 """
 
 import importlib
-import sys
 
 from distillers import importing, method
 from utils import cli
 from utils.errors import UserError
+from utils.run import program_name
 
 METHODS = (
     "random",
@@ -28,18 +29,23 @@ METHODS = (
 
 
 def main(argv):
-    sys.argv[0] = "python -m distillers"
     if argv[:1] in (["-h"], ["--help"]):
         print(f"{__doc__}\nMethods: {', '.join(METHODS)}. Each, and import, has its own --help.")
         return
     if argv[:1] == ["import"]:
-        sys.argv[0] += " import"
-        importing.main(argv[1:], reserved=("krr_st", "target", "full", *METHODS))
+        importing.main(
+            argv[1:],
+            reserved=("krr_st", "target", "full", *METHODS),
+            prog=f"{program_name()} import",
+        )
         return
     if not argv or argv[0] not in METHODS:
         raise UserError(f"name a method first, one of: {', '.join(METHODS)}, or import")
-    sys.argv[0] += f" {argv[0]}"
-    method.main(importlib.import_module(f"distillers.{argv[0]}").METHOD, argv[1:])
+    method.main(
+        importlib.import_module(f"distillers.{argv[0]}").METHOD,
+        argv[1:],
+        prog=f"{program_name()} {argv[0]}",
+    )
 
 
 if __name__ == "__main__":
