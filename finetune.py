@@ -1,8 +1,10 @@
 """Stage 3: what a pre-trained network is worth on a labelled data set.
 
     python finetune.py --weights runs/.../model.pt --dataset cifar10
-    python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear --labels-per-class 100
-    python finetune.py --weights none --arch resnet18 --image-size 64 --dataset cifar10     # from scratch; a KD teacher
+    python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear
+    python finetune.py --weights none --arch resnet18 --image-size 64 --dataset cifar10
+
+The last command trains from scratch, which also makes the teacher of kd.py.
 
 `full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear
 classifier to the frozen features until it converges, `knn` classifies by nearest neighbours, `head`

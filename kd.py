@@ -1,8 +1,8 @@
 """Stage 3': distil a teacher into a student without the teacher's data, on distilled images of
 another source.
 
-    python kd.py --weights runs/.../model.pt --distilled runs/.../distilled.pt --teacher runs/.../model.pt \\
-                 --dataset cifar10
+    python kd.py --weights runs/.../model.pt --distilled runs/.../distilled.pt \\
+                 --teacher runs/.../model.pt --dataset cifar10
 
 The student starts from pre-trained weights under a new head and learns the teacher's probabilities
 on the augmented distilled images (equation 6). Both networks use each batch's own statistics in
@@ -13,8 +13,8 @@ digest of the images' file>_seed<k>/model.pt. With --weights none the student st
 (<run root>/scratch/<arch>_<size>px), as with noise in place of images:
 
     python -m distillers gaussian --source tinyimagenet
-    python kd.py --weights none --arch convnet4 --image-size 64 --lr 1e-3 --dataset cifar10 --teacher ... \\
-                 --distilled runs/tinyimagenet/gaussian/seed0/distilled.pt
+    python kd.py --weights none --arch convnet4 --image-size 64 --lr 1e-3 --dataset cifar10 \\
+                 --teacher ... --distilled runs/tinyimagenet/gaussian/seed0/distilled.pt
 """
 
 import time

@@ -1,7 +1,7 @@
 """Stage 2: pre-train a network on a distilled set, or on all of its source.
 
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
-    python pretrain.py --source tinyimagenet --arch vgg11        # the oracle: all images with the target's features
+    python pretrain.py --source tinyimagenet --arch vgg11    # the oracle: all images
 
 The recipe follows from the set's kind of targets (feature, soft or class), whichever method made
 it. Writes <the set's folder>/<arch>/seed<k>/model.pt, where k is the seed of this pre-training: the

@@ -1,7 +1,7 @@
 """Stage 0: train the target network g_phi on the unlabelled source with Barlow Twins.
 
     python pretrain_target.py --source tinyimagenet
-    python pretrain_target.py --source imagenette --weights resnet50.pth    # take a network trained elsewhere
+    python pretrain_target.py --source imagenette --weights resnet50.pth  # trained elsewhere
 
 Writes runs/<source>/target/seed0/target.pt: the network, its settings, the source's statistics, and
 the accuracy of a nearest-neighbour classifier on its frozen features where the source has labels

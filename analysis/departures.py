@@ -2,7 +2,7 @@
 as Markdown.
 
     python -m analysis.departures runs/departures              # from all results.jsonl below it
-    python -m analysis.departures --collect runs/departures    # take them into analysis/departures.jsonl
+    python -m analysis.departures --collect runs/departures    # and store them in departures.jsonl
     python -m analysis.departures                              # from that file
 
 Prints a table for each way of judging, with a column for each data set; findings.md has the means

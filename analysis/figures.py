@@ -1,11 +1,12 @@
 """Pictures of sets and results; each command writes one PNG file.
 
-    python -m analysis.figures images --distilled runs/cifar100/krr_st/seed0/distilled.pt --out images.png
+    python -m analysis.figures images --out images.png \\
+        --distilled runs/cifar100/krr_st/seed0/distilled.pt
     python -m analysis.figures tsne   --distilled runs/cifar100/krr_st/seed0/distilled.pt \\
-                                        --target-network runs/cifar100/target/seed0/target.pt --out tsne.png
-    python -m analysis.figures curves --out curves.png runs/cifar100/krr_st/seed0 ...     # from their log.jsonl
-    python -m analysis.figures bars   --out bars.png runs                                 # Figure 3 of the paper
-    python -m analysis.figures count  --out count.png runs                                # accuracy by m
+        --target-network runs/cifar100/target/seed0/target.pt --out tsne.png
+    python -m analysis.figures curves --out curves.png runs/cifar100/krr_st/seed0 ...
+    python -m analysis.figures bars   --out bars.png runs     # Figure 3 of the paper
+    python -m analysis.figures count  --out count.png runs    # accuracy by m
 
 images: the distilled images beside those that they started from (Figures 2 and 4 to 6). tsne:
 g_phi(X_s), Y_s and g_phi(X_t) in two dimensions (Figure 2; van der Maaten and Hinton, 2008).

@@ -60,19 +60,23 @@ MEASURED = {
     "objective_distilled": "objective of the distilled images",
 }
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --page: #fff; --faint: #666; --line: #ccc; --box: #f4f4f4; }
+:root { color-scheme: light dark;
+        --ink: #222; --page: #fff; --faint: #666; --line: #ccc; --box: #f4f4f4; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ddd; --page: #161616; --faint: #999; --line: #444; --box: #222; }
 }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+       margin: 0 auto;
        max-width: 1200px; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 .faint { color: var(--faint); font-size: .85rem; }
 .wide { overflow-x: auto; margin: .5rem 0 1.5rem; }
 table { border-collapse: collapse; font-size: .85rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: left;
+         vertical-align: top; }
 .numbers td:nth-child(n+2), .numbers th { white-space: nowrap; overflow-wrap: normal; }
 .numbers td:first-child { min-width: 9rem; overflow-wrap: normal; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
@@ -85,9 +89,12 @@ img { max-width: 100%; height: auto; display: block; background: #fff; border-ra
 img.pixels { width: 520px; image-rendering: pixelated; }
 img.plot { width: 340px; }
 @media print {
-  body { font-size: 11px; max-width: none; } .set { border: 0; padding: 0; } .wide { overflow: visible; }
-  .numbers td, .numbers th { white-space: normal !important; } img.plot { width: 220px; } img.pixels { width: 320px; }
-  figure, tr { break-inside: avoid; } details::details-content { content-visibility: visible; display: block; }
+  body { font-size: 11px; max-width: none; }
+  .set { border: 0; padding: 0; } .wide { overflow: visible; }
+  .numbers td, .numbers th { white-space: normal !important; }
+  img.plot { width: 220px; } img.pixels { width: 320px; }
+  figure, tr { break-inside: avoid; }
+  details::details-content { content-visibility: visible; display: block; }
 }
 """
 
@@ -245,11 +252,13 @@ class Page:
                 ["setting", "here", "preset"], [[key, *pair] for key, pair in changed.items()]
             )
         elif run.artefact in (None, "distilled.pt", "target.pt"):
-            yield f"<p>Settings: those of the preset {text(run.settings.get('preset', default))}.</p>"
+            preset = text(run.settings.get("preset", default))
+            yield f"<p>Settings: those of the preset {preset}.</p>"
         others = [[key, value] for key, value in run.settings.items() if key not in changed]
         if others:
             inside = plain_table(["setting", "value"], others)
-            yield f"<details><summary>{len(others)} {'other ' if changed else ''}settings</summary>{inside}</details>"
+            summary = f"{len(others)} {'other ' if changed else ''}settings"
+            yield f"<details><summary>{summary}</summary>{inside}</details>"
         log = self.attempt(figures.logged, [run.path]) or {}
         curves = {
             f"{phase}: {scalar}": {"": lines[run.path]} for (phase, scalar), lines in log.items()
@@ -308,7 +317,8 @@ class Page:
                 why = str(error)
         yield f'<div class="pictures">{"".join(pictures)}</div>'
         if why:
-            yield f'<p class="faint">Initial images and t-SNE, or one of them, left out: {text(why)}.</p>'
+            left_out = "Initial images and t-SNE, or one of them, left out"
+            yield f'<p class="faint">{left_out}: {text(why)}.</p>'
 
     def tsne(self, run, distilled, source):
         """A t-SNE plot as bytes, under the target network that the set was made with."""
@@ -376,12 +386,14 @@ class Page:
                 f"</summary>{inside}</details>"
             )
         unfinished = [run for run in runs.values() if not run.artefact]
-        yield f"<p>{len(runs)} runs, {len(unfinished)} of them unfinished; {len(lines)} results.</p>"
+        counts = f"{len(runs)} runs, {len(unfinished)} of them unfinished; {len(lines)} results."
+        yield f"<p>{counts}</p>"
         if self.faults:
             faults = [*dict.fromkeys(self.faults)]
             named = "".join(f"<li>{text(fault)}</li>" for fault in faults)
             opened = " open" if len(faults) <= FEW_FAULTS else ""
-            yield f"<h2>Left out</h2><details{opened}><summary>{len(faults)} faults</summary><ul>{named}</ul></details>"
+            yield f"<h2>Left out</h2><details{opened}><summary>{len(faults)} faults</summary>"
+            yield f"<ul>{named}</ul></details>"
         yield "<h2>Results</h2>" + ("".join(tables_shown) or "<p>None yet.</p>")
         yield from sections
 
@@ -430,7 +442,8 @@ def table(heading, rows):
     lines = "".join(
         "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells[1:]
     )
-    return f'<p>{said}</p><div class="wide"><table class="numbers"><tr>{head}</tr>{lines}</table></div>'
+    inside = f'<table class="numbers"><tr>{head}</tr>{lines}</table>'
+    return f'<p>{said}</p><div class="wide">{inside}</div>'
 
 
 def plain_table(heads, rows):
@@ -447,7 +460,8 @@ def picture(content, alt, caption="", look="plot"):
     """PNG bytes as an image within the page."""
     data = base64.b64encode(content).decode()
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
-    return f'<figure><img class="{look}" alt="{text(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
+    source = f"data:image/png;base64,{data}"
+    return f'<figure><img class="{look}" alt="{text(alt)}" src="{source}">{below}</figure>'
 
 
 def plotted(figure):

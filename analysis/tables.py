@@ -498,7 +498,8 @@ def other_row(line):
         "num_images": line["num_images"],
     }
     if (images := line.get("images", own)) != own:  # distillation of knowledge on other images
-        origin += f"; on {images['num_images']} images of {METHODS.get(images['method'], images['method'])}"
+        method = METHODS.get(images["method"], images["method"])
+        origin += f"; on {images['num_images']} images of {method}"
         origin += f", {images['source']}" + (
             f", distilled with seed {images['seed']}" if images["seed"] else ""
         )
@@ -515,7 +516,7 @@ def other_column(line):
 
 
 def protocols_order(column):
-    """A key by which the columns of `other_column` are in order: by protocol, all labels after few."""
+    """A key that sorts the columns of `other_column`: by protocol, all labels after few."""
     protocol, _, labels = column.partition(", ")
     known = ["head", "knn", "linear", "full", "kd"]
     return (
@@ -580,7 +581,10 @@ def blocks(lines, only=None):
             else:
                 above, name = settings, table.name
                 said = ", ".join(settings) or "as the rows say"
-                remark = f"**Reduced scale, not comparable with the paper.** Settings (in brackets the paper's): {said}."
+                remark = (
+                    "**Reduced scale, not comparable with the paper.** "
+                    f"Settings (in brackets the paper's): {said}."
+                )
             yield table.name, f"{heading}. {remark}".strip(), shown_grid
     for dataset, rows in other_results(lines).items():
         if not only or dataset in only:

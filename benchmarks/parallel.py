@@ -68,6 +68,7 @@ def markdown(result):
     images, targets = (result["bytes"][name] for name in ("images", "targets"))
     network = models.label(result["arch"], result["width"])
     step = statistics.median(each["together"] for each in rounds)
+    efficiency = format_median(each["alone"] / each["together"] for each in rounds)
     rows = []
     for number in NUMBERS:
         sent = 2 * (number - 1) / number * (images + targets + 4)
@@ -91,7 +92,7 @@ def markdown(result):
             f"| of {count} at a time, with their exchange | {times['together']} |",
             f"| the exchange alone | {times['exchange']} |",
             "",
-            f"Efficiency: **{format_median(each['alone'] / each['together'] for each in rounds)}**; "
+            f"Efficiency: **{efficiency}**; "
             "without the exchange "
             f"{format_median(each['alone'] / each['beside'] for each in rounds)}.",
             "",

@@ -2,7 +2,7 @@
 what takes most.
 
     python -m benchmarks.scaling                             # prints Markdown
-    python -m benchmarks.scaling --collect --out scaling.png  # also into benchmarks/scaling.jsonl, and as a figure
+    python -m benchmarks.scaling --collect --out scaling.png  # also stores them, and draws them
 
 Starting from CIFAR-100's setting one quantity is changed at a time; each setting is a process of
 its own. The networks have --width (default 0.25, for a CPU). Time is the sum of the step's parts

@@ -1,10 +1,10 @@
 """How fast an outer step of distill.py is: its parts, its share of the machine's peak, and beside
 the plain step.
 
-    python -m benchmarks.speed                                  # CIFAR-100's setting
+    python -m benchmarks.speed                          # CIFAR-100's setting
     python -m benchmarks.speed --preset tinyimagenet --device cuda
-    python -m benchmarks.speed --collect                        # add the result to benchmarks/speed.jsonl
-    torchrun --nproc-per-node 2 -m benchmarks.speed             # what several processes do at a time (parallel.py)
+    python -m benchmarks.speed --collect                # add the result to benchmarks/speed.jsonl
+    torchrun --nproc-per-node 2 -m benchmarks.speed     # several processes at a time (parallel.py)
 
 Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own,
 since what a process does with freed memory is a part of the difference (utils/allocator.py); their
@@ -226,7 +226,8 @@ def markdown(result):
         for name, (took, operations) in result["parts"].items()
     ]
     network = models.label(result["arch"], result["width"])
-    setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, {result['image_size']} px, {network}"
+    setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, "
+    setting += f"{result['image_size']} px, {network}"
     setting += f", {result['precision']}" + (
         f", --chunk {result['chunk']}" if result["chunk"] else ""
     )

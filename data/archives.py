@@ -33,7 +33,7 @@ def digits(root, split):
 
 
 def load_torchvision(dataset, archive, url, root, **options):
-    """A torchvision data set, downloaded where it is download_error. Raises UserError when that
+    """A torchvision data set, downloaded where it is missing. Raises UserError when that
     fails."""
     try:
         return dataset(root, download=True, **options)
@@ -163,7 +163,7 @@ def tinyimagenet(root, split):
 
 
 def imagenette(root, split):
-    """ImageNette, version 2, in any of its sizes; the full one is downloaded where there is none."""
+    """ImageNette, version 2, in any of its sizes; the full one is downloaded if none exists."""
     there = [
         root / name
         for name in ("imagenette2", "imagenette2-320", "imagenette2-160")
@@ -203,7 +203,7 @@ def imagenet(root, split):
 
 @dataclass(frozen=True)
 class Archive:
-    """`read(root, split)` returns a `Raw`; `classes`, `train` and `test` are the published counts."""
+    """`read(root, split)` returns a `Raw`; `classes`, `train`, `test` are the published counts."""
 
     read: Callable
     classes: int

@@ -39,7 +39,7 @@ def shifted_windows(x, top, left, padding):
 
 
 def random_crop(x, generator, padding=4):
-    """A random window of each image's own size after padding with zeros (the fine-tuning recipe)."""
+    """A random window of each image's size after padding with zeros (the fine-tuning recipe)."""
     top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), generator=generator, device=x.device)
     return shifted_windows(x, top, left, padding)
 

@@ -84,7 +84,8 @@ class Distilled:
         if self.target_kind == "class" and not (
             targets.min() >= 0 and targets.max() < MOST_CLASSES
         ):
-            return f"class indices from {targets.min()} to {targets.max()}, not within 0 to {MOST_CLASSES - 1}"
+            found = f"class indices from {targets.min()} to {targets.max()}"
+            return f"{found}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
         """What `files.save(path, "distilled", ...)` writes."""
@@ -95,7 +96,7 @@ class Distilled:
 
 
 def load_distilled(path):
-    """Read a distilled.pt. Raises UserError when it is not one or its parts do not fit each other."""
+    """Read a distilled.pt. Raises UserError where it is not one or its parts do not fit."""
     content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
     d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
     if fault := d.find_fault():

@@ -48,12 +48,12 @@ class ImageSet:
 
 
 def to_float(pixels):
-    """uint8 pixels (b, S, S, 3) as values in [0, 1]: (b, 3, S, S) float32, channels-last in memory."""
+    """uint8 pixels (b, S, S, 3) as values in [0, 1]: (b, 3, S, S) float32, channels-last."""
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def normalise(x, mean, std):
-    """Pixels (b, 3, S, S) in [0, 1] to zero mean and unit deviation by the given statistics (3,)."""
+    """Normalise pixels (b, 3, S, S) in [0, 1] by a mean (3,) and standard deviation (3,)."""
     return (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
 
 

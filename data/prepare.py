@@ -316,7 +316,8 @@ def summary(name, split, record):
     part = " (a part of the published set)" if record["whole"] is False else ""
     damaged = f", {len(record['damaged'])} damaged ones left out" if record["damaged"] else ""
     mean, std = (" ".join(f"{value:.4f}" for value in record[key]) for key in ("mean", "std"))
-    return f"{name} {split}: {counts}{part}{damaged}, {size / 1e6:,.1f} MB, mean {mean}, std {std}\n  {stem}.npy"
+    facts = f"{counts}{part}{damaged}, {size / 1e6:,.1f} MB, mean {mean}, std {std}"
+    return f"{name} {split}: {facts}\n  {stem}.npy"
 
 
 def main(argv):

@@ -6,7 +6,8 @@ Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation",
 7 and algorithm 1. A network starts afresh and is then trained on the distilled set; on its way the
 images follow the gradient of
 
-    sum_c D(grad of the loss on A_c(real images of c), grad of the loss on A_c(distilled images of c)),
+    sum_c D(grad of the loss on A_c(real images of c),
+            grad of the loss on A_c(distilled images of c)),
 
 where A_c is one augmentation for both and D sums 1 - cosine over the rows of each weight matrix (a
 row for each output of a layer; biases and norms are left out). How often the images are updated

@@ -7,7 +7,8 @@ Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression",
 KRR-ST has its head and its pool from there; here the targets are labels. With features f of a
 network of the pool, k_rs = f(X_t) f(X_s)^T, k_ss = f(X_s) f(X_s)^T and C classes, each step lowers
 
-    mean_i 1/2 || y_i - [k_rs (k_ss + lambda I)^-1 Y_s]_i ||^2  -  mean_j min(top1(y_j) - top2(y_j), 1/C)
+    mean_i 1/2 || y_i - [k_rs (k_ss + lambda I)^-1 Y_s]_i ||^2
+        - mean_j min(top1(y_j) - top2(y_j), 1/C)
 
 over the images X_s (m, 3, S, S) and labels Y_s (m, C). Here i runs over b real images with centred
 one-hot labels y_i (1 - 1/C and -1/C), lambda = 1e-6 trace(k_ss) / m, and the second term keeps the

@@ -2,7 +2,7 @@
 
     python -m distillers gaussian --source tinyimagenet
     python kd.py --weights none --arch convnet4 --image-size 64 --lr 1e-3 --dataset cifar10 \\
-                 --distilled runs/tinyimagenet/gaussian/seed0/distilled.pt --teacher runs/.../model.pt
+                 --distilled runs/tinyimagenet/gaussian/seed0/distilled.pt --teacher .../model.pt
 
 Every value of the normalised images is a draw from N(0, 1). The set has no targets (kind `none`),
 so nothing can be pre-trained on it and kd.py's student starts from scratch; kd.py draws new noise

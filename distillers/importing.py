@@ -40,7 +40,10 @@ STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's
 }
-KIND_QUESTION = "are they --target-kind feature (of a target network), soft (learned labels) or class (one-hot)?"
+KIND_QUESTION = (
+    "are they --target-kind feature (of a target network), soft (learned labels) or class "
+    "(one-hot)?"
+)
 VALUES_QUESTION = (
     "are they --normalised none (pixels in [0, 1], used as they are), --normalised STATS "
     "(normalised already), or "
@@ -161,7 +164,7 @@ def read_targets(args, images_entry, m):
 
 
 def class_indices(y, path):
-    """Whole numbers (m,) or one-hot rows (m, c) as int64 (m,). Raises UserError for anything else."""
+    """Integers (m,) or one-hot rows (m, c) as int64 (m,). Raises UserError for anything else."""
     if y.ndim == 1:
         if not torch.equal(y, y.round() if y.is_floating_point() else y):
             raise UserError(

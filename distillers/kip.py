@@ -15,8 +15,9 @@ y_t) are real images, as many of each class, with centred one-hot labels, which 
 Y_s start as; lambda is 1e-6 trace(k(X_s, X_s)) / m; and k is the neural tangent kernel of a ReLU
 network in float64, in closed form (distillers/ntk.py):
     fc     --depth hidden layers (the first paper's FC1: --depth 1)
-    conv   --depth 3x3 convolutions and a linear read-out of the flattened maps, no pooling. The second paper's networks
-           pool, which makes a kernel of S^2 times as many numbers; its extra convolution in front is --depth 4 here.
+    conv   --depth 3x3 convolutions and a linear read-out of the flattened maps, no pooling. The
+           second paper's networks pool, which makes a kernel of S^2 times as many numbers; its
+           extra convolution in front is --depth 4 here.
 
 Needs labels, no target network. Departs from the papers in the network without pooling and the
 images' normalisation (no ZCA). A step makes (b + m) m numbers of the kernel, each with its

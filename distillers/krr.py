@@ -55,7 +55,7 @@ def _solve_damped(k, y, ridge):
 
 
 def centred_one_hot(labels, num_classes):
-    """Classes (n,) as 1 - 1/C at the class and -1/C elsewhere: (n, C) float32, whose rows sum to 0."""
+    """Classes (n,) as 1 - 1/C at the class and -1/C elsewhere: (n, C) float32, rows sum to 0."""
     return F.one_hot(labels, num_classes).float() - 1 / num_classes
 
 

@@ -95,7 +95,7 @@ def main(method, argv, prog=None):
         distance = result.meta["distance_from_initial"] = distance_from_initial(
             result, source, torch.tensor(initial)
         )
-        moved = f"; images moved by {distance:.4f} of the source's standard deviation (root mean square)"
+        moved = f"; images moved by {distance:.4f} of the source's standard deviation (RMS)"
     save_picture(run.folder / "images.png", result)
     run.finish("distilled", result.content())
     print(f"wrote {run.artefact} and images.png{moved}")

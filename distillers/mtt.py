@@ -194,7 +194,7 @@ def distill(source, chosen, target, args, run, device):
 
 
 def measure_objective(experts, network, x, y_syn, rate, args, device):
-    """The objective of images `x` at `rate`, as a mean over draws that are the same at every call."""
+    """The objective of images `x` at `rate`: a mean over draws that are the same at each call."""
     draws = Draws(experts, y_syn, args, Randomness(MEASUREMENT_SEED, device))
     starts = [draws.next(x) for _ in range(MEASUREMENT_STARTS)]
     return (

@@ -4,8 +4,9 @@ Every layer is z = sqrt(W / fan_in) w a + sqrt(B) b with w and b standard normal
 2, B = 0.01. As the widths grow, the products of two images' pre-activations and of their gradients
 tend to (Jacot et al. 2018; Arora et al. 2019)
 
-    sigma = W A[k] + B                 theta = sigma + W A[theta]
-    k = q kappa_1(sigma / q) / 2       theta = theta kappa_0(sigma / q) / 2       q = sqrt(sigma_xx sigma_yy)
+    sigma = W A[k] + B              theta = sigma + W A[theta]
+    k = q kappa_1(sigma / q) / 2    theta = theta kappa_0(sigma / q) / 2
+    q = sqrt(sigma_xx sigma_yy)
 
 where k and theta on the right are those below the layer (at the input: the mean product of the
 channels, and 0), the second line is the ReLU's, and kappa_0(c) = (pi - arccos c) / pi and
@@ -91,12 +92,12 @@ def _tangent_kernel(x, y, depth, mean):
 
 
 def fc(x, y, depth):
-    """Of a network of `depth` hidden layers, between images (n, 3, S, S) and (m, 3, S, S): (n, m)."""
+    """Kernel (n, m) of `depth` hidden layers, between images (n, 3, S, S) and (m, 3, S, S)."""
     return _tangent_kernel(x.flatten(1)[None, None], y.flatten(1)[None, None], depth, lambda k: k)
 
 
 def conv(x, y, depth):
-    """Of a network of `depth` convolutions, between images (n, 3, S, S) and (m, 3, S, S): (n, m)."""
+    """Kernel (n, m) of `depth` convolutions, between images (n, 3, S, S) and (m, 3, S, S)."""
     return _tangent_kernel(x.permute(2, 3, 0, 1), y.permute(2, 3, 0, 1), depth, WindowMean.apply)
 
 

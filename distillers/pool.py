@@ -1,4 +1,4 @@
-"""The model pool of Algorithm 1: networks of different ages that the distilled set is fitted under."""
+"""The model pool of Algorithm 1: networks of different ages that the set is distilled with."""
 
 import torch
 import torch.nn.functional as F

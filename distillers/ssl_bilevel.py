@@ -103,7 +103,7 @@ def meta_gradient(learner, start, inner, outer, args):
 
 
 class Draws:
-    """Random outer steps: an untrained learner, views of distilled images, and views of real ones."""
+    """Random outer steps: an untrained learner, views of distilled and of real images."""
 
     def __init__(self, source, args, randomness, device):
         self.source, self.args, self.randomness, self.device = source, args, randomness, device

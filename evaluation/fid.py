@@ -80,7 +80,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def inception(weights, device):
-    """Features (b, 2048) of pixels (b, 3, S, S) in [0, 1], by the network of the original measure."""
+    """Inception features (b, 2048) of pixels (b, 3, S, S) in [0, 1], as in the original measure."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:

@@ -10,7 +10,8 @@ E_xi[l_xi(theta, X)] is a sum:
 
     Barlow Twins, SimCLR    two different ones of 4 shifts by a pixel, the views of all images of X
     masked reconstruction   one of the 6 masks that hide two quarters of each image
-    MSE                     equation 2 of the paper, with a ridge head; xi is drawn as for the others but plays no part
+    MSE                     equation 2 of the paper, with a ridge head; xi is drawn as for the
+                            others but plays no part
 
 theta*(X_s) minimises L(theta; X_s) + mu/2 |theta - theta_0|^2 (without the second term, which is
 the same for all xi, Barlow Twins and SimCLR have whole surfaces of minimisers); theta^(X_s) has the

@@ -1,4 +1,4 @@
-"""The target network g_phi: reading its file, and its features of the whole source, computed once."""
+"""The target network g_phi: its file, and its features of the whole source, computed once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 import models
-from evaluation.probes import BATCH
 from models import saved as networks
 from models.frozen import Frozen
 from utils import files, progress
 from utils.device import autocast
 from utils.errors import UserError
+
+BATCH = 512  # images in a pass
 
 
 @dataclass

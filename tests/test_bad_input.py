@@ -1,4 +1,4 @@
-"""Whatever a user gives that cannot work: one line on standard error, exit code 2, nothing written."""
+"""Bad input of a user: one line on standard error, exit code 2, nothing written."""
 
 import importlib
 import os

@@ -1,6 +1,7 @@
 """The Frechet distance against closed forms, and the command on a toy set."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -134,8 +135,6 @@ def test_real_images_are_nearer_to_their_source_than_noise(roots, runs, distille
 
 
 def test_inception_without_its_package_or_weights(distilled, roots, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         fid.main(["--distilled", str(distilled), *roots[:2]])

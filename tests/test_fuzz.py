@@ -60,7 +60,7 @@ class Code:
 
 @pytest.fixture
 def foreign(tmp_path):
-    """Bytes of files of other kinds, two with code in them; that code must not have run in the end."""
+    """Bytes of files of other kinds, two with code in them, which must not have run at the end."""
     ran = tmp_path / "ran"
     code, image, array, archive = Code(f"touch {ran}"), io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "png")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import distill
 import finetune
 import kd
 import pretrain
@@ -111,8 +112,6 @@ def test_students_from_scratch_on_different_images_do_not_collide(
 ):
     """Noise, and two sets of the same method and seed that differ in their settings."""
     flags, folder = student
-    import distill
-
     other = folder.parents[1] / "other"
     distill.main(
         [

@@ -103,7 +103,7 @@ def test_fc_kernel_equals_the_arc_cosine_formulas():
         a,
         b,
         c,
-        # E relu(u) relu(v) and E relu'(u) relu'(v) of normal (u, v) with variances a, b, covariance c
+        # E relu(u) relu(v), E relu'(u) relu'(v) of normal (u, v), variances a, b, covariance c
     ):
         angle = math.acos(c / math.sqrt(a * b))
         cosine = math.cos(angle)

@@ -1,4 +1,4 @@
-"""DM, DSA and MTT: their formulas against naive ones in float64, and the real commands at toy size."""
+"""DM, DSA and MTT: formulas against naive ones in float64, and the real commands at toy size."""
 
 import json
 from types import SimpleNamespace

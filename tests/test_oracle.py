@@ -1,11 +1,14 @@
 """Pre-training on all of a source: the recipe of a distilled set with other images, and its row in
 the tables."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
+import distill
+import models
 import pretrain
 from analysis import tables
 from data.distilled import load_distilled
@@ -95,8 +98,6 @@ def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(
 
 def test_first_loss_and_gradient_are_those_of_the_mean_squared_error(toy, runs, source, tmp_path):
     """Batches of the whole source: the first line of the log does not depend on the order."""
-    import models
-
     pretrain.main([*toy, "--steps", "1", "--batch-size", str(len(source))])
     target = load_target(
         runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
@@ -195,12 +196,8 @@ def made(*flags):
     """Distil by a command's own main; the set that it wrote."""
     words = [str(flag) for flag in flags]
     if words[0] == "krr_st":
-        import distill
-
         chosen = distill.METHOD
     else:
-        import importlib
-
         chosen = importlib.import_module(f"distillers.{words[0]}").METHOD
     method.main(chosen, ["--source", "digits", *words[1:]])
     return load_distilled(

@@ -119,8 +119,9 @@ def test_what_the_paper_lacks_comes_with_one_flag_each(monkeypatch):
 
 
 def test_probes_leave_the_results_that_the_plan_waits_for(roots, tmp_path):
-    script = "set -euo pipefail; methods=scratch targets=digits quick_width=0.125; source scripts/table.sh\n"
-    script += "for p in 'linear 0.1' 'knn '; do tuned ${p% *} \"${p#* }\" digits scratch convnet3 0 32 digits; done\n"
+    script = "set -euo pipefail; methods=scratch targets=digits quick_width=0.125\n"
+    script += "source scripts/table.sh\nfor p in 'linear 0.1' 'knn '; do\n"
+    script += 'tuned ${p% *} "${p#* }" digits scratch convnet3 0 32 digits; done\n'
     words = [
         "bash",
         "-c",
@@ -367,7 +368,8 @@ def test_lock_of_results_is_waited_for(tmp_path):
     results.append(tmp_path, dict(digest="a"))
     with open(tmp_path / "results.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        code = "from pathlib import Path; from utils import results; results.append(Path({!r}), dict(digest='b'))"
+        code = "from pathlib import Path; from evaluation import results; "
+        code += "results.append(Path({!r}), dict(digest='b'))"
         other = subprocess.Popen([sys.executable, "-c", code.format(str(tmp_path))], cwd=ROOT)
         with pytest.raises(subprocess.TimeoutExpired):
             other.wait(timeout=1)

@@ -1,4 +1,4 @@
-"""The naive bilevel method: its meta-gradient, its objective on fixed draws, and the real command."""
+"""The naive bilevel method: meta-gradient, objective on fixed draws, and the real command."""
 
 import copy
 import itertools

@@ -32,10 +32,10 @@ def add_device_flags(parser):
 
 
 def resolve_precision(args):
-    """Replace `--precision auto` in the parsed `args` by the precision for the device; returns `args`.
+    """Replace `--precision auto` in the parsed `args` by the precision for the device.
 
-    auto is bf16 on a GPU that supports it, else fp32 (docs: findings). The reference step
-    (`--reference`) always runs in fp32.
+    auto is bf16 on a GPU that supports it, else fp32; the reference step (`--reference`) is in
+    fp32. Returns `args`.
     """
     if args.precision == "auto":
         use_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()

@@ -163,7 +163,7 @@ def run_on_main(function):
 
 
 def gather(content):
-    """On the first rank all ranks' `content` in a list, its tensors on the CPU; [] on the others."""
+    """All ranks' `content` in a list, with tensors on the CPU, on rank 0; [] on the others."""
     if world_size() == 1:
         return [content]
     boxes = [None] * world_size() if is_main_process() else None

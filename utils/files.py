@@ -167,7 +167,7 @@ def find_non_finite(content, name=""):
 
 
 def digest(path):
-    """The first 12 hexadecimal digits of a file's SHA-256: enough to tell two files of a run apart."""
+    """The first 12 hexadecimal digits of a file's SHA-256, which identify a file of a run."""
     return checksums(path)["sha256"][:12]
 
 
