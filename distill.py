@@ -32,27 +32,27 @@ HELP = dict(
     arch="network of the pool's members",
     width="factor on its hidden widths",
     outer_steps="updates of the distilled set",
-    outer_lr="AdamW learning rate of images and targets, decayed linearly (D1)",
+    outer_lr="AdamW learning rate of images and targets, decayed linearly (D1 outer-lr)",
     outer_batch="b, real images in a mini-batch",
     pool_size="l, members of the pool",
     pool_steps="T, steps after which a member starts afresh",
     pool_lr="SGD learning rate of the members",
     pool_weight_decay="weight decay of the members",
     ridge="lambda as a factor on the trace of the kernel",
-    ridge_per_image="divide lambda by m, as FRePo does (D2)",
-    bias_column="append a one to the features before both kernels (D3)",
-    keep_pool_count="never set a member's count back, as the released code does (D5)",
+    ridge_per_image="divide lambda by m, as FRePo does (D2 ridge-per-image)",
+    bias_column="append a one to the features before both kernels (D3 bias-column)",
+    keep_pool_count="never set a member's count back, as the released code does (D5 pool-reset)",
     raw_init="start from pixels in [0, 1] instead of normalised ones, as the released code does "
-    "(D7)",
-    augment_outer="crop and flip the real batch, as the released code does (D8)",
+    "(D7 normalised-init)",
+    augment_outer="crop and flip the real batch, as the released code does (D8 outer-augmentation)",
     random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's "
-    "appendix E compares (D21)",
+    "appendix E compares (D21 target-init)",
 )
 
 
 def outer_loss(member, x_real, y_real, x_syn, y_syn, args):
-    """Equation 4, as a mean over all entries (D4): how well the ridge head on (X_s, Y_s) predicts
-    g_phi(X_t)."""
+    """Equation 4, as a mean over all entries (D4 mean-loss): how well the ridge head on (X_s, Y_s)
+    predicts g_phi(X_t)."""
     with torch.no_grad():
         f_real = member.embed(x_real, args.chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, args.chunk)  # (m, d_h)
@@ -156,7 +156,7 @@ def distill(source, chosen, target, args, run, device):
         loss = loss.detach()
         distributed.all_reduce_mean([x_syn.grad, y_syn.grad, loss])
         # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images
-        # unseen (D4).
+        # unseen (D4 mean-loss).
         gradient, lr = x_syn.grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=larger_ridges(device))
         adamw.step()  # line 10

@@ -37,7 +37,7 @@ from utils.run import Run
 from utils.sampling import Batches, Randomness
 
 LOSSES = {
-    "mse": F.mse_loss,  # mean over all entries (D4)
+    "mse": F.mse_loss,  # mean over all entries (D4 mean-loss)
     "half_squared": lambda predicted, target: 0.5 * (predicted - target).square().sum(1).mean(),
     "cross_entropy": F.cross_entropy,
 }

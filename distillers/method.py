@@ -115,7 +115,7 @@ def distance_from_initial(distilled, source, initial):
     start = normalise(source.raw(initial, "cpu"), distilled.mean, distilled.std)  # (m, 3, S, S)
     units = (distilled.std / source.std)[
         :, None, None
-    ]  # 1, but for a set that is not normalised (D7)
+    ]  # 1, but for a set that is not normalised (D7 normalised-init)
     return ((distilled.images - start) * units).square().mean().sqrt().item()
 
 

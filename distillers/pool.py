@@ -37,7 +37,7 @@ class Member:
 
     def reset(self, keep_count=False):
         """Start afresh: new weights, new optimiser, no steps (line 15). `keep_count` leaves the
-        count (D5)."""
+        count (D5 pool-reset)."""
         self.network = self._build()
         self.frozen = Frozen(self.network)
         self.optimizer = self._optimizer(self.network)

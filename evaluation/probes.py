@@ -17,7 +17,7 @@ BATCH = 512
 def evaluating(network, batch_statistics=False):
     """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own
     statistics and leaves its running ones as they are (the paper's distillation of knowledge,
-    departure D12 of README)."""
+    departure D12 kd-details)."""
     modes = {module: module.training for module in network.modules()}
     norms = (
         [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []

@@ -1,7 +1,8 @@
 """MobileNet: inverted residual blocks with expansion 2 (Sandler et al., 2018, with a smaller
 expansion).
 
-The paper cites MobileNetV1; the network its numbers come from is this V2 (departure D14 of README).
+The paper cites MobileNetV1; the network its numbers come from is this V2 (departure D14
+network-variants).
 """
 
 from torch import nn

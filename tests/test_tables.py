@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from analysis import tables
+from analysis import docs, tables
 from evaluation import results
 from utils.errors import UserError
 from utils.presets import deviations, preset
@@ -269,17 +269,17 @@ def test_written_tables_are_the_same_bytes_each_time_and_stale_ones_are_found(
     )
     tables.collect([tmp_path / "runs"], tmp_path / "results.jsonl")
     with pytest.raises(UserError, match="stale"):
-        tables.main(["--check", str(page)])
+        docs.main(["--check", str(page)])
     assert "old" in page.read_text()  # a check changes nothing
-    tables.main(["--write", str(page)])
+    docs.main(["--write", str(page)])
     first = page.read_text()
     assert "88.50 ± 0.50 (n=2)" in first and "97.00 ± 0.00 (n=1)" in first and "old" not in first
     assert first.startswith("# A\n\n<!-- table table1 -->\n") and first.endswith(
         "<!-- end of table -->\nend\n"
     )
-    tables.main(["--check", str(page)])
-    page.write_text(tables.MARK.sub(lambda m: m[1] + m[3], first))  # all tables deleted
-    tables.main(["--write", str(page)])
+    docs.main(["--check", str(page)])
+    page.write_text(docs.MARK.sub(lambda m: m[1] + m[3], first))  # all tables deleted
+    docs.main(["--write", str(page)])
     assert page.read_text() == first
     assert "2 tables up to date" in capsys.readouterr().out
 
