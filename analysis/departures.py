@@ -22,7 +22,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from analysis.tables import METHODS, Cell, gather_results, markdown, order
+from analysis.tables import METHODS, Cell, gather_results, markdown, method_order
 from data.distilled import load_distilled
 from evaluation import results
 from utils import cli, files
@@ -50,7 +50,7 @@ KEPT = (
 LOSS = "outer loss x 100"
 
 
-def losses(folder):
+def read_losses(folder):
     """A line for each distilled.pt below a run root that knows its outer loss before and after."""
     for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
         meta = load_distilled(path).meta
@@ -81,7 +81,7 @@ def column_of(line):
     return ("fine-tuned" if line["protocol"] == "full" else "probe") + f", {few}", line["dataset"]
 
 
-def by_seed(lines):
+def group_by_seed(lines):
     """{method: {column: {seed: accuracy}}}, and for each protocol the mean over its data sets where
     all are there."""
     found = {}
@@ -118,7 +118,7 @@ def difference(ours, base):
     return statistics.fmean(apart), statistics.pstdev(apart), sure
 
 
-def cell(values, base):
+def format_cell(values, base):
     """The text of a column's {seed: accuracy}, with the difference from `base`'s, if any."""
     if not values:
         return ""
@@ -132,7 +132,7 @@ def table(found, name, columns):
     """Markdown, headed `name`: a row for each method that has a result in one of `columns` {head:
     column}."""
     rows = [[Cell(name), *map(Cell, columns), Cell("seeds"), Cell("command")]]
-    for method in sorted(found, key=order):
+    for method in sorted(found, key=method_order):
         mine = [found[method].get(column, {}) for column in columns.values()]
         base = [
             found.get(BASE, {}).get(column, {}) if method != BASE else {}
@@ -140,14 +140,14 @@ def table(found, name, columns):
         ]
         if any(mine):
             count, command = len(set().union(*mine)), f"`{COMMAND.format(method)}`"
-            texts = [Cell(cell(*pair)) for pair in zip(mine, base, strict=True)]
+            texts = [Cell(format_cell(*pair)) for pair in zip(mine, base, strict=True)]
             rows.append(
                 [Cell(METHODS.get(method, method)), *texts, Cell(str(count)), Cell(command)]
             )
     return markdown(rows)
 
 
-def by_protocol(found):
+def group_by_protocol(found):
     """{protocol: its data sets in order, the mean last}."""
     columns = {column for values in found.values() for column in values}
     last = ("mean", "distilled images")
@@ -161,9 +161,10 @@ def by_protocol(found):
 
 def tables(lines):
     """A Markdown table for each protocol, with a column for each data set."""
-    found = by_seed(lines)
+    found = group_by_seed(lines)
     texts = [
-        table(found, p, {t: (p, t) for t in datasets}) for p, datasets in by_protocol(found).items()
+        table(found, p, {t: (p, t) for t in datasets})
+        for p, datasets in group_by_protocol(found).items()
     ]
     return "\n\n".join(texts) or "No results yet."
 
@@ -171,9 +172,10 @@ def tables(lines):
 def summary(lines):
     """One Markdown table: each protocol's mean over data sets, and the outer loss of the distilled
     images."""
-    found = by_seed(lines)
+    found = group_by_seed(lines)
     columns = {
-        protocol: (protocol, datasets[-1]) for protocol, datasets in by_protocol(found).items()
+        protocol: (protocol, datasets[-1])
+        for protocol, datasets in group_by_protocol(found).items()
     }
     return table(found, "mean over data sets", columns) if found else "No results yet."
 
@@ -181,13 +183,13 @@ def summary(lines):
 def main(argv):
     args = parse_args(argv)
     lines = (
-        [*gather_results([args.folder]), *losses(args.folder)]
+        [*gather_results([args.folder]), *read_losses(args.folder)]
         if args.folder
         else results.read(RESULTS)
     )
     if args.collect:
         kept = [{name: line.get(name) for name in KEPT} for line in lines]
-        kept.sort(key=lambda line: (order(line["method"]), line["seed"], column_of(line)))
+        kept.sort(key=lambda line: (method_order(line["method"]), line["seed"], column_of(line)))
         files.write_text(RESULTS, "".join(json.dumps(line) + "\n" for line in kept))
     print(tables(lines))
 

@@ -157,7 +157,7 @@ def all_tables(lines=(), path=PAPER):
         for dataset in sorted({line["dataset"] for line in others}):
             beside = Table(base.name, base.source, base.archs, [], base.methods, {}, dataset)
             mine = {other_column(line) for line in others if belongs_to(line, beside)}
-            beside.datasets = sorted(mine, key=protocols_order)
+            beside.datasets = sorted(mine, key=protocol_order)
             found[base.name, dataset] = beside
     return [table for name in TITLES for table in found.values() if table.name == name]
 
@@ -232,14 +232,14 @@ def format_value(number):
     )
 
 
-def natural(text):
+def natural_key(text):
     """A key by which 50 comes before 1,000."""
     parts = re.split(r"(\d+)", text.replace(",", ""))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def format_setting(name, here, theres):
-    return f"{name} {here} ({' or '.join(sorted(theres, key=natural))})"
+    return f"{name} {here} ({' or '.join(sorted(theres, key=natural_key))})"
 
 
 def split_deviations(lines, table):
@@ -275,7 +275,7 @@ def split_deviations(lines, table):
     return [(name, min(here[name]), there[name]) for name in here if name not in apart], apart
 
 
-def order(method):
+def method_order(method):
     known = [*METHODS]
     return (known.index(method) if method in known else len(known), method)
 
@@ -323,7 +323,7 @@ def split_by_scale(table, lines):
         columns = [each for each in paper if each in found] + [
             each for each in found if each not in paper
         ]
-        in_order = sorted(rows, key=lambda key: (order(key[0]), natural(key[1])))
+        in_order = sorted(rows, key=lambda key: (method_order(key[0]), natural_key(key[1])))
         yield settings, columns, [(*key, rows[key]) for key in in_order]
 
 
@@ -348,7 +348,9 @@ def grid(table, reduced, columns, rows):
         known = (mean for (_, *rest), (mean, _) in table.numbers.items() if tuple(rest) == column)
         papers_best[column] = better(known, default=None)
     lines = [[Cell("FID" if table.name == "fid" else "accuracy in %"), Cell(""), *map(Cell, heads)]]
-    names = dict.fromkeys(sorted([*table.methods, *(method for method, *_ in rows)], key=order))
+    names = dict.fromkeys(
+        sorted([*table.methods, *(method for method, *_ in rows)], key=method_order)
+    )
     for method in names:
         for other, own, cells in rows:
             if other != method:
@@ -515,7 +517,7 @@ def other_column(line):
     return f"{line['protocol']}{labels}"
 
 
-def protocols_order(column):
+def protocol_order(column):
     """A key that sorts the columns of `other_column`: by protocol, all labels after few."""
     protocol, _, labels = column.partition(", ")
     known = ["head", "knn", "linear", "full", "kd"]
@@ -523,7 +525,7 @@ def protocols_order(column):
         known.index(protocol) if protocol in known else len(known),
         protocol,
         not labels,
-        natural(labels),
+        natural_key(labels),
     )
 
 
@@ -536,14 +538,14 @@ def other_results(lines):
         for _, part in select_results(table, lines)
         for line in part
     }
-    for line in sorted(lines, key=lambda line: order(line["method"])):
+    for line in sorted(lines, key=lambda line: method_order(line["method"])):
         if id(line) not in shown:
             found[line["dataset"]][other_row(line), other_column(line)].append(line["accuracy"])
     grids = {}
     for dataset in sorted(found):
         cells = found[dataset]
         rows = list(dict.fromkeys(row for row, _ in cells))
-        columns = sorted({column for _, column in cells}, key=protocols_order)
+        columns = sorted({column for _, column in cells}, key=protocol_order)
         grids[dataset] = [[Cell("accuracy in %"), *map(Cell, columns)]]
         for row in rows:
             values = [cells.get((row, column)) for column in columns]

@@ -51,7 +51,7 @@ def prepare(name, split, size, root, labels=False, partial=False):
     raw = raw_images.read(name, split, root, labels)
     if raw.made_split:
         stem = stem.parent.with_name(f"{folder_name(name, root)}-split-{size}px") / split
-    whole = raw_images.is_whole(name, split, raw)
+    whole = raw_images.is_complete(name, split, raw)
     fingerprint = _fingerprint(raw, whole)
     if not _matches(known := _record(stem), fingerprint):
         if not partial:

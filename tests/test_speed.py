@@ -217,7 +217,7 @@ def test_growth_measures_each_axis_and_draws_it(tmp_path, monkeypatch, capsys):
         | {name: (scaling.BASE[name],) for name in ("outer_batch", "image_size", "source")},
     )
     args = scaling.parse_args(["--width", "0.05", "--device", "cpu"])
-    lines = [scaling.measure(setting, args) for _, setting in scaling.settings()]
+    lines = [scaling.measure(setting, args) for _, setting in scaling.all_settings()]
     text = scaling.markdown(lines)
     rows = [row.split("|")[1:3] for row in text.splitlines() if row.startswith("| ")][1:]
     assert ["distilled images m", "12"] in [[cell.strip() for cell in row] for row in rows]

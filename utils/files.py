@@ -298,10 +298,10 @@ def append_line(path, line, unless=lambda: False):
     with name_in_errors(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        there = file.read()
+        written = file.read()
         if unless():
             return
-        file.truncate(there.rfind(b"\n") + 1)
+        file.truncate(written.rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
