@@ -95,10 +95,8 @@ class Step:
     def __init__(self, plain, source, target, args, device):
         randomness = Randomness(0, device)
         self.args, self.device = args, device
-        layout = reference.FORMAT if plain else torch.channels_last
-        self.loss_of = reference.outer_loss if plain else distill.outer_loss
-        kind = reference.RealBatches if plain else distill.RealBatches
-        self.real = kind(source, target, args, randomness, device)
+        batches, self.loss_of, layout = reference.STEP if plain else distill.STEP
+        self.real = batches(source, target, args, randomness, device)
         chosen = torch.arange(args.num_images) % len(source)
         x = source.normalised(chosen, device).contiguous(memory_format=layout)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)

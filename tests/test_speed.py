@@ -151,6 +151,7 @@ def test_reference_is_plain(roots):
     assert done.returncode == 2 and done.stderr.startswith(
         "distill.py: error: --reference goes with"
     )
+    assert not Path(roots[3], "digits", "refused").exists()
 
 
 def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
