@@ -30,7 +30,7 @@ def ridge_predict(f_real, f_syn, y_syn, ridge, per_image=False, bias=True, fallb
     appends a one to the features. `fallbacks`: see `solve`.
 
     Where m exceeds d_h, the equivalent system of d_h equations is solved:
-    f_real (f_syn^T f_syn + lambda I)^-1 f_syn^T y_syn. Products are computed in the precision of the
+    f_real (f_syn^T f_syn + lambda I)^-1 f_syn^T y_syn. Products are in the precision of the
     features, the system in float64 where the device supports it, since its condition number grows
     as 1 / ridge.
     """

@@ -23,7 +23,7 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT = 2  # of every file of `save`; raised when a reader of today could not read it
+FORMAT = 3  # of every file of `save`; raised when older files cannot be read any more
 MARK = b"sha256:"
 COMMENT_BYTES = len(MARK) + 64  # the archive's comment: the mark and 64 hexadecimal digits
 COMMENT_LENGTH = struct.pack(
