@@ -20,9 +20,8 @@ from data.subsets import balanced_subset, random_subset
 from distillers.method import Method, make_distilled
 from utils import progress
 
-MOST_PAIRS = (
-    10**8
-)  # of an image and a centroid, about 2 s of two CPU cores for each iteration at 512 features
+# Pairs of an image and a centroid; about 2 s of two CPU cores an iteration at 512 features.
+MOST_PAIRS = 10**8
 ROWS = 1024  # features compared with all of the chosen at a time
 
 

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-LARGER_RIDGE = (
-    10  # factor on the ridge where the kernel is not positive definite with the usual one
-)
+# Factor on the ridge where the kernel is not positive definite with the usual one.
+LARGER_RIDGE = 10
 LIMITS = {  # for `Run.limits`
     "larger_ridge": (
         0.1,

@@ -29,9 +29,8 @@ COMMENT_BYTES = len(MARK) + 64  # the archive's comment: the mark and 64 hexadec
 COMMENT_LENGTH = struct.pack(
     "<H", COMMENT_BYTES
 )  # as the archive's last two bytes, before the comment, have it
-ALWAYS_VERIFIED = (
-    2 << 30
-)  # bytes up to which an array is read and verified at each use, even if its time has not changed
+# Bytes up to which an array is verified at each use, even if its time has not changed.
+ALWAYS_VERIFIED = 2 << 30
 
 
 class DamagedFile(UserError):
