@@ -6,6 +6,7 @@ import sys
 import torch
 
 import models
+from utils import ranks
 from utils.evaluate import knn_accuracy_of, linear_accuracy_of, outputs
 
 MOST = 10_000  # images of the training split that take part, half of them held out
@@ -71,7 +72,7 @@ def print_quality(quality):
         f"{quality['knn']:.1f} %; untrained {student}: {untrained['linear']:.1f} %, "
         f"{untrained['knn']:.1f} % ({quality['n']:,} held-out training images)"
     )
-    if not is_better(quality):
+    if ranks.first() and not is_better(quality):
         print(
             f"warning: a linear probe of the target is no better than one of an untrained {student}: "
             "distilling this target cannot help (docs/encoders.md)",
