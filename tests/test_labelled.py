@@ -81,9 +81,9 @@ def quick(monkeypatch):
     """One thread, which is faster for networks this small, and few draws to measure with."""
     torch.set_num_threads(1)
     for module, name in (
-        (dm, "MEASURED_NETWORKS"),
-        (dsa, "MEASURED_NETWORKS"),
-        (mtt, "MEASURED_STARTS"),
+        (dm, "MEASUREMENT_NETWORKS"),
+        (dsa, "MEASUREMENT_NETWORKS"),
+        (mtt, "MEASUREMENT_STARTS"),
     ):
         monkeypatch.setattr(module, name, 2)
 
