@@ -165,9 +165,7 @@ def add_flags(parser):
     parser.add_argument("--reference", action="store_true", help="the plain, slow step, to compare with")
 
 
-METHOD = Method(
-    "krr_st", distill, HELP, stage="distill", doc=__doc__, needs_target=True, several=True, add_flags=add_flags
-)
+METHOD = Method("krr_st", distill, HELP, doc=__doc__, add_flags=add_flags)
 
 
 def main(argv):

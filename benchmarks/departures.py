@@ -19,8 +19,9 @@ from pathlib import Path
 
 from scipy import stats
 
-from benchmarks.tables import METHODS, Cell, gathered, markdown, order
+from benchmarks.tables import Cell, gathered, markdown
 from data.distilled import load_distilled
+from distillers import registry
 from utils import cli, files, results
 
 RESULTS = Path(__file__).with_name("departures.jsonl")
@@ -94,13 +95,13 @@ def cell(values, base):
 def table(found, name, columns):
     """Markdown, headed `name`: a row for each method that has a result in one of `columns` {head: column}."""
     rows = [[Cell(name), *map(Cell, columns), Cell("seeds"), Cell("command")]]
-    for method in sorted(found, key=order):
+    for method in sorted(found, key=registry.order):
         mine = [found[method].get(column, {}) for column in columns.values()]
         base = [found.get(BASE, {}).get(column, {}) if method != BASE else {} for column in columns.values()]
         if any(mine):
             count, command = len(set().union(*mine)), f"`{COMMAND.format(method)}`"
             texts = [Cell(cell(*pair)) for pair in zip(mine, base, strict=True)]
-            rows.append([Cell(METHODS.get(method, method)), *texts, Cell(str(count)), Cell(command)])
+            rows.append([Cell(registry.title(method)), *texts, Cell(str(count)), Cell(command)])
     return markdown(rows)
 
 
@@ -133,7 +134,7 @@ def main(argv):
     lines = [*gathered([args.folder]), *losses(args.folder)] if args.folder else results.read(RESULTS)
     if args.collect:
         kept = [{name: line.get(name) for name in KEPT} for line in lines]
-        kept.sort(key=lambda line: (order(line["method"]), line["seed"], column_of(line)))
+        kept.sort(key=lambda line: (registry.order(line["method"]), line["seed"], column_of(line)))
         files.write_text(RESULTS, "".join(json.dumps(line) + "\n" for line in kept))
     print(tables(lines))
 

@@ -27,6 +27,7 @@ from torchvision.utils import make_grid
 from benchmarks import tables
 from data.distilled import load_distilled
 from data.images import load_images, normalise, unit
+from distillers import registry
 from distillers.target import load_target
 from utils import cli, results
 from utils.errors import UserError
@@ -75,7 +76,7 @@ def source_of(args, distilled):
 
 def origin_of(distilled):
     method = distilled.meta.get("method")
-    return f"{tables.METHODS.get(method, method)}, {distilled.meta.get('source')}"
+    return f"{registry.title(method)}, {distilled.meta.get('source')}"
 
 
 def grids(distilled, source, most):
@@ -208,7 +209,7 @@ def bars(args):
             chosen += [(table, *part) for part in tables.parts(table, lines)]
     if not chosen:
         raise UserError(f"no results for {args.tables} yet; see scripts/run_architectures.sh")
-    methods = sorted({method for *_, rows in chosen for method, *_ in rows}, key=tables.order)
+    methods = sorted({method for *_, rows in chosen for method, *_ in rows}, key=registry.order)
     figure, axes = panels(len(chosen), width=6.4, height=3.2, most=2)
     for axis, (_, settings, columns, rows) in zip(axes, chosen, strict=True):
         wide = 0.8 / len(rows)
@@ -221,7 +222,7 @@ def bars(args):
                 [j + (i - (len(rows) - 1) / 2) * wide for j in there], means, wide, yerr=deviations,
                 color=COLOURS[look % len(COLOURS)], hatch=HATCHES[look % len(HATCHES)], edgecolor=INK, linewidth=0.5,
                 error_kw=dict(lw=0.8, capsize=1.5),
-                label=tables.METHODS.get(method, method) + (f" ({own})" if own else ""),
+                label=registry.title(method) + (f" ({own})" if own else ""),
             )  # fmt: skip
         axis.set_xticks(range(len(columns)), [target for _, target in columns])
         tidy(axis, columns[0][0] + ("" if settings is None else " (reduced scale)"), y="accuracy in %")
@@ -258,18 +259,18 @@ def count(args):
     drawn = sorted(key for key, methods in found.items() if any(len(points) > 1 for points in methods.values()))
     if not drawn:
         raise UserError("no method has results for two numbers of images (distill.py --num-images) yet")
-    methods = sorted({method for key in drawn for method in found[key]}, key=tables.order)
+    methods = sorted({method for key in drawn for method in found[key]}, key=registry.order)
     figure, axes = panels(len(drawn), most=2)
     for axis, key in zip(axes, drawn, strict=True):
-        for method, points in sorted(found[key].items(), key=lambda item: tables.order(item[0])):
+        for method, points in sorted(found[key].items(), key=lambda item: registry.order(item[0])):
             look, x = methods.index(method), sorted(points)
             axis.errorbar(x, [statistics.mean(points[m]) for m in x], [statistics.pstdev(points[m]) for m in x],
                           color=COLOURS[look % len(COLOURS)], marker=MARKERS[look % len(MARKERS)], capsize=2,
-                          linestyle=DASHES[look % len(DASHES)], label=tables.METHODS.get(method, method))  # fmt: skip
+                          linestyle=DASHES[look % len(DASHES)], label=registry.title(method))  # fmt: skip
         for method, gap in (("scratch", 3), (tables.ORACLE, 1)):
             if level := levels[key[1:]][method] or levels[key][method]:
                 axis.axhline(statistics.mean(level), color=INK, linewidth=1, linestyle=(0, (1, gap)),
-                             label=tables.METHODS[method])  # fmt: skip
+                             label=registry.title(method))  # fmt: skip
         axis.set_xscale("log")
         ticks = sorted({m for points in found[key].values() for m in points})
         axis.set_xticks(ticks, map(str, ticks), minor=False)

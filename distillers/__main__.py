@@ -9,38 +9,33 @@ Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does
 import importlib
 import sys
 
-from distillers import importing, method
+from distillers import importing, method, registry
 from utils import cli
 from utils.errors import UserError
 
-METHODS = (
-    "random",
-    "random_features",
-    "kmeans",
-    "dm",
-    "dsa",
-    "mtt",
-    "frepo",
-    "kip",
-    "gaussian",
-    "ssl_bilevel",
-)  # modules with a METHOD
+PROGRAM = "python -m distillers"
+
+
+def listing():
+    """The methods, one a line, with what each does."""
+    width = max(map(len, registry.COMMANDS))
+    return "\n".join(f"  {name:{width}}  {registry.METHODS[name].title}" for name in registry.COMMANDS)
 
 
 def main(argv):
-    sys.argv[0] = "python -m distillers"
-    if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\nMethods: {', '.join(METHODS)}. Each, and import, has its own --help.")
-        return
-    if argv[:1] == ["import"]:
-        sys.argv[0] += " import"
-        importing.main(argv[1:], reserved=("krr_st", "target", "full", *METHODS))
-        return
-    if not argv or argv[0] not in METHODS:
-        raise UserError(f"name a method first, one of: {', '.join(METHODS)}, or import")
-    sys.argv[0] += f" {argv[0]}"
-    method.main(importlib.import_module(f"distillers.{argv[0]}").METHOD, argv[1:])
+    name, *flags = argv or [""]
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, and import, has its own --help.")
+    elif name == "import":
+        sys.argv[0] = f"{PROGRAM} import"
+        importing.main(flags, reserved=("target", *registry.METHODS))
+    elif name in registry.COMMANDS:
+        sys.argv[0] = f"{PROGRAM} {name}"
+        method.main(importlib.import_module(registry.METHODS[name].module).METHOD, flags)
+    else:
+        raise UserError(f"name a method first, one of: {', '.join(registry.COMMANDS)}, or import")
 
 
 if __name__ == "__main__":
+    sys.argv[0] = PROGRAM
     cli.run(main)

@@ -106,4 +106,4 @@ def measured(x, real, source, args, device):
     return total / MEASURED_NETWORKS
 
 
-METHOD = Method("dm", distill, HELP, stage="dm", doc=__doc__, choose=balanced_subset)
+METHOD = Method("dm", distill, HELP, doc=__doc__, choose=balanced_subset)

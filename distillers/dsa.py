@@ -141,4 +141,4 @@ def measured(x, real, source, args, device):
     return total / MEASURED_NETWORKS
 
 
-METHOD = Method("dsa", distill, HELP, stage="dsa", doc=__doc__, choose=balanced_subset)
+METHOD = Method("dsa", distill, HELP, doc=__doc__, choose=balanced_subset)

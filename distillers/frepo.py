@@ -124,4 +124,4 @@ def distill(source, chosen, target, args, run, device):
     return packed(x_syn, y_syn, "soft", source, objective_initial=before, objective_distilled=after)
 
 
-METHOD = Method("frepo", distill, HELP, stage="frepo", doc=__doc__, choose=balanced_subset, add_flags=cli.add_chunk)
+METHOD = Method("frepo", distill, HELP, doc=__doc__, choose=balanced_subset, add_flags=cli.add_chunk)

@@ -26,4 +26,4 @@ def no_real_images(source, m, seed):
     return None
 
 
-METHOD = Method("gaussian", distill, {}, stage="random", doc=__doc__, choose=no_real_images)
+METHOD = Method("gaussian", distill, {}, doc=__doc__, choose=no_real_images)

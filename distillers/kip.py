@@ -100,4 +100,4 @@ def distill(source, chosen, target, args, run, device):
     return packed(x_syn.float(), y_syn.float(), "soft", source, objective_initial=before, objective_distilled=after)
 
 
-METHOD = Method("kip", distill, HELP, stage="kip", doc=__doc__, choose=balanced_subset)
+METHOD = Method("kip", distill, HELP, doc=__doc__, choose=balanced_subset)

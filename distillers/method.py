@@ -1,6 +1,6 @@
 """What surrounds every method: its command line, its run folder, and the file it leaves.
 
-A method is a module with a `METHOD`; `distillers/__main__.py` lists them.
+A method is a module with a `METHOD`; distillers/registry.py lists them and says what each needs.
 """
 
 import re
@@ -15,6 +15,7 @@ from torchvision.utils import save_image
 from data.distilled import Distilled
 from data.images import load_images, normalise
 from data.subsets import random_subset
+from distillers import registry
 from distillers.target import load_target
 from utils import cli, files, ranks
 from utils.errors import UserError
@@ -24,41 +25,39 @@ from utils.run import Run, versions
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a distilled set.
+    """How a method makes a distilled set; `registry.METHODS[name]` has the facts about it.
 
-    `name`: of its run folder. `distill(source, chosen, target, args, run, device)` returns a `Distilled`, whose meta
+    `distill(source, chosen, target, args, run, device)` returns a `Distilled`, whose meta
     may hold what it measured, and `initial` where it started from other images than those chosen: `source` is an
     `ImageSet`, `chosen` (m,) the indices of the real images to start from, `target` a `Target` or None, `run` a `Run`
-    to train in. `help`: setting -> description, for the flags. `stage`: of its settings in utils/presets.py.
-    `choose(source, m, seed)` returns `chosen`. `needs_target`: whether it uses the target network.
-    `add_flags(parser)` adds flags that no preset sets. `several`: whether several processes can share it (torchrun).
+    to train in. `help`: setting -> description, for the flags. `choose(source, m, seed)` returns `chosen`.
+    `add_flags(parser)` adds flags that no preset sets.
     """
 
     name: str
     distill: Callable
     help: dict
-    stage: str
     doc: str
     choose: Callable = random_subset
-    needs_target: bool = False
-    several: bool = False
     add_flags: Callable = lambda parser: None
 
 
 def main(method, argv):
     """Run `method` as the command line `argv` says; writes distilled.pt and images.png."""
-    args = parse_args(method, argv)
-    device = cli.device(args, method.several)
+    args, entry = parse_args(method, argv), registry.METHODS[method.name]
+    device = cli.device(args, entry.several)
     source = load_images(args.source, "train", args.image_size, args.data_root)
+    if getattr(args, "ignore_labels", False):
+        source.labels = None
     chosen = method.choose(source, args.num_images, args.seed)
     home, target = args.run_root / source.name, None
     facts = dict(source=source.name, fingerprint=source.fingerprint)
-    scale = source.part | differences(cli.preset_name(source.name), method.stage, vars(args))
-    if method.needs_target:
+    scale = source.part | differences(cli.preset_name(source.name), entry.stage, vars(args))
+    if entry.target_network:
         target = load_target(args.target or home / "target" / "seed0" / "target.pt", source, device, args.precision)
         facts["target"] = target.digest
         scale |= target.scale
-    if method.several:  # another algorithm for each number of processes
+    if entry.several:  # another algorithm for each number of processes
         facts["ranks"] = ranks.count()
         scale |= {"ranks": [ranks.count(), 1]} if ranks.count() > 1 else {}
     run = Run(home / args.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
@@ -110,20 +109,21 @@ def save_picture(path, distilled, most=100):
 
 def parse_args(method, argv):
     parser, name = cli.source_parser(method.doc, argv)
+    entry = registry.METHODS[method.name]
     parser.add_argument("--name", default=method.name, help="of the run's folder and in tables (default: %(default)s)")
-    if method.needs_target:
+    if entry.target_network:
         parser.add_argument("--target", type=Path, help="target.pt (default: that of the source, seed 0)")
     parser.add_argument(
         "--image-every", type=cli.count, default=0, metavar="STEPS", help="renew images.png (0: at the end)"
     )
-    cli.add_settings(parser, preset(name, method.stage), dict(num_images="m, images in the set") | method.help)
+    cli.add_settings(parser, preset(name, entry.stage), dict(num_images="m, images in the set") | method.help)
     method.add_flags(parser)
     args = parser.parse_args(argv)
-    check_name("--name", args.name, reserved=("target", "full"))
+    check_name("--name", args.name, reserved=registry.RESERVED)
     return args
 
 
 def check_name(flag, name, reserved):
     """Raise UserError where `name` is no plain word or one of `reserved`."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in reserved:
+    if not re.fullmatch(r"\w[\w.-]*", name) or registry.base(name) in reserved:
         raise UserError(f"{flag} {name}: must be a plain word, and none of {', '.join(reserved)}")

@@ -172,4 +172,4 @@ def measured(experts, network, x, y_syn, rate, args, device):
     return sum(matching(network, *start, rate, args.precision)[0] for start in starts) / MEASURED_STARTS
 
 
-METHOD = Method("mtt", distill, HELP, stage="mtt", doc=__doc__, choose=balanced_subset)
+METHOD = Method("mtt", distill, HELP, doc=__doc__, choose=balanced_subset)

@@ -13,4 +13,4 @@ def distill(source, chosen, target, args, run, device):
     return packed(source.normalised(chosen, device), source.labels[chosen], "class", source)
 
 
-METHOD = Method("random", distill, {}, stage="random", doc=__doc__, choose=balanced_subset)
+METHOD = Method("random", distill, {}, doc=__doc__, choose=balanced_subset)

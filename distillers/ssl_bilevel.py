@@ -152,4 +152,4 @@ def measured(x, source, args, device):
     return total / MEASURED_STARTS
 
 
-METHOD = Method("ssl_bilevel", distill, HELP, stage="ssl_bilevel", doc=__doc__)
+METHOD = Method("ssl_bilevel", distill, HELP, doc=__doc__)
