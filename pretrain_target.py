@@ -1,25 +1,27 @@
 """Stage 0: train the target network g_phi on the unlabelled source with Barlow Twins.
 
     python pretrain_target.py --source tinyimagenet
-    python pretrain_target.py --source imagenette --weights resnet50.pth    # take a network trained elsewhere
+    python pretrain_target.py --source imagenette --weights resnet50.pth  # trained elsewhere
 
-Writes runs/<source>/target/seed0/target.pt: the network, its settings, the source's statistics, and the accuracy of
-a nearest-neighbour classifier on its frozen features where the source has labels and a test split (a check only; no
-label is used in training). The paper's setting (1,000 epochs of ResNet18) takes hours to days on one GPU; the digits
-preset takes two minutes on two CPU cores.
+Writes runs/<source>/target/seed0/target.pt: the network, its settings, the source's statistics, and
+the accuracy of a nearest-neighbour classifier on its frozen features where the source has labels
+and a test split (a check only; no label is used in training). The paper's setting (1,000 epochs of
+ResNet18) takes hours to days on one GPU; the digits preset takes two minutes on two CPU cores.
 """
 
 import torch
 
 import models
 from data.augment import barlow_twins_view
-from data.images import load_images, normalise, unit
+from data.images import load_images, normalise, to_float
 from data.loading import Loader
+from evaluation import probes
 from models.barlow_twins import barlow_twins_loss, projector
 from models.sync_batch_norm import synchronised
-from utils import cli, evaluate, files, optim, ranks
+from utils import cli, distributed, files, optim
+from utils.device import autocast, resolve_precision, select_device
 from utils.errors import UserError
-from utils.presets import differences, preset
+from utils.presets import deviations, preset, preset_name
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
@@ -39,7 +41,8 @@ HELP = dict(
     greyscale="probability of greyscale",
     solarise="probability of solarisation in the second view",
     flip="probability of a horizontal flip",
-    weights="take the backbone from this state dict instead of training; 'hub' fetches the ImageNet ResNet50 of "
+    weights="take the backbone from this state dict instead of training; 'hub' fetches the "
+    "ImageNet ResNet50 of "
     "facebookresearch/barlowtwins; empty trains",
 )
 
@@ -55,49 +58,73 @@ def train(network, source, args, run, device):
     scheduler = optim.schedule(lars, "cosine", total, args.warmup_epochs * batches.per_epoch)
     run.resume(
         device,
-        dict(network=network, head=head, batches=batches, optimizer=lars, scheduler=scheduler, randomness=randomness),
+        dict(
+            network=network,
+            head=head,
+            batches=batches,
+            optimizer=lars,
+            scheduler=scheduler,
+            randomness=randomness,
+        ),
     )
     loader = Loader([source.pixels], batches, device)
     network.train()
     with synchronised(network, head):
         for step in run.steps("train target", total):
-            x = unit(*loader.next())  # (b, 3, S, S)
-            randomness.part()
-            views = [barlow_twins_view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
-            with cli.autocast(device, args.precision):
-                z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)
+            x = to_float(*loader.next())  # (b, 3, S, S)
+            randomness.reseed_for_rank()
+            views = [
+                barlow_twins_view(x, randomness.device, args, solarise)
+                for solarise in (0.0, args.solarise)
+            ]
+            with autocast(device, args.precision):
+                z1, z2 = (
+                    head(network.embed(normalise(seen, source.mean, source.std))) for seen in views
+                )
             lars.zero_grad()
-            loss = ranks.backward(barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale), weights)
+            loss = distributed.backward(
+                barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale), weights
+            )
             run.log(step, loss=loss, gradient=optim.gradient_norm(weights))
             lars.step()
             scheduler.step()
 
 
 def load_backbone(network, weights):
-    """Load a torchvision-style state dict (a file, or 'hub') into `network.features`; a head in it is left out.
+    """Load a torchvision-style state dict (a file, or 'hub') into `network.features`; a head in it
+    is left out.
 
     'hub' runs the code of facebookresearch/barlowtwins on GitHub; a file is read as data only.
     """
     if weights == "hub":
         try:
-            state = torch.hub.load("facebookresearch/barlowtwins:main", "resnet50", trust_repo=True).state_dict()
+            state = torch.hub.load(
+                "facebookresearch/barlowtwins:main", "resnet50", trust_repo=True
+            ).state_dict()
         except OSError as error:
             raise UserError(
-                f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its resnet50 "
-                "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
+                f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give "
+                "its resnet50 "
+                "state dict with --weights FILE, or train a target: --weights '' --arch "
+                "resnet18_target"
             ) from error
     else:
         state = files.read_data(weights, "state dict")
-        if name := files.not_finite(state):
+        if name := files.find_non_finite(state):
             raise UserError(f"{weights}: values that are not finite ({name})")
     try:
-        network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
+        network.features.load_state_dict(
+            {name: v for name, v in state.items() if not name.startswith("fc.")}
+        )
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{weights}: does not fit the network ({str(error).splitlines()[-1].strip()[:160]})") from error
+        raise UserError(
+            f"{weights}: does not fit the network ({str(error).splitlines()[-1].strip()[:160]})"
+        ) from error
 
 
 def labelled_test_split(args):
-    """The test split for the nearest-neighbour check, or None, with a word, where the source has none."""
+    """The test split for the nearest-neighbour check, or None, with a word, where the source has
+    none."""
     try:
         return load_images(args.source, "test", args.image_size, args.data_root)
     except UserError as error:
@@ -106,7 +133,7 @@ def labelled_test_split(args):
 
 def main(argv):
     args = parse_args(argv)
-    device = cli.device(args, several=True)
+    device = select_device(args, multi_process=True)
     source = load_images(args.source, "train", args.image_size, args.data_root)
     test = labelled_test_split(args) if source.labels is not None else None
     if min(len(source), args.batch_size) < 2:
@@ -114,7 +141,7 @@ def main(argv):
     run = Run(
         args.run_root / source.name / "target" / f"seed{args.seed}",
         "target.pt",
-        cli.settings(args, source=source.name, fingerprint=source.fingerprint),
+        cli.run_settings(args, source=source.name, fingerprint=source.fingerprint),
         args.log_every,
     )
     if run.finished:
@@ -137,20 +164,26 @@ def main(argv):
         mean=source.mean,
         std=source.std,
         settings=run.settings,
-        scale=source.part | differences(cli.preset_name(source.name), "target", vars(args)),
+        deviations=source.deviations | deviations(preset_name(source.name), "target", vars(args)),
         knn_accuracy=None,
     )
     if test is not None:
-        content["knn_accuracy"] = evaluate.knn_accuracy(network.embed, source, test, device, args.precision)
-        print(f"kNN accuracy of the frozen features, {source.name}'s test split: {content['knn_accuracy']:.2f} %")
+        content["knn_accuracy"] = probes.knn_accuracy(
+            network.embed, source, test, device, args.precision
+        )
+        print(
+            f"kNN accuracy of the frozen features, {source.name}'s test split: "
+            f"{content['knn_accuracy']:.2f} %"
+        )
     run.finish("target", content)
     print(f"wrote {run.artefact}")
 
 
 def parse_args(argv):
     parser, name = cli.source_parser(__doc__, argv)
-    cli.add_settings(parser, preset(name, "target"), HELP)
-    return parser.parse_args(argv)
+    choices = dict(arch=models.ARCHITECTURES)
+    cli.add_settings(parser, preset(name, "target"), HELP, choices)
+    return resolve_precision(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     bash scripts/run_cifar100.sh --dry-run
 
-Reads lines `LEAVES<tab>WORDS` for the commands `python WORDS`. LEAVES is the file that a command makes, or
-FOLDER/results.jsonl#NAME for an evaluation; what is there is not made again. `-` marks a command that is carried out
-each time. A command waits for those that make a file it names, and for all before the last line `then` above it.
-Several of these may work on one run root at the same time: a lock in <run root>/locks, which ends with the command,
-keeps a command to one of them. After a failure the others go on, but for those that needed its file.
+Reads lines `LEAVES<tab>WORDS` for the commands `python WORDS`. LEAVES is the file that a command
+makes, or FOLDER/results.jsonl#NAME for an evaluation; what is there is not made again. `-` marks a
+command that is carried out each time. A command waits for those that make a file it names, and for
+all before the last line `then` above it. Several of these may work on one run root at the same
+time: a lock in <run root>/locks, which ends with the command, keeps a command to one of them. After
+a failure the others go on, but for those that needed its file.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import results
-from utils.run import read_log
+from evaluation import results
+from utils.run import read_log, settings_digest
 
 POLL_SECONDS = 0.2
 
@@ -52,17 +53,29 @@ class Task:
 
     @property
     def kind(self):
-        """What commands that take about as long have in common: all words but the seed and the folders."""
-        words = [word for before, word in zip(["", *self.words], self.words, strict=False) if before != "--seed"]
-        return " ".join(Path(word).parent.parent.name if word.endswith("/model.pt") else re.sub(r".*/", "", word)
-                        for word in words)  # fmt: skip
+        """What commands that take about as long have in common: all words but the seed and the
+        folders."""
+        words = [
+            word
+            for before, word in zip(["", *self.words], self.words, strict=False)
+            if before != "--seed"
+        ]
+        return " ".join(
+            Path(word).parent.parent.name
+            if word.endswith("/model.pt")
+            else re.sub(r".*/", "", word)
+            for word in words
+        )
 
     def spent(self):
-        """Seconds that were spent so far, and the share of the run (0 to 1) that is done by its log."""
+        """Seconds that were spent so far, and the share of the run (0 to 1) that is done by its
+        log."""
         share, seconds = 0.0, 0.0
         before = 0.0
         for line in read_log(self.folder):
-            seconds += line["seconds"] - before if line["seconds"] >= before else line["seconds"]  # started again
+            seconds += (
+                line["seconds"] - before if line["seconds"] >= before else line["seconds"]
+            )  # started again
             before, share = line["seconds"], line["step"] / line.get("of", line["step"])
         config, artefact = self.folder / "config.json", Path(self.leaves)
         if not self.done():
@@ -71,7 +84,11 @@ class Task:
             seconds = artefact.stat().st_mtime - config.stat().st_mtime
         if "#" in self.leaves and not seconds:
             path, _, name = self.leaves.partition("#")
-            seconds = next(line.get("seconds", 0.0) for line in results.read(Path(path)) if line.get("name") == name)
+            seconds = next(
+                line.get("seconds", 0.0)
+                for line in results.read(Path(path))
+                if line.get("name") == name
+            )
         return seconds, 1.0
 
 
@@ -89,7 +106,9 @@ def read(lines):
                 leaves, task.needs = f"-{len(tasks)}", before
             elif leaves not in tasks:
                 folders = (str(each) for word in task.words for each in Path(word).parents)
-                named = [made.get(word) for word in task.words] + [made.get(f"{folder}/") for folder in folders]
+                named = [made.get(word) for word in task.words] + [
+                    made.get(f"{folder}/") for folder in folders
+                ]
                 task.needs = [*dict.fromkeys([*before[:first], *filter(None, named)])]
             if leaves not in tasks:
                 tasks[leaves] = made[f"{task.folder}/" if "#" in leaves else leaves] = task
@@ -116,7 +135,9 @@ def estimate(tasks, jobs):
     words = [f"{len(counted) - len(missing)} of {len(counted)} commands done"]
     if len(missing) > unknown:
         minutes = left / jobs / 60
-        words.append(f"about {minutes / 60:.1f} h left" if minutes >= 90 else f"about {minutes:.0f} min left")
+        words.append(
+            f"about {minutes / 60:.1f} h left" if minutes >= 90 else f"about {minutes:.0f} min left"
+        )
         words[-1] += f", {jobs} at a time" if jobs > 1 else ""
     if unknown:
         words.append(f"{unknown} of kinds that were not timed yet")
@@ -126,7 +147,15 @@ def estimate(tasks, jobs):
 def show(tasks, jobs):
     for task in tasks:
         begun = task.leaves != "-" and not task.done() and task.spent()[1]
-        state = "always" if task.leaves == "-" else "done" if task.done() else f"{begun:.0%}" if begun else "missing"
+        state = (
+            "always"
+            if task.leaves == "-"
+            else "done"
+            if task.done()
+            else f"{begun:.0%}"
+            if begun
+            else "missing"
+        )
         print(f"{state:8}{task.command}")
     print(estimate(tasks, jobs))
 
@@ -135,7 +164,7 @@ def claim(task, run_root):
     """The open lock file of a task, or None where another process has it."""
     folder = run_root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = results.digest(task.command if task.leaves == "-" else task.leaves)
+    name = settings_digest(task.command if task.leaves == "-" else task.leaves)
     file = open(folder / name, "w")  # noqa: SIM115 - the command inherits it: the lock outlives this process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,10 +178,13 @@ class Stop(Exception):
 
 
 def carry_out(tasks, jobs, run_root):
-    """Do what is missing, `jobs` at a time; returns the exit code: 0, 1 where something failed, 130 when stopped."""
+    """Do what is missing, `jobs` at a time; returns the exit code: 0, 1 where something failed, 130
+    when stopped."""
     environment = dict(os.environ)
     if jobs > 1:  # one bar would overwrite the other; and small networks are fastest on a core each
-        environment |= dict(TQDM_DISABLE="1", OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+        environment |= dict(
+            TQDM_DISABLE="1", OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs))
+        )
     failed, running = [], {}  # tasks; process -> (task, its lock)
     finished = {task for task in tasks if task.done()}
 
@@ -164,8 +196,13 @@ def carry_out(tasks, jobs, run_root):
     try:
         while len(finished) < len(tasks):
             taken = [task for task, _ in running.values()] + failed
-            ready = [task for task in tasks if task not in finished and task not in taken
-                     and all(each in finished for each in task.needs)]  # fmt: skip
+            ready = [
+                task
+                for task in tasks
+                if task not in finished
+                and task not in taken
+                and all(each in finished for each in task.needs)
+            ]
             changed = False
             for task in ready:
                 if len(running) == jobs:
@@ -179,7 +216,10 @@ def carry_out(tasks, jobs, run_root):
                     continue
                 print(f"$ {task.command}", flush=True)
                 process = subprocess.Popen(
-                    [sys.executable, *task.words], env=environment, pass_fds=[lock.fileno()], start_new_session=True
+                    [sys.executable, *task.words],
+                    env=environment,
+                    pass_fds=[lock.fileno()],
+                    start_new_session=True,
                 )
                 running[process] = (task, lock)
             for process in [each for each in running if each.poll() is not None]:
@@ -190,10 +230,17 @@ def carry_out(tasks, jobs, run_root):
                     finished.add(task)
                 else:
                     failed.append(task)
-                    print(f"failed ({process.returncode}): {task.command}", file=sys.stderr, flush=True)
+                    print(
+                        f"failed ({process.returncode}): {task.command}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             if not (changed or running or ready):
                 left = len(tasks) - len(finished) - len(failed)
-                print(f"{len(failed)} failed; left out, since they need those: {left}", file=sys.stderr)
+                print(
+                    f"{len(failed)} failed; left out, since they need those: {left}",
+                    file=sys.stderr,
+                )
                 return 1
             if not changed:
                 time.sleep(POLL_SECONDS)
@@ -209,7 +256,11 @@ def carry_out(tasks, jobs, run_root):
 
 
 def main(argv):
-    dry, jobs, run_root = "--dry-run" in argv, argv[argv.index("--jobs") + 1], argv[argv.index("--run-root") + 1]
+    dry, jobs, run_root = (
+        "--dry-run" in argv,
+        argv[argv.index("--jobs") + 1],
+        argv[argv.index("--run-root") + 1],
+    )
     if not jobs.isdigit() or int(jobs) < 1:
         print(f"error: --jobs {jobs}: must be 1 or more", file=sys.stderr)
         return 2

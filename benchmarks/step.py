@@ -1,6 +1,8 @@
-"""An outer step of distill.py made for timing: its loop with one member of the pool, and images of noise.
+"""An outer step of distill.py made for timing: its loop with one member of the pool, and images of
+noise.
 
-The target network is untrained; neither changes the time of a step. Shared by the benchmarks of speed.
+The target network is untrained; neither changes the time of a step. Shared by the benchmarks of
+speed.
 """
 
 import platform
@@ -20,8 +22,8 @@ from data.images import ImageSet
 from distillers import reference
 from distillers.krr import ridge_predict
 from distillers.pool import Member
-from distillers.target import Target
-from utils import optim, ranks
+from models.target import Target
+from utils import distributed, optim
 from utils.sampling import Randomness
 
 
@@ -52,26 +54,37 @@ def sparse(path, shape, dtype):
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-class MadeTarget(Target):
+class UntrainedTarget(Target):
     """An untrained target network whose features of the source are what is given."""
 
     def features_of(self, images):
         return self.table
 
 
-def made(args, images, device, folder):
-    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a sparse file."""
+def make_inputs(args, images, device, folder):
+    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a
+    sparse file."""
     shape = (images, args.image_size, args.image_size, 3)
-    target = MadeTarget(
-        models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval(), Path(), "made",
-        device, args.precision, {},
-    )  # fmt: skip
+    target = UntrainedTarget(
+        models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval(),
+        Path(),
+        "made",
+        device,
+        args.precision,
+        {},
+    )
     if np.prod(shape) < 2**29:
-        pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        target.table = torch.randn(images, target.network.feature_dim, generator=torch.Generator().manual_seed(1))
+        pixels = torch.randint(
+            0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
+        target.table = torch.randn(
+            images, target.network.feature_dim, generator=torch.Generator().manual_seed(1)
+        )
     else:
         pixels = sparse(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse(folder / "features.npy", (images, target.network.feature_dim), np.float32)
+        target.table = sparse(
+            folder / "features.npy", (images, target.network.feature_dim), np.float32
+        )
     half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
     return ImageSet("made", pixels, None, [], half, quarter, "made"), target
 
@@ -92,10 +105,19 @@ class Step:
         self.x_syn = (x + 0.1 * noise).requires_grad_()  # no image twice
         self.y_syn = target.table[chosen].to(device).requires_grad_()
         self.member = Member(
-            args.arch, args.image_size, self.y_syn.shape[1], args.width, device, args.pool_lr, args.pool_weight_decay,
-            "fp32" if plain else args.precision, memory_format=layout,
-        )  # fmt: skip
-        self.adamw = optim.optimizer("adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0)
+            args.arch,
+            args.image_size,
+            self.y_syn.shape[1],
+            args.width,
+            device,
+            args.pool_lr,
+            args.pool_weight_decay,
+            "fp32" if plain else args.precision,
+            memory_format=layout,
+        )
+        self.adamw = optim.optimizer(
+            "adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0
+        )
 
     def batch(self):
         return self.real.next()
@@ -118,7 +140,7 @@ class Step:
         loss = self.loss(*self.batch())
         self.gradient(loss)
         if exchange:
-            ranks.average(self.exchanged(loss))
+            distributed.all_reduce_mean(self.exchanged(loss))
         self.adamw.step()
         self.train()
 
@@ -137,7 +159,9 @@ def parts(step):
     f_syn = embed().detach().requires_grad_()
 
     def head():
-        predicted = ridge_predict(f_real, f_syn, step.y_syn, args.ridge, args.ridge_per_image, args.bias_column)
+        predicted = ridge_predict(
+            f_real, f_syn, step.y_syn, args.ridge, args.ridge_per_image, args.bias_column
+        )
         F.mse_loss(predicted, y_real).backward(inputs=[f_syn, step.y_syn])
 
     def nothing():
@@ -151,7 +175,10 @@ def parts(step):
         "batch of real images": (lambda _: step.batch(), nothing),
         "features of the real images": (real, nothing),
         "features of the distilled images": (lambda _: embed(), nothing),
-        "their gradient": (lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]), embed),
+        "their gradient": (
+            lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]),
+            embed,
+        ),
         "kernels and solve, with gradient": (lambda _: head(), nothing),
         "update of images and targets": (lambda _: step.adamw.step(), nothing),
         "step of the pool's member": (lambda _: step.train(), nothing),
@@ -177,8 +204,13 @@ def machine(device):
     """Its name as a table should say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    )
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of {name}"
 
@@ -187,7 +219,7 @@ def images_for(args):
     return max(2 * args.outer_batch, args.num_images)
 
 
-def middle(values):
+def format_median(values):
     """Median, smallest and largest, as text."""
     values = list(values)
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,10 +1,10 @@
-"""The list of methods. The command line, the experiments, the tables and the docs take their lists from it.
+"""The list of methods: the command line, the experiments, the tables and the docs read it.
 
-To add a method: write a module in distillers/ that has a `METHOD`, add an `Entry` here, and put its settings into
-utils/presets.py. This file imports no method, so reading it takes no time.
+To add a method: write a module in distillers/ that has a `METHOD`, add an `Entry` here, and put its
+settings into utils/presets.py. This file imports no method, so reading it takes no time.
 
-A run folder is called as its method or variant. Where a source has more than one target network, the name of the target
-network follows after a dot: `krr_st.encoder`.
+A run folder has the name of its method or variant. Where a source has more than one target network,
+the name of the target network follows after a dot: `krr_st.encoder`.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 class Variant:
     """A method with other settings than usual.
 
-    `name` is that of its run folder. `settings` are setting -> value and `factors` setting -> factor on the usual
-    value. `precision` replaces --precision in every stage, from the distillation on.
+    `name`: of its run folder. `settings`: setting -> value. `factors`: setting -> factor on the
+    usual value. `precision`: of every stage, from the distillation on. `targets`: the kind of
+    targets of its sets, where it is not the method's.
     """
 
     name: str
@@ -23,16 +24,18 @@ class Variant:
     settings: dict = field(default_factory=dict)
     factors: dict = field(default_factory=dict)
     precision: str = ""
+    targets: str = ""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A method, or another way to arrive at a pre-trained network.
 
-    `name`: of its command and its run folder. `title`: in tables. `module`: of its `METHOD`; empty for those that make
-    no distilled set. `stage`: of its settings in utils/presets.py. `targets`: the kind of targets of its sets where
-    the source has labels. `labels`: whether it needs the source's labels: "yes", "no" or "if there". `target_network`:
-    whether it needs one. `several`: whether several processes can share a run (torchrun). `command`, `summary`,
+    `name`: of its command and its run folder. `title`: in tables. `module`: of its `METHOD`; empty
+    for those that make no distilled set. `stage`: of its settings in utils/presets.py. `targets`:
+    the kind of targets of its sets where the source has labels. `labels`: whether it needs the
+    source's labels: "yes", "no" or "if there". `target_network`: whether it needs one.
+    `multi_process`: whether several processes can share a run (torchrun). `command`, `summary`,
     `origin` and `cost` are for the documentation.
     """
 
@@ -47,13 +50,15 @@ class Entry:
     targets: str = ""
     labels: str = "no"
     target_network: bool = False
-    several: bool = False
+    multi_process: bool = False
     variants: tuple = ()
 
 
 def distiller(name, title, **facts):
     """The `Entry` of a method that `python -m distillers NAME` runs."""
-    return Entry(name, title, command=f"python -m distillers {name}", module=f"distillers.{name}", **facts)
+    return Entry(
+        name, title, command=f"python -m distillers {name}", module=f"distillers.{name}", **facts
+    )
 
 
 _AS_RELEASED = dict(keep_pool_count=True, raw_init=True, augment_outer=True)
@@ -68,7 +73,8 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "gaussian",
         "Gaussian noise",
-        summary="noise, drawn anew at each step of `kd.py --weights none --lr 1e-3`: the lowest row of Table 4",
+        summary="noise, drawn anew at each step of `kd.py --weights none --lr 1e-3`: the "
+        "lowest row of Table 4",
         origin="the paper",
         targets="none",
     ),
@@ -89,15 +95,20 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "kmeans",
         "k-means",
-        summary="the real image nearest to each k-means centroid of the target network's features, by class where "
-        "there are labels",
+        summary="the real image nearest to each k-means centroid of the target network's "
+        "features, by class where there are labels",
         origin="DC-BENCH, Cui et al. 2022",
         cost="minutes",
         targets="class",
         labels="if there",
         target_network=True,
         variants=(
-            Variant("kmeans_features", "k-means images with the target's features", settings=dict(ignore_labels=True)),
+            Variant(
+                "kmeans_features",
+                "k-means images with the target's features",
+                settings=dict(ignore_labels=True),
+                targets="feature",
+            ),
         ),
     ),
     distiller(
@@ -123,10 +134,11 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "mtt",
         "MTT",
-        summary="training on the images leads where epochs on the real ones led; trains experts first, which later "
-        "runs reuse",
+        summary="training on the images leads where epochs on the real ones led; trains "
+        "experts first, which later runs reuse",
         origin="Cazenavette et al., CVPR 2022",
-        cost="100 experts of 21 epochs (41 for TinyImageNet), then 20 gradients of gradients a step",
+        cost="100 experts of 21 epochs (41 for TinyImageNet), then 20 gradients of gradients a"
+        " step",
         stage="mtt",
         targets="class",
         labels="yes",
@@ -134,10 +146,11 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "kip",
         "KIP",
-        summary="kernel ridge regression with the exact tangent kernel of an infinitely wide network, in float64; "
-        "`--kernel fc` or `conv` (without pooling)",
+        summary="kernel ridge regression with the exact tangent kernel of an infinitely wide "
+        "network, in float64; `--kernel fc` or `conv` (without pooling)",
         origin="Nguyen et al., ICLR and NeurIPS 2021",
-        cost="(b + m) m kernel values a step; at 32 px each takes 2 microseconds (fc) or 0.2 ms (conv) of one CPU core",
+        cost="(b + m) m kernel values a step; at 32 px each takes 2 microseconds (fc) or 0.2 "
+        "ms (conv) of one CPU core",
         stage="kip",
         targets="soft",
         labels="yes",
@@ -145,7 +158,8 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "frepo",
         "FRePo",
-        summary="a ridge head over a pool's features predicts real labels; learns images and soft labels",
+        summary="a ridge head over a pool's features predicts real labels; learns images and "
+        "soft labels",
         origin="Zhou et al., NeurIPS 2022",
         cost="a step costs as much as KRR-ST's; 500,000 steps at full size",
         stage="frepo",
@@ -155,8 +169,8 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "ssl_bilevel",
         "bilevel SSL",
-        summary="equation 1 as it stands: Barlow Twins on the images, unrolled, leads to a low Barlow Twins loss on "
-        "real images; what the paper argues against",
+        summary="equation 1 as it stands: Barlow Twins on the images, unrolled, leads to a low"
+        " Barlow Twins loss on real images; what the paper argues against",
         origin="the paper",
         cost="about 2 K passes forward and back a step, a third of them twice",
         stage="ssl_bilevel",
@@ -166,23 +180,37 @@ ENTRIES = (  # in the order of the tables' rows
         "krr_st",
         "KRR-ST",
         command="python distill.py",
-        summary="KRR-ST: learns images and target features on which a ridge head over a pool's features predicts the "
-        "target network's features",
+        summary="KRR-ST: learns images and target features on which a ridge head over a pool's"
+        " features predicts the target network's features",
         origin="the paper",
         cost="160,000 steps at the paper's size",
         module="distill",
         stage="distill",
         targets="feature",
         target_network=True,
-        several=True,
+        multi_process=True,
         variants=(
-            Variant("krr_st_random_targets", "KRR-ST, targets at random", settings=dict(random_targets=True)),
-            Variant("krr_st_d1", "KRR-ST, D1: a tenth of the learning rate", factors=dict(outer_lr=0.1)),
-            Variant("krr_st_d2", "KRR-ST, D2: ridge divided by m", settings=dict(ridge_per_image=True)),
+            Variant(
+                "krr_st_random_targets",
+                "KRR-ST, targets at random",
+                settings=dict(random_targets=True),
+            ),
+            Variant(
+                "krr_st_d1", "KRR-ST, D1: a tenth of the learning rate", factors=dict(outer_lr=0.1)
+            ),
+            Variant(
+                "krr_st_d2", "KRR-ST, D2: ridge divided by m", settings=dict(ridge_per_image=True)
+            ),
             Variant("krr_st_d3", "KRR-ST, D3: no bias column", settings=dict(bias_column=False)),
-            Variant("krr_st_d5", "KRR-ST, D5: pool that never resets", settings=dict(keep_pool_count=True)),
+            Variant(
+                "krr_st_d5",
+                "KRR-ST, D5: pool that never resets",
+                settings=dict(keep_pool_count=True),
+            ),
             Variant("krr_st_d7", "KRR-ST, D7: pixels as they are", settings=dict(raw_init=True)),
-            Variant("krr_st_d8", "KRR-ST, D8: augmented outer batch", settings=dict(augment_outer=True)),
+            Variant(
+                "krr_st_d8", "KRR-ST, D8: augmented outer batch", settings=dict(augment_outer=True)
+            ),
             Variant(
                 "krr_st_as_released",
                 "KRR-ST, D1, D5, D7 and D8: as released",
@@ -201,12 +229,17 @@ ENTRIES = (  # in the order of the tables' rows
         "full",
         "full source (oracle)",
         command="python pretrain.py --source",
-        summary="pre-training on every image of the source with the target network's features (the oracle)",
+        summary="pre-training on every image of the source with the target network's features "
+        "(the oracle)",
         cost="as many optimiser steps as pre-training on the distilled set",
         stage="pretrain",
         targets="feature",
         target_network=True,
-        variants=(Variant("full_10x", "full source (oracle), ten times the steps", factors=dict(steps=10)),),
+        variants=(
+            Variant(
+                "full_10x", "full source (oracle), ten times the steps", factors=dict(steps=10)
+            ),
+        ),
     ),
 )
 
@@ -215,12 +248,17 @@ COMMANDS = tuple(entry.name for entry in ENTRIES if entry.module.startswith("dis
 VARIANTS = {variant.name: variant for entry in ENTRIES for variant in entry.variants}
 _ENTRY_OF = {variant.name: entry for entry in ENTRIES for variant in entry.variants} | METHODS
 _ROWS = [*METHODS, *VARIANTS]
-TITLES = {name: entry.title for name, entry in METHODS.items()} | {v.name: v.title for v in VARIANTS.values()}
-RESERVED = ("target", *(entry.name for entry in ENTRIES if not entry.module))  # names that no set can have
+TITLES = {name: entry.title for name, entry in METHODS.items()} | {
+    v.name: v.title for v in VARIANTS.values()
+}
+RESERVED = (
+    "target",
+    *(entry.name for entry in ENTRIES if not entry.module),
+)  # names that no set can have
 
 
 def entry_of(name):
-    """The `Entry` of a run's name: a method's, a variant's, or either of these with a target network after a dot."""
+    """The `Entry` of a run's name: a method's or a variant's, with or without target network."""
     return _ENTRY_OF[base(name)]
 
 
@@ -235,15 +273,21 @@ def base(name):
 
 
 def title(name):
-    """What a row of a table is called; a name that is not in the registry (an imported set's) stays as it is."""
+    """What a row of a table is called; an unknown name (of an imported set) stays as it is."""
     method, _, target = name.partition(".")
     return TITLES.get(method, method) + (f", target {target}" if target else "")
 
 
 def order(name):
-    """A sort key: rows in the order of the registry, methods before variants, and other names last."""
+    """A sort key: rows in the order of the registry, variants after methods, other names last."""
     method = base(name)
     return (_ROWS.index(method) if method in _ROWS else len(_ROWS), name)
+
+
+def targets_of(name):
+    """The kind of targets of a run's set where the source has labels."""
+    variant = VARIANTS.get(base(name))
+    return (variant and variant.targets) or entry_of(name).targets
 
 
 def own_settings(name):
@@ -258,7 +302,10 @@ def own_settings(name):
 
 def markdown():
     """The methods as a Markdown table, for the documentation."""
-    rows = ["| command | what it does | from | labels | target network | cost |", "|---|---|---|:-:|:-:|---|"]
+    rows = [
+        "| command | what it does | from | labels | target network | cost |",
+        "|---|---|---|:-:|:-:|---|",
+    ]
     for entry in sorted(ENTRIES, key=lambda entry: (entry.name != "krr_st", not entry.module)):
         labels = entry.labels.replace("no", "")
         target = "yes" if entry.target_network else ""

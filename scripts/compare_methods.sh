@@ -41,15 +41,15 @@ for seed in 0 1 2; do
 done | side_by_side
 
 for seed in 0 1 2; do
-  probe="--target cifar10 --run-root $runs --protocol linear --labels-per-class 100"
+  probe="--dataset cifar10 --run-root $runs --protocol linear --labels-per-class 100"
   echo "finetune.py --weights none $network --image-size 32 --seed $seed $probe"
   for method in random_features krr_st random kmeans dsa dm mtt kip frepo; do
     echo "finetune.py --weights $made/$method/seed0/$arch/seed$seed/model.pt $probe"
   done
   for method in random kmeans dsa dm mtt kip frepo; do
-    echo "finetune.py --weights $made/$method/seed0/$arch/seed$seed/model.pt --target cifar10 --run-root $runs --protocol head"
+    echo "finetune.py --weights $made/$method/seed0/$arch/seed$seed/model.pt --dataset cifar10 --run-root $runs --protocol head"
   done
 done | side_by_side
 
 echo
-"$PYTHON" -m benchmarks.tables "$runs"
+"$PYTHON" -m analysis.tables "$runs"

@@ -16,6 +16,6 @@ for seed in $seeds; do
     done
   done
 done
-at_the_end -m benchmarks.tables --only table5,table6,table7,table8 "$runs"
-at_the_end -m benchmarks.figures bars --out "$runs/figures/architectures.png" "$runs"
+at_the_end -m analysis.tables --only table5,table6,table7,table8 "$runs"
+at_the_end -m analysis.figures bars --out "$runs/figures/architectures.png" "$runs"
 carry_out

@@ -14,5 +14,5 @@ for seed in $seeds; do
     evaluations cifar100 "$method" convnet3 "$seed" 32
   done
 done
-at_the_end -m benchmarks.tables --only table1 "$runs"
+at_the_end -m analysis.tables --only table1 "$runs"
 carry_out

@@ -3,7 +3,7 @@
 # at random, a pool of one member, other T and m, and networks in bf16 from distillation on. TinyImageNet at 32 px and
 # small networks, whatever the flags say: hours of a CPU. Three distillations each, so that differences are paired by
 # seed; each set is judged by a linear probe with 10 % of the labels and by fine-tuning with 15 labels a class. A
-# member of the pool is drawn about 120 times, so it starts afresh five times. benchmarks/findings.md has what came out.
+# member of the pool is drawn about 120 times, so it starts afresh five times. analysis/findings.md has what came out.
 set -euo pipefail
 methods="krr_st scratch random_features krr_st_d1 krr_st_d2 krr_st_d3 krr_st_d5 krr_st_d7 krr_st_d8 krr_st_as_released
  krr_st_random_targets krr_st_pool_of_1 krr_st_T_5 krr_st_T_80 krr_st_m_50 krr_st_m_200 krr_st_bf16"
@@ -21,7 +21,7 @@ for seed in $seeds; do
     folder=$runs/tinyimagenet/$method/seed$seed
     network=$folder/$(net $arch)/seed$seed precise="--precision fp32"
     [ $method != krr_st_bf16 ] || precise="--precision bf16"
-    from="--source tinyimagenet $(preset tinyimagenet) --target $runs/tinyimagenet/target/seed0/target.pt --seed $seed $precise"
+    from="--source tinyimagenet $(preset tinyimagenet) --target-network $runs/tinyimagenet/target/seed0/target.pt --seed $seed $precise"
     case $method in
       scratch) ;;
       random_features) task "$folder/distilled.pt" -m distillers $method $from $images ;;
@@ -35,11 +35,11 @@ for seed in $seeds; do
     fi
     for target in $targets; do
       task "$network/results.jsonl#${target}_linear_0.1_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --protocol linear --label-fraction 0.1 $precise
+        finetune.py --weights $start --dataset "$target" --seed "$seed" --protocol linear --label-fraction 0.1 $precise
       task "$network/results.jsonl#${target}_full_15perclass_seed$seed" \
-        finetune.py --weights $start --target "$target" --seed "$seed" --labels-per-class 15 --steps 150 --batch-size 64 $precise
+        finetune.py --weights $start --dataset "$target" --seed "$seed" --labels-per-class 15 --steps 150 --batch-size 64 $precise
     done
   done
 done
-at_the_end -m benchmarks.departures "$runs"
+at_the_end -m analysis.departures "$runs"
 carry_out

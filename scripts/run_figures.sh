@@ -16,14 +16,14 @@ for source in $targets; do
     case $source-$method in imagenet-dsa | imagenet-dm | imagenet-mtt) continue ;; esac # too large for them
     [ -z "$quick" ] || network=$home/target/seed0/target.pt
     distilled_set "$source" "$method"
-    task "$home/$method/seed0/results.jsonl#fid_$(basename "$network" .pt)" -m benchmarks.fid --distilled "$set" \
+    task "$home/$method/seed0/results.jsonl#fid_$(basename "$network" .pt)" -m evaluation.fid --distilled "$set" \
       --network "$network" --data-root "$data"
     [ "$method" = krr_st ] || continue
-    task "$plots-images.png" -m benchmarks.figures images --distilled "$set" --out "$plots-images.png" --data-root "$data"
-    task "$plots-tsne.png" -m benchmarks.figures tsne --distilled "$set" --target "$home/target/seed0/target.pt" \
+    task "$plots-images.png" -m analysis.figures images --distilled "$set" --out "$plots-images.png" --data-root "$data"
+    task "$plots-tsne.png" -m analysis.figures tsne --distilled "$set" --target-network "$home/target/seed0/target.pt" \
       --out "$plots-tsne.png" --data-root "$data"
-    at_the_end -m benchmarks.figures curves --out "$plots-curves.png" "$home/$method/seed0"
+    at_the_end -m analysis.figures curves --out "$plots-curves.png" "$home/$method/seed0"
   done
 done
-at_the_end -m benchmarks.tables --only fid "$runs"
+at_the_end -m analysis.tables --only fid "$runs"
 carry_out

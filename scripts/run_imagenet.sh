@@ -13,5 +13,5 @@ for seed in $seeds; do
     evaluations imagenet "$method" convnet4 "$seed" 64
   done
 done
-at_the_end -m benchmarks.tables --only table3 "$runs"
+at_the_end -m analysis.tables --only table3 "$runs"
 carry_out

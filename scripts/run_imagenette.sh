@@ -19,5 +19,5 @@ for seed in $seeds; do
     done
   done
 done
-at_the_end -m benchmarks.tables --only imagenette_convnet,imagenette_resnet18 "$runs"
+at_the_end -m analysis.tables --only imagenette_convnet,imagenette_resnet18 "$runs"
 carry_out

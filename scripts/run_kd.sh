@@ -16,12 +16,12 @@ for seed in $seeds; do
       folder=$(weights tinyimagenet "$method" "$arch" "$seed") start=$(weights tinyimagenet "$method" "$arch" "$seed")/model.pt
       [ "$method" != gaussian ] || { folder=$(scratch_folder "$arch" 64) start="none $(fresh "$arch" 64) --lr 1e-3"; }
       for target in $targets; do
-        task "$folder/results.jsonl#${target}_kd_${method}_seed$seed" kd.py --weights $start --target "$target" \
+        task "$folder/results.jsonl#${target}_kd_${method}_seed$seed" kd.py --weights $start --dataset "$target" \
           --distilled "$runs/tinyimagenet/$method/seed0/distilled.pt" --seed "$seed" ${quick:+--epochs 200} \
           --teacher "$(scratch_folder resnet18 64)/${target}_full_seed0/model.pt"
       done
     done
   done
 done
-at_the_end -m benchmarks.tables --only table4 "$runs"
+at_the_end -m analysis.tables --only table4 "$runs"
 carry_out

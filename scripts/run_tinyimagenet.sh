@@ -14,5 +14,5 @@ for seed in $seeds; do
     evaluations tinyimagenet "$method" convnet4 "$seed" 64
   done
 done
-at_the_end -m benchmarks.tables --only table2 "$runs"
+at_the_end -m analysis.tables --only table2 "$runs"
 carry_out

@@ -93,7 +93,7 @@ target_network() { # SOURCE
 }
 
 distilled_set() { # SOURCE METHOD [FLAGS]: with flags, a variant of KRR-ST under the name METHOD; and the target it needs
-  local source=$1 method=$2 folder=$runs/$1/$2/seed0 script="" target="--target $runs/$1/target/seed0/target.pt"; shift 2
+  local source=$1 method=$2 folder=$runs/$1/$2/seed0 script="" target="--target-network $runs/$1/target/seed0/target.pt"; shift 2
   case $method in
     scratch) return ;;
     krr_st* | kmeans | random_features | full) target_network "$source" ;;
@@ -130,7 +130,7 @@ pretrained() { # SOURCE METHOD ARCH SEED
   local images="--distilled $runs/$1/$2/seed0/distilled.pt"
   case $2 in
     scratch | gaussian) return ;;
-    full) images="--source $1 $(preset "$1") --target $runs/$1/target/seed0/target.pt" ;;
+    full) images="--source $1 $(preset "$1") --target-network $runs/$1/target/seed0/target.pt" ;;
   esac
   task "$(weights "$@")/model.pt" pretrain.py $images --arch "$3" --seed "$4"
 }
@@ -146,7 +146,7 @@ tuned() { # PROTOCOL LABELS SOURCE METHOD ARCH SEED SIZE TARGET [FLAGS]; LABELS:
   name=${target}_$protocol${labels:+_$labels}_seed$seed
   shift 6
   [ "$protocol" = full ] || set -- --protocol "$protocol" ${labels:+--label-fraction $labels}
-  task "$folder/results.jsonl#$name" finetune.py --weights $start --target "$target" --seed "$seed" "$@"
+  task "$folder/results.jsonl#$name" finetune.py --weights $start --dataset "$target" --seed "$seed" "$@"
 }
 fine_tuned() { tuned full "" "$@" ${quick:+--steps 300 --batch-size 128}; } # SOURCE METHOD ARCH SEED SIZE TARGET [FLAGS]
 

@@ -1,4 +1,5 @@
-"""Accuracy of a network or of its frozen features. Nothing here changes a network, its mode or its buffers."""
+"""Accuracy of a network or of its frozen features. Nothing here changes a network, its mode or its
+buffers."""
 
 import contextlib
 
@@ -7,17 +8,20 @@ import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.images import normalise
-from utils.cli import autocast
+from utils.device import autocast
 
 BATCH = 512
 
 
 @contextlib.contextmanager
 def evaluating(network, batch_statistics=False):
-    """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own statistics and
-    leaves its running ones as they are (the paper's distillation of knowledge, departure D12 of README)."""
+    """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own
+    statistics and leaves its running ones as they are (the paper's distillation of knowledge,
+    departure D12 kd-details)."""
     modes = {module: module.training for module in network.modules()}
-    norms = [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []
+    norms = (
+        [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []
+    )
     network.eval()
     try:
         for norm in norms:
@@ -48,8 +52,8 @@ def outputs(function, images, device, precision="fp32", mean=None, std=None):
 def accuracy(network, images, device, precision="fp32", batch_statistics=False):
     """Share of correctly classified images in percent.
 
-    With `batch_statistics` the images are taken in a fixed random order, since a batch of one class has other
-    statistics than a batch of all.
+    With `batch_statistics` the images are taken in a fixed random order, since a batch of one class
+    has other statistics than a batch of all.
     """
     order = torch.arange(len(images))
     if batch_statistics:
@@ -63,13 +67,15 @@ def accuracy(network, images, device, precision="fp32", batch_statistics=False):
 
 
 def knn_accuracy(embed, train, test, device, precision="fp32", k=20, temperature=0.07):
-    """Accuracy in percent of weighted nearest neighbours by cosine similarity among `train`'s features.
+    """Accuracy in percent of weighted nearest neighbours by cosine similarity among `train`'s
+    features.
 
-    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4:
-    each of the k neighbours votes with weight exp(similarity / temperature).
+    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
+    2018, section 3.4: each of the k neighbours votes with weight exp(similarity / temperature).
     """
     bank, queries = (
-        F.normalize(outputs(embed, images, device, precision, train.mean, train.std)) for images in (train, test)
+        F.normalize(outputs(embed, images, device, precision, train.mean, train.std))
+        for images in (train, test)
     )
     labels, correct = train.labels.to(device), 0
     for part, truth in zip(queries.split(BATCH), test.labels.to(device).split(BATCH), strict=True):
@@ -83,20 +89,27 @@ def knn_accuracy(embed, train, test, device, precision="fp32", k=20, temperature
 def linear_accuracy(embed, train, test, device, precision="fp32"):
     """Accuracy in percent of a linear classifier on frozen features, fitted to convergence.
 
-    Features are standardised by the training images'; multinomial logistic regression, with half the squared weights
-    beside the summed cross-entropy, is minimised by L-BFGS. The minimum is unique: no seed, no rate, no schedule.
+    Features are standardised by the training images'; multinomial logistic regression, with half
+    the squared weights beside the summed cross-entropy, is minimised by L-BFGS. The minimum is
+    unique: no seed, no rate, no schedule.
     """
-    features, tests = (outputs(embed, images, device, precision, train.mean, train.std) for images in (train, test))
+    features, tests = (
+        outputs(embed, images, device, precision, train.mean, train.std) for images in (train, test)
+    )
     mean, std = features.mean(0), features.std(0, unbiased=False)
     features, tests = ((f - mean) / std.clamp(min=1e-6) for f in (features, tests))
     labels = train.labels.to(device)
     weight = torch.zeros(features.shape[1], len(train.classes), device=device, requires_grad=True)
     bias = torch.zeros(len(train.classes), device=device, requires_grad=True)
-    fit = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    fit = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         fit.zero_grad()
-        loss = F.cross_entropy(features @ weight + bias, labels) + weight.square().sum() / (2 * len(labels))
+        loss = F.cross_entropy(features @ weight + bias, labels) + weight.square().sum() / (
+            2 * len(labels)
+        )
         loss.backward()
         return loss
 
