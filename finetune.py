@@ -87,8 +87,10 @@ def main(argv):
     size = start.saved["image_size"]
     train = load_images(args.dataset, "train", size, args.data_root, labels=True)
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
-    seen = [train.fingerprint, test.fingerprint]
-    settings = starting_weights.run_settings(args, start, dataset=train.name, fingerprints=seen)
+    fingerprints = [train.fingerprint, test.fingerprint]
+    settings = starting_weights.run_settings(
+        args, start, dataset=train.name, fingerprints=fingerprints
+    )
     if args.protocol != "full":
         settings = {name: value for name, value in settings.items() if name not in HELP}
     key = settings_digest(settings)
@@ -99,22 +101,22 @@ def main(argv):
         raise UserError(f"{args.dataset}: a data set to fine-tune on needs labels (class folders)")
 
     randomness = Randomness(start.seed, device)
-    few = few_labels(
+    chosen = few_labels(
         train, args.labels_per_class, args.label_fraction, torch.Generator().manual_seed(start.seed)
     )
-    train = train if len(few) == len(train) else train.subset(few)
-    as_it_is = args.protocol == "head"
-    if as_it_is and start.saved["num_outputs"] != len(train.classes):
+    train = train if len(chosen) == len(train) else train.subset(chosen)
+    keep_head = args.protocol == "head"
+    if keep_head and start.saved["num_outputs"] != len(train.classes):
         raise UserError(
             f"--protocol head: {args.weights} has {start.saved['num_outputs']} outputs, "
             f"{train.name} {len(train.classes)} classes"
         )
-    network = saved.rebuild(start.saved, None if as_it_is else len(train.classes)).to(device)
+    network = saved.rebuild(start.saved, None if keep_head else len(train.classes)).to(device)
     labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
     labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
     name = f"{train.name}_{args.protocol}{labels}_seed{start.seed}"
     changed = train.deviations | test.deviations
-    if as_it_is:
+    if keep_head:
         accuracy = probes.accuracy(network, test, device, args.precision)
     elif args.protocol == "full":
         run = Run(start.folder / name, "model.pt", settings, args.log_every)

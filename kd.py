@@ -76,11 +76,11 @@ def train_student(student, teacher, distilled, args, run, randomness, device):
                 x = diff_augment(x, randomness.device)
             with autocast(device, args.precision):
                 with probes.evaluating(teacher, batch_statistics=True):
-                    wanted = teacher(x).float().softmax(1)  # (b, c)
+                    probabilities = teacher(x).float().softmax(1)  # (b, c)
                 predicted = student(x)
             optimizer.zero_grad()
             loss = distributed.backward(
-                F.cross_entropy(predicted.float(), wanted),
+                F.cross_entropy(predicted.float(), probabilities),
                 student.parameters(),
                 batches.loss_weight,
             )
@@ -96,12 +96,12 @@ def main(argv):
     start = starting_weights.load(args)
     distilled, teacher_file = load_distilled(args.distilled), saved.load_model(args.teacher)
     size = start.saved["image_size"]
-    for path, what, there in (
+    for path, description, pixels in (
         (args.teacher, "a network for", teacher_file["image_size"]),
         (args.distilled, "images of", distilled.images.shape[-1]),
     ):
-        if there != size:
-            raise UserError(f"{path}: {what} {there} px, the student takes {size} px")
+        if pixels != size:
+            raise UserError(f"{path}: {description} {pixels} px, the student takes {size} px")
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
     if test.labels is None or teacher_file["num_outputs"] != len(test.classes):
         raise UserError(
@@ -146,10 +146,10 @@ def main(argv):
         deviations=start.deviations | changed,
     )
     accuracies = {
-        f"{who}{suffix}": round(
+        f"{name}{suffix}": round(
             probes.accuracy(network, test, device, args.precision, batch_statistics), 4
         )
-        for who, network in (("accuracy", student), ("teacher", teacher))
+        for name, network in (("accuracy", student), ("teacher", teacher))
         for suffix, batch_statistics in (("", True), ("_running_statistics", False))
     }
     line = start.result_line(

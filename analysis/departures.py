@@ -51,7 +51,7 @@ KEPT = (
 LOSS = "outer loss x 100"
 
 
-def losses(folder):
+def read_losses(folder):
     """A line for each distilled.pt below a run root that knows its outer loss before and after."""
     for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
         meta = load_distilled(path).meta
@@ -82,7 +82,7 @@ def column_of(line):
     return ("fine-tuned" if line["protocol"] == "full" else "probe") + f", {few}", line["dataset"]
 
 
-def by_seed(lines):
+def group_by_seed(lines):
     """{method: {column: {seed: accuracy}}}, and for each protocol the mean over its data sets where
     all are there."""
     found = {}
@@ -119,7 +119,7 @@ def difference(ours, base):
     return statistics.fmean(apart), statistics.pstdev(apart), sure
 
 
-def cell(values, base):
+def format_cell(values, base):
     """The text of a column's {seed: accuracy}, with the difference from `base`'s, if any."""
     if not values:
         return ""
@@ -141,12 +141,12 @@ def table(found, name, columns):
         ]
         if any(mine):
             count, command = len(set().union(*mine)), f"`{COMMAND.format(method)}`"
-            texts = [Cell(cell(*pair)) for pair in zip(mine, base, strict=True)]
+            texts = [Cell(format_cell(*pair)) for pair in zip(mine, base, strict=True)]
             rows.append([Cell(registry.title(method)), *texts, Cell(str(count)), Cell(command)])
     return markdown(rows)
 
 
-def by_protocol(found):
+def group_by_protocol(found):
     """{protocol: its data sets in order, the mean last}."""
     columns = {column for values in found.values() for column in values}
     last = ("mean", "distilled images")
@@ -160,9 +160,10 @@ def by_protocol(found):
 
 def tables(lines):
     """A Markdown table for each protocol, with a column for each data set."""
-    found = by_seed(lines)
+    found = group_by_seed(lines)
     texts = [
-        table(found, p, {t: (p, t) for t in datasets}) for p, datasets in by_protocol(found).items()
+        table(found, p, {t: (p, t) for t in datasets})
+        for p, datasets in group_by_protocol(found).items()
     ]
     return "\n\n".join(texts) or "No results yet."
 
@@ -170,9 +171,10 @@ def tables(lines):
 def summary(lines):
     """One Markdown table: each protocol's mean over data sets, and the outer loss of the distilled
     images."""
-    found = by_seed(lines)
+    found = group_by_seed(lines)
     columns = {
-        protocol: (protocol, datasets[-1]) for protocol, datasets in by_protocol(found).items()
+        protocol: (protocol, datasets[-1])
+        for protocol, datasets in group_by_protocol(found).items()
     }
     return table(found, "mean over data sets", columns) if found else "No results yet."
 
@@ -180,7 +182,7 @@ def summary(lines):
 def main(argv):
     args = parse_args(argv)
     lines = (
-        [*gather_results([args.folder]), *losses(args.folder)]
+        [*gather_results([args.folder]), *read_losses(args.folder)]
         if args.folder
         else results.read(RESULTS)
     )

@@ -46,18 +46,18 @@ from utils.plots import (
 from utils.run import read_log
 
 
-def source_of(args, distilled):
+def load_source(args, distilled):
     return load_images(
         args.source or distilled.meta["source"], "train", distilled.images.shape[-1], args.data_root
     )
 
 
-def origin_of(distilled):
+def describe_origin(distilled):
     method = distilled.meta.get("method")
     return f"{registry.title(method)}, {distilled.meta.get('source')}"
 
 
-def grids(distilled, source, most):
+def initial_and_distilled(distilled, source, most):
     """[(title, pixels (k, 3, S, S))] of the first `most` images: where they started from, if that
     and an `ImageSet` of theirs are known and they have moved, and the distilled ones."""
     pixels, meta = distilled.pixels()[:most], distilled.meta
@@ -76,7 +76,7 @@ def images(args):
     count = len(distilled.images)
     most = min(args.most or count, count)
     known = distilled.meta.get("initial") is not None
-    shown = grids(distilled, source_of(args, distilled) if known else None, most)
+    shown = initial_and_distilled(distilled, load_source(args, distilled) if known else None, most)
     across = min(most, 10 if most <= 100 else 25)
     down = -(-most // across)
     side = 0.55 if most <= 100 else 0.3
@@ -91,12 +91,12 @@ def images(args):
         axis.imshow(make_grid(part, nrow=across, padding=2, pad_value=1.0).permute(1, 2, 0).numpy())
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    origin = escape(origin_of(distilled))
+    origin = escape(describe_origin(distilled))
     figure.suptitle(f"{origin}: {most} of {count} images" if most < count else origin, fontsize=10)
     save_figure(figure, args.out)
 
 
-def features_of_some(source, target, count):
+def sample_features(source, target, count):
     """g_phi of `count` random images of the source, the same each time: (count, d_y)."""
     index = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
     return torch.cat(
@@ -104,7 +104,7 @@ def features_of_some(source, target, count):
     )
 
 
-def tsne_figure(distilled, source, target, real, size=(6.4, 5.6), title=""):
+def draw_tsne(distilled, source, target, real, size=(6.4, 5.6), title=""):
     """One embedding of `real`, g_phi(X_t) (n, d_y), of g_phi(X_s), and of Y_s; `size` in inches."""
     from sklearn.manifold import TSNE  # here, since scikit-learn takes a second to import
 
@@ -148,16 +148,16 @@ def tsne(args):
     """One embedding of the features of real images, of the distilled images, and of the learned
     targets."""
     distilled = load_distilled(args.distilled)
-    source = source_of(args, distilled)
+    source = load_source(args, distilled)
     target = load_target(args.target_network, source, torch.device("cpu"), "fp32")
-    real = features_of_some(source, target, args.real)
+    real = sample_features(source, target, args.real)
     save_figure(
-        tsne_figure(distilled, source, target, real, title=f"{origin_of(distilled)}, t-SNE"),
+        draw_tsne(distilled, source, target, real, title=f"{describe_origin(distilled)}, t-SNE"),
         args.out,
     )
 
 
-def logged(folders):
+def read_curves(folders):
     """{(phase, scalar): {folder: [(step, value)]}} of the runs' logs, the loss first; without what
     is no number."""
     found = defaultdict(dict)
@@ -179,7 +179,7 @@ def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def draw(axis, title, lines, names):
+def draw_curves(axis, title, lines, names):
     """`lines`: {name: [(step, value)]}, on a logarithmic scale where they span much; a name's place
     among `names` decides its look."""
     for name, points in lines.items():
@@ -200,25 +200,25 @@ def draw(axis, title, lines, names):
 
 def curves(args):
     """Every scalar in the runs' logs by step; a panel for each phase and scalar."""
-    found = logged(args.folders)
+    found = read_curves(args.folders)
     if not found:
         raise UserError(f"{', '.join(map(str, args.folders))}: no log.jsonl with numbers in it")
     figure, axes = make_panels(len(found))
     for axis, ((phase, scalar), lines) in zip(axes, found.items(), strict=True):
-        draw(axis, f"{phase}: {scalar}", lines, args.folders)
+        draw_curves(axis, f"{phase}: {scalar}", lines, args.folders)
     if len(args.folders) > 1:
         draw_legend(figure, axes, columns=1)
     save_figure(figure, args.out)
 
 
-def lines_of(args):
+def load_results(args):
     return tables.gather_results(args.folders) if args.folders else results.read(tables.RESULTS)
 
 
 def bars(args):
     """Accuracy by method and data set, a panel for each network, as Figure 3 (the paper's Tables 5
     to 8)."""
-    lines, chosen = lines_of(args), []
+    lines, chosen = load_results(args), []
     for table in tables.all_tables():
         if table.name in args.tables.split(","):
             chosen += [(table, *part) for part in tables.split_by_scale(table, lines)]
@@ -262,7 +262,7 @@ def count(args):
     levels = defaultdict(
         lambda: defaultdict(list)
     )  # of no number of images: no pre-training, and the oracle
-    for line in lines_of(args):
+    for line in load_results(args):
         if line["protocol"] in ("fid", "kd"):
             continue
         network = (line["arch"], line["width"], line["image_size"])

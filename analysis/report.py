@@ -165,7 +165,7 @@ class Page:
         """The `Folder`s below the root by name, those on what another made in its `below` too."""
         found = {}
         for config in sorted(
-            self.root.rglob("config.json"), key=lambda path: tables.natural(str(path))
+            self.root.rglob("config.json"), key=lambda path: tables.natural_key(str(path))
         ):
             path = config.parent
             content = self.attempt(files.read_json, config, "settings file")
@@ -199,12 +199,12 @@ class Page:
         for title, lines in found.items():
             shown = dict(itertools.islice(lines.items(), MOST_CURVES))
             figure, axis = plt.subplots(figsize=(3.6, 2.7), layout="constrained")
-            figures.draw(axis, title, shown, [*shown])
+            figures.draw_curves(axis, title, shown, [*shown])
             axis.title.set_size(10)
             if len(shown) > 1:
                 axis.legend(frameon=False, fontsize=7)
             more = f" ({len(shown)} of {len(lines)} runs)" if len(lines) > len(shown) else ""
-            yield picture(plotted(figure), f"{title}{more}", more)
+            yield image_html(render_figure(figure), f"{title}{more}", more)
 
     def networks(self, runs, default):
         """What was trained on a set: a curve of the losses for each kind of run, and a line for
@@ -212,10 +212,12 @@ class Page:
         losses = {}
         for run in runs:
             kind = re.sub(r"seed\d+", "seed*", run.name)
-            for (phase, scalar), lines in (self.attempt(figures.logged, [run.path]) or {}).items():
+            for (phase, scalar), lines in (
+                self.attempt(figures.read_curves, [run.path]) or {}
+            ).items():
                 if scalar == "loss":
                     own = " ".join(re.findall(r"seed\d+", run.name)[-1:]) or run.path.name
-                    title = short(kind, phase)
+                    title = short_title(kind, phase)
                     losses.setdefault(title, {})[own if own not in losses[title] else run.name] = (
                         lines[run.path]
                     )
@@ -254,7 +256,7 @@ class Page:
             inside = plain_table(["setting", "value"], others)
             summary = f"{len(others)} {'other ' if changed else ''}settings"
             yield f"<details><summary>{summary}</summary>{inside}</details>"
-        log = self.attempt(figures.logged, [run.path]) or {}
+        log = self.attempt(figures.read_curves, [run.path]) or {}
         curves = {
             f"{phase}: {scalar}": {"": lines[run.path]} for (phase, scalar), lines in log.items()
         }
@@ -263,9 +265,9 @@ class Page:
             if distilled := self.attempt(load_distilled, run.path / run.artefact):
                 yield from self.images(run, distilled, many)
         elif (run.path / "images.png").is_file() and (
-            shown := self.attempt(shrunk, run.path / "images.png")
+            shown := self.attempt(shrink_png, run.path / "images.png")
         ):
-            yield picture(shown, *["images so far"] * 2, look="pixels")
+            yield image_html(shown, *["images so far"] * 2, look="pixels")
         if run.below:
             inside = "".join(self.networks(run.below, run.settings.get("preset") or default))
             yield f"<details><summary>{len(run.below)} runs on it</summary>{inside}</details>"
@@ -294,7 +296,7 @@ class Page:
         if meta.get("initial") is None and "fingerprint" not in run.settings:
             why = ""
         pictures = []
-        for title, pixels in figures.grids(
+        for title, pixels in figures.initial_and_distilled(
             distilled, source, FEWER_IMAGES if many else MOST_IMAGES
         ):
             title = (
@@ -302,11 +304,11 @@ class Page:
                 if len(pixels) < len(distilled.images)
                 else title
             )
-            pictures.append(picture(grid(pixels), title, title, look="pixels"))
+            pictures.append(image_html(image_grid(pixels), title, title, look="pixels"))
         if source and distilled.target_kind == "feature" and not many:
             try:
                 pictures.append(
-                    picture(self.tsne(run, distilled, source), *["t-SNE of the features"] * 2)
+                    image_html(self.tsne(run, distilled, source), *["t-SNE of the features"] * 2)
                 )
             except (UserError, OSError) as error:
                 why = str(error)
@@ -326,13 +328,13 @@ class Page:
             raise UserError(f"{home}: its target network is not there")
         target = load_target(path, source, torch.device("cpu"), "fp32")
         if wanted not in self._real:
-            self._real[wanted] = figures.features_of_some(source, target, MOST_POINTS)
+            self._real[wanted] = figures.sample_features(source, target, MOST_POINTS)
         few = type(distilled)(
             **vars(distilled)
             | {name: getattr(distilled, name)[:MOST_POINTS] for name in ("images", "targets")}
         )
-        return plotted(
-            figures.tsne_figure(few, source, target, self._real[wanted], size=(3.6, 3.9))
+        return render_figure(
+            figures.draw_tsne(few, source, target, self._real[wanted], size=(3.6, 3.9))
         )
 
     def body(self):
@@ -359,7 +361,10 @@ class Page:
             sections.append(f"<h2>{text(source)}</h2>")
             for run in sorted(
                 these,
-                key=lambda run: (Path(run.name).parts[-2] != "target", tables.natural(run.name)),
+                key=lambda run: (
+                    Path(run.name).parts[-2] != "target",
+                    tables.natural_key(run.name),
+                ),
             ):
                 label = Path(run.name).parts[-2]
                 title = text(registry.title(label))
@@ -420,7 +425,7 @@ def find_fault(line):
     return f"no or a wrong {', '.join(faults)}" if faults else None
 
 
-def short(kind, phase):
+def short_title(kind, phase):
     """What a panel of losses is called: the last two parts of the path, without the seeds."""
     parts = [part for part in Path(kind).parts if part != "seed*"]
     return f"{' '.join(parts[-2:]).replace('_seed*', '')}: {phase}"
@@ -451,7 +456,7 @@ def plain_table(heads, rows):
     )
 
 
-def picture(content, alt, caption="", look="plot"):
+def image_html(content, alt, caption="", look="plot"):
     """PNG bytes as an image within the page."""
     data = base64.b64encode(content).decode()
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
@@ -459,42 +464,42 @@ def picture(content, alt, caption="", look="plot"):
     return f'<figure><img class="{look}" alt="{text(alt)}" src="{source}">{below}</figure>'
 
 
-def plotted(figure):
+def render_figure(figure):
     """A matplotlib figure as PNG bytes, the same for the same numbers."""
     out = io.BytesIO()
     figure.savefig(out, dpi=130, metadata={"Software": None})
     plt.close(figure)
     out.seek(0)
-    return compressed(Image.open(out).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE))
+    return compress_png(Image.open(out).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE))
 
 
-def compressed(image):
+def compress_png(image):
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-def grid(pixels):
+def image_grid(pixels):
     """Images (k, 3, S, S) in [0, 1] as PNG bytes, ten in a row, of at most `MOST_PIXELS` a side."""
     if pixels.shape[-1] > MOST_PIXELS:
         pixels = F.interpolate(pixels, size=(MOST_PIXELS, MOST_PIXELS), mode="area")
-    return compressed(
+    return compress_png(
         to_pil_image(make_grid(pixels, nrow=min(10, len(pixels)), padding=1, pad_value=1.0))
     )
 
 
-def shrunk(path):
+def shrink_png(path):
     """A picture on disk as PNG bytes, at most as wide as it is shown."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
             image.thumbnail((520, 520))
-            return compressed(image)
+            return compress_png(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable picture") from error
 
 
-def page(root, data_root):
+def render_page(root, data_root):
     """The whole page as text. Raises UserError where the run root holds no runs."""
     title = text(f"Runs in {root}")
     body = "\n".join(Page(root, data_root).body())
@@ -510,7 +515,7 @@ def main(argv):
     if not args.run_root.is_dir():
         raise UserError(f"{args.run_root}: no such folder")
     out = args.out or args.run_root / "report.html"
-    content = page(args.run_root, args.data_root)
+    content = render_page(args.run_root, args.data_root)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, content)
     print(f"wrote {out} ({len(content) / 1e6:.1f} MB)")

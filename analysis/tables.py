@@ -114,7 +114,7 @@ def all_tables(lines=(), path=PAPER):
         for dataset in sorted({line["dataset"] for line in others}):
             beside = Table(base.name, base.source, base.archs, [], base.methods, {}, dataset)
             mine = {other_column(line) for line in others if belongs_to(line, beside)}
-            beside.datasets = sorted(mine, key=protocols_order)
+            beside.datasets = sorted(mine, key=protocol_order)
             found[base.name, dataset] = beside
     return [table for name in TITLES for table in found.values() if table.name == name]
 
@@ -191,14 +191,14 @@ def format_value(number):
     )
 
 
-def natural(text):
+def natural_key(text):
     """A key by which 50 comes before 1,000."""
     parts = re.split(r"(\d+)", text.replace(",", ""))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def format_setting(name, here, theres):
-    return f"{name} {here} ({' or '.join(sorted(theres, key=natural))})"
+    return f"{name} {here} ({' or '.join(sorted(theres, key=natural_key))})"
 
 
 def split_deviations(lines, table):
@@ -277,7 +277,7 @@ def split_by_scale(table, lines):
         columns = [each for each in paper if each in found] + [
             each for each in found if each not in paper
         ]
-        in_order = sorted(rows, key=lambda key: (registry.order(key[0]), natural(key[1])))
+        in_order = sorted(rows, key=lambda key: (registry.order(key[0]), natural_key(key[1])))
         yield settings, columns, [(*key, rows[key]) for key in in_order]
 
 
@@ -471,7 +471,7 @@ def other_column(line):
     return f"{line['protocol']}{labels}"
 
 
-def protocols_order(column):
+def protocol_order(column):
     """A key that sorts the columns of `other_column`: by protocol, all labels after few."""
     protocol, _, labels = column.partition(", ")
     known = ["head", "knn", "linear", "full", "kd"]
@@ -479,7 +479,7 @@ def protocols_order(column):
         known.index(protocol) if protocol in known else len(known),
         protocol,
         not labels,
-        natural(labels),
+        natural_key(labels),
     )
 
 
@@ -499,7 +499,7 @@ def other_results(lines):
     for dataset in sorted(found):
         cells = found[dataset]
         rows = list(dict.fromkeys(row for row, _ in cells))
-        columns = sorted({column for _, column in cells}, key=protocols_order)
+        columns = sorted({column for _, column in cells}, key=protocol_order)
         grids[dataset] = [[Cell("accuracy in %"), *map(Cell, columns)]]
         for row in rows:
             values = [cells.get((row, column)) for column in columns]

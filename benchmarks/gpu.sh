@@ -31,7 +31,7 @@ echo "Losses on the digits, step by step, relative to the CPU's in float32:"
 "$PYTHON" - "$out/digits" <<'END'
 import sys
 from pathlib import Path
-from utils import results
+from evaluation import results
 from utils.run import read_log
 
 losses = {}

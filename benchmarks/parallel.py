@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 
 import models
-from benchmarks.step import Step, format_median, images_for, machine, make_inputs, memory, seconds
+from benchmarks.step import (
+    Step,
+    format_median,
+    machine_name,
+    make_inputs,
+    num_source_images,
+    peak_memory,
+    time_call,
+)
 from utils import distributed, progress
 
 LINKS = {"25 GB/s": 25e9, "900 GB/s": 900e9}  # a fast network; a link between GPUs
@@ -30,7 +38,9 @@ def slowest(took):
 def measure(args, device):
     """The result as a dict of plain values, which `markdown` prints."""
     with tempfile.TemporaryDirectory() as folder:
-        step = Step(False, *make_inputs(args, images_for(args), device, Path(folder)), args, device)
+        step = Step(
+            False, *make_inputs(args, num_source_images(args), device, Path(folder)), args, device
+        )
 
         def single():
             step(exchange=False)
@@ -39,23 +49,23 @@ def measure(args, device):
         rounds = []
         for _ in progress.bar(range(args.pairs), desc="rounds"):
             distributed.all_reduce_max(0)  # waits for all
-            alone = seconds(single, device)[0] if distributed.is_main_process() else 0.0
+            alone = time_call(single, device)[0] if distributed.is_main_process() else 0.0
             took = dict(alone=slowest(alone))
-            took["beside"] = slowest(seconds(single, device)[0])
-            took["together"] = slowest(seconds(step, device)[0])
+            took["beside"] = slowest(time_call(single, device)[0])
+            took["together"] = slowest(time_call(step, device)[0])
             shared = step.exchanged(torch.zeros((), device=device))
             took["exchange"] = slowest(
-                seconds(lambda shared=shared: distributed.all_reduce_mean(shared), device)[0]
+                time_call(lambda shared=shared: distributed.all_reduce_mean(shared), device)[0]
             )
             rounds.append(took)
         names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
         return dict(
             preset=args.preset,
             **{name: getattr(args, name) for name in names},
-            machine=machine(device),
+            machine=machine_name(device),
             ranks=distributed.world_size(),
             torch=str(torch.__version__),
-            memory_gib=memory(device),
+            memory_gib=peak_memory(device),
             rounds=rounds,
             bytes={"images": step.x_syn.nbytes, "targets": step.y_syn.nbytes},
         )

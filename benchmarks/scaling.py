@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import speed
-from benchmarks.step import Step, machine, make_inputs, memory, parts
+from benchmarks.step import Step, machine_name, make_inputs, peak_memory, time_parts
 from models import label
 from utils import cli, files, progress
 from utils.device import add_device_flags, resolve_precision, select_device
@@ -52,7 +52,7 @@ def anonymous_memory():
     return 1024 * next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
 
 
-def flags(args):
+def shared_flags(args):
     """Those that every setting shares, as words of a command line."""
     return ["--width", str(args.width), "--device", args.device, "--precision", args.precision]
 
@@ -67,7 +67,7 @@ def measure(setting, args):
         while not done.wait(0.01):
             most = max(most, anonymous_memory())
 
-    words = flags(args)
+    words = shared_flags(args)
     for name in ("num_images", "outer_batch", "image_size", "chunk"):
         words += ["--" + name.replace("_", "-"), str(setting[name])]
     taken, _ = speed.parse_args(words)
@@ -78,27 +78,27 @@ def measure(setting, args):
         threading.Thread(target=watch, daemon=True).start()
         step()
         done.set()
-        used = memory(device) if device.type == "cuda" else most / 2**30
-        pieces = parts(step)
+        used = peak_memory(device) if device.type == "cuda" else most / 2**30
+        pieces = time_parts(step)
     return setting | dict(
         width=args.width,
         precision=args.precision,
         arch=taken.arch,
-        machine=machine(device),
+        machine=machine_name(device),
         torch=str(torch.__version__),
         memory_gib=used,
         parts=pieces,
     )
 
 
-def settings():
+def all_settings():
     """(axis, setting) for each row of the tables; the starting point is measured once."""
     for axis, values in AXES.items():
         for value in values:
             yield axis, BASE | {axis: value}
 
 
-def rows_of(lines, axis):
+def select_rows(lines, axis):
     """The lines that `axis` alone tells apart, in its order."""
     others = {name: value for name, value in BASE.items() if name != axis}
     return sorted(
@@ -106,7 +106,7 @@ def rows_of(lines, axis):
     )
 
 
-def whole(line):
+def summarise(line):
     """Seconds of a step, the part that takes most of them, and its share."""
     total = sum(took for took, _ in line["parts"].values())
     name, (took, _) = max(line["parts"].items(), key=lambda item: item[1][0])
@@ -126,8 +126,8 @@ def markdown(lines):
         "|---|---:|---:|---:|---|",
     ]
     for axis in AXES:
-        for line in rows_of(lines, axis):
-            total, name, share = whole(line)
+        for line in select_rows(lines, axis):
+            total, name, share = summarise(line)
             text.append(
                 f"| {NAMES[axis]} | {line[axis]:,} | {total:.2f} | {line['memory_gib']:.2f} | "
                 f"{name}, {share:.0%} |"
@@ -145,18 +145,18 @@ def draw(lines, out):
     """Time and memory against each axis, as a PNG file."""
     axes_drawn = [axis for axis in AXES if axis != "chunk"]
     figure, panes = make_panels(len(axes_drawn), most=2)
-    numbers = [number for line in lines for number in (whole(line)[0], line["memory_gib"])]
+    numbers = [number for line in lines for number in (summarise(line)[0], line["memory_gib"])]
     low, high = min(numbers) / 1.3, max(numbers) * 1.3  # the same for all
     ticks = [
         tick for power in range(-3, 5) for tick in (10**power, 3 * 10**power) if low <= tick <= high
     ]
     for pane, axis in zip(panes, axes_drawn, strict=True):
-        rows = rows_of(lines, axis)
+        rows = select_rows(lines, axis)
         x = [line[axis] for line in rows]
         label_axis(pane, x=NAMES[axis], y="seconds, GiB")
         for i, (name, values) in enumerate(
             (
-                ("seconds a step", [whole(line)[0] for line in rows]),
+                ("seconds a step", [summarise(line)[0] for line in rows]),
                 ("GiB", [line["memory_gib"] for line in rows]),
             )
         ):
@@ -176,7 +176,7 @@ def main(argv):
     if args.one:
         print(json.dumps(measure(json.loads(args.one), args)))
         return
-    wanted = list({json.dumps(setting): setting for _, setting in settings()}.values())
+    wanted = list({json.dumps(setting): setting for _, setting in all_settings()}.values())
     lines = []
     for setting in progress.bar(wanted, desc="settings"):
         done = subprocess.run(
@@ -186,7 +186,7 @@ def main(argv):
                 "benchmarks.scaling",
                 "--one",
                 json.dumps(setting),
-                *flags(args),
+                *shared_flags(args),
             ],
             stdout=subprocess.PIPE,
             text=True,

@@ -31,14 +31,14 @@ import models
 from benchmarks import parallel
 from benchmarks.step import (
     Step,
-    flop,
+    count_flop,
     format_median,
-    images_for,
-    machine,
+    machine_name,
     make_inputs,
-    memory,
-    parts,
-    seconds,
+    num_source_images,
+    peak_memory,
+    time_call,
+    time_parts,
 )
 from distillers import method
 from utils import cli, distributed, files, progress
@@ -62,7 +62,7 @@ KEY = (
 CHECKED = 200  # images, distilled and real, in the comparison with float64
 
 
-def peak(device, dtype=torch.float32):
+def peak_rates(device, dtype=torch.float32):
     """Best rate in FLOP/s: {"matmul": of square products, "convolution": of 256 to 512 channels on
     maps of 8 x 8}."""
     rates = {"matmul": 0.0, "convolution": 0.0}
@@ -76,16 +76,16 @@ def peak(device, dtype=torch.float32):
         trials.append(("matmul", lambda a=a: a @ a, 2 * n**3))
     with torch.no_grad():
         for name, product, operations in trials:
-            once, _ = min(seconds(product, device) for _ in range(2))
+            once, _ = min(time_call(product, device) for _ in range(2))
             times = max(1, round(enough / once))
-            took, _ = seconds(
+            took, _ = time_call(
                 lambda product=product, times=times: [product() for _ in range(times)], device
             )
             rates[name] = max(rates[name], operations * times / took)
     return rates
 
 
-def errors(args, source, target, device):
+def relative_errors(args, source, target, device):
     """{"ours": {loss, gradients: relative error}, "plain": ...} in float32, against the plain step
     in float64, with at most `CHECKED` distilled and real images."""
     few = vars(args) | {
@@ -117,7 +117,7 @@ def errors(args, source, target, device):
     }
 
 
-class Plain:
+class ReferenceProcess:
     """The plain step, in the process that `measure` starts."""
 
     step = None
@@ -126,19 +126,21 @@ class Plain:
     def start(cls, args, folder):
         device = select_device(args)
         keep_freed_memory(False)
-        cls.step = Step(True, *make_inputs(args, images_for(args), device, folder), args, device)
+        cls.step = Step(
+            True, *make_inputs(args, num_source_images(args), device, folder), args, device
+        )
 
     @classmethod
-    def flop(cls):
-        return flop(cls.step)
+    def count_flop(cls):
+        return count_flop(cls.step)
 
     @classmethod
-    def seconds(cls):
-        return seconds(cls.step, cls.step.device)[0]
+    def time_call(cls):
+        return time_call(cls.step, cls.step.device)[0]
 
 
 @contextlib.contextmanager
-def freed_memory_kept(device):
+def keeping_freed_memory(device):
     """Memory as distill.py has it on this device (`utils.select_device`); all of it is given back
     at the end."""
     keep_freed_memory(device.type == "cpu")
@@ -150,35 +152,41 @@ def measure(args, device):
     """The result as a dict of plain values, which `markdown` prints."""
     precisely = argparse.Namespace(**vars(args) | dict(precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
-        source, target = make_inputs(args, images_for(args), device, Path(folder))
+        source, target = make_inputs(args, num_source_images(args), device, Path(folder))
         ours = Step(False, source, target, args, device)
         keep_freed_memory(
             False
         )  # counting holds more than a step does, and both processes at once may not fit
-        operations = flop(ours)
+        operations = count_flop(ours)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with freed_memory_kept(device):
+        with keeping_freed_memory(device):
             ours()
-            used = memory(device)
-            pieces = parts(ours)
-            wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
+            used = peak_memory(device)
+            pieces = time_parts(ours)
+            wrong = (
+                relative_errors(args, source, target, device) if args.precision == "fp32" else {}
+            )
         rounds = []
         with ProcessPoolExecutor(
             1,
             multiprocessing.get_context("spawn"),
-            initializer=Plain.start,
+            initializer=ReferenceProcess.start,
             initargs=(precisely, Path(folder)),
         ) as other:
-            plain_operations = other.submit(Plain.flop).result()
+            plain_operations = other.submit(ReferenceProcess.count_flop).result()
             for _ in progress.bar(range(args.pairs), desc="pairs"):
-                with freed_memory_kept(device):
-                    rates = {"float32": peak(device)}
+                with keeping_freed_memory(device):
+                    rates = {"float32": peak_rates(device)}
                     if args.precision == "bf16":
-                        rates["bfloat16"] = peak(device, torch.bfloat16)
-                    took, _ = seconds(ours, device)
+                        rates["bfloat16"] = peak_rates(device, torch.bfloat16)
+                    took, _ = time_call(ours, device)
                 rounds.append(
-                    dict(ours=took, plain=other.submit(Plain.seconds).result(), peak=rates)
+                    dict(
+                        ours=took,
+                        plain=other.submit(ReferenceProcess.time_call).result(),
+                        peak=rates,
+                    )
                 )
     names = (
         "arch",
@@ -195,7 +203,7 @@ def measure(args, device):
     return dict(
         preset=args.preset,
         **{name: getattr(args, name) for name in names},
-        machine=machine(device),
+        machine=machine_name(device),
         ranks=1,
         torch=str(torch.__version__),
         parts=pieces,
@@ -261,7 +269,7 @@ def markdown(result):
     return "\n".join(lines)
 
 
-def results():
+def read_results():
     return (
         [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     )
@@ -270,7 +278,7 @@ def results():
 def collected_tables():
     """The tables of README by name: Markdown of all results in `RESULTS`."""
     alone, several = (
-        "\n\n".join(show(each) for each in results() if (each["ranks"] > 1) == of_several)
+        "\n\n".join(show(each) for each in read_results() if (each["ranks"] > 1) == of_several)
         for show, of_several in ((markdown, False), (parallel.markdown, True))
     )
     return {
@@ -290,7 +298,7 @@ def main(argv):
     result = json.loads(json.dumps((parallel.measure if several else measure)(args, device)))
     print((parallel.markdown if several else markdown)(result))
     if collect and distributed.is_main_process():
-        kept = [each for each in results() if key(each) != key(result)] + [result]
+        kept = [each for each in read_results() if key(each) != key(result)] + [result]
         files.write_text(
             RESULTS, "".join(json.dumps(each) + "\n" for each in sorted(kept, key=key))
         )

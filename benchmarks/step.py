@@ -27,28 +27,28 @@ from utils import distributed, optim
 from utils.sampling import Randomness
 
 
-def wait(device):
+def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(function, device):
+def time_call(function, device):
     """Of one call, and what it returns."""
-    wait(device)
+    synchronize(device)
     started = time.perf_counter()
     result = function()
-    wait(device)
+    synchronize(device)
     return time.perf_counter() - started, result
 
 
-def flop(function):
+def count_flop(function):
     """Floating-point operations of a call, in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
-def sparse(path, shape, dtype):
+def sparse_tensor(path, shape, dtype):
     """A tensor of zeros mapped from a sparse .npy file, which takes no room on disk."""
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -81,8 +81,8 @@ def make_inputs(args, images, device, folder):
             images, target.network.feature_dim, generator=torch.Generator().manual_seed(1)
         )
     else:
-        pixels = sparse(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse(
+        pixels = sparse_tensor(folder / "pixels.npy", shape, np.uint8)
+        target.table = sparse_tensor(
             folder / "features.npy", (images, target.network.feature_dim), np.float32
         )
     half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
@@ -95,10 +95,8 @@ class Step:
     def __init__(self, plain, source, target, args, device):
         randomness = Randomness(0, device)
         self.args, self.device = args, device
-        layout = reference.FORMAT if plain else torch.channels_last
-        self.loss_of = reference.outer_loss if plain else distill.outer_loss
-        kind = reference.RealBatches if plain else distill.RealBatches
-        self.real = kind(source, target, args, randomness, device)
+        batches, self.loss_of, layout = reference.STEP if plain else distill.STEP
+        self.real = batches(source, target, args, randomness, device)
         chosen = torch.arange(args.num_images) % len(source)
         x = source.normalised(chosen, device).contiguous(memory_format=layout)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)
@@ -145,7 +143,7 @@ class Step:
         self.train()
 
 
-def parts(step):
+def time_parts(step):
     """{name: (seconds, FLOP)} of a step's parts, each timed alone, after a call that counts."""
     x_real, y_real = step.batch()
     args, member = step.args, step.member
@@ -185,22 +183,24 @@ def parts(step):
     }
     found = {}
     for name, (function, before) in named.items():
-        there = before()
-        operations = flop(lambda function=function, there=there: function(there))
-        there = before()
-        took, _ = seconds(lambda function=function, there=there: function(there), step.device)
+        prepared = before()
+        operations = count_flop(lambda function=function, prepared=prepared: function(prepared))
+        prepared = before()
+        took, _ = time_call(
+            lambda function=function, prepared=prepared: function(prepared), step.device
+        )
         found[name] = (took, operations)
     return found
 
 
-def memory(device):
+def peak_memory(device):
     """Peak memory in GiB: of the GPU, or of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def machine(device):
+def machine_name(device):
     """Its name as a table should say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -215,7 +215,7 @@ def machine(device):
     return f"{threads} thread{'s' if threads > 1 else ''} of {name}"
 
 
-def images_for(args):
+def num_source_images(args):
     return max(2 * args.outer_batch, args.num_images)
 
 

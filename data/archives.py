@@ -164,12 +164,12 @@ def tinyimagenet(root, split):
 
 def imagenette(root, split):
     """ImageNette, version 2, in any of its sizes; the full one is downloaded if none exists."""
-    there = [
+    found = [
         root / name
         for name in ("imagenette2", "imagenette2-320", "imagenette2-160")
         if (root / name).is_dir()
     ]
-    if not there:
+    if not found:
         dataset = torchvision.datasets.Imagenette
         load_torchvision(
             dataset,
@@ -179,7 +179,7 @@ def imagenette(root, split):
             split="train",
             size="full",
         )
-    return read_class_folders(there[0] if there else root / "imagenette2", split)
+    return read_class_folders(found[0] if found else root / "imagenette2", split)
 
 
 def imagenet(root, split):

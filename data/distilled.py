@@ -79,7 +79,7 @@ class Distilled:
             "targets without a value": (targets.numel() == 0) != (self.target_kind == "none"),
             "values that are not finite": not all(each.isfinite().all() for each in tensors),
         }
-        if fault := next((fault for fault, there in faults.items() if there), None):
+        if fault := next((fault for fault, present in faults.items() if present), None):
             return fault
         if self.target_kind == "class" and not (
             targets.min() >= 0 and targets.max() < MOST_CLASSES

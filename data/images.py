@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from data.prepare import find_prepared, folder_name, prepare
-from data.raw import published
+from data.raw import published_counts
 from utils import files
 from utils.errors import UserError
 
@@ -97,7 +97,7 @@ def _image_set(set_name, split, record, train, name):
             [max(s, 1 / 255) for s in train["std"]], dtype=torch.float32
         ),  # a channel may be constant
         record["fingerprint"],
-        {f"{name} {split}": [record["count"], published(name, split)[0]]}
+        {f"{name} {split}": [record["count"], published_counts(name, split)[0]]}
         if record["whole"] is False
         else {},
     )

@@ -10,6 +10,7 @@ it was. Every other script does this by itself at the first use of a set; here s
 prepared ahead.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -33,46 +34,77 @@ PROGRESS_SECONDS = 5  # between notes of how far the partial file has come
 
 
 def prepare(name, split, size, root, labels=False, partial=False):
-    """Make sure that a split is decoded under <root>/prepared; return its record, with the file's
-    `stem` in it.
+    """Make sure that a split is decoded under <root>/prepared; return its record.
 
-    <stem>.npy holds (n, size, size, 3) uint8; <stem>.labels.npy int64 labels where there are any;
-    <stem>.json, written last, the record: `count`, `classes`, `whole` (whether a named set has its
-    published counts, else None), `damaged` files, `mean` and `std` of each channel over [0, 1], and
-    `files`: name -> `files.checksums`. A folder of the user's is decoded again when its files have
-    changed. `labels` and `partial`: as in `raw.read` and `--partial`.
+    <stem>.npy holds (n, size, size, 3) uint8, <stem>.labels.npy int64 labels where there are any.
+    <stem>.json, written last, is the record: `count`, `classes`, `whole` (whether a named set has
+    its published counts, else None), `damaged` files, `mean` and `std` of each channel over [0, 1],
+    `folders` (`_folder_times`), and `files`, name -> `files.checksums`. The returned record also
+    has the `stem`. A set is decoded again when its raw files change; those of a complete named set
+    are looked at only when one of their folders has changed. `labels` and `partial`: as in
+    `raw.read` and `--partial`.
 
     Raises UserError when the raw images are missing, fewer than published, or more than 1 % of them
     damaged.
     """
     stem = root / "prepared" / f"{folder_name(name, root)}-{size}px" / split
-    if name in ARCHIVES and (known := _record(stem)) and known["whole"]:
+    replaced = raw_images.in_data_root(name, root)  # class folders stand in for an archive
+    known = _record(stem) if name in ARCHIVES else None
+    if known and known["whole"] and known.get("replaced") == replaced and _same_folders(known):
         return known
     raw = raw_images.read(name, split, root, labels)
     if raw.made_split:
         stem = stem.parent.with_name(f"{folder_name(name, root)}-split-{size}px") / split
-    whole = raw_images.is_whole(name, split, raw)
+    whole = raw_images.is_complete(name, split, raw)
     fingerprint = _fingerprint(raw, whole)
+    facts = dict(fingerprint=fingerprint, whole=whole, replaced=replaced)
     if not _matches(known := _record(stem), fingerprint):
         if not partial:
             raw_images.check_counts(name, split, size, root, raw)
         if raw.made_split and split == "train":
             print(
-                f"{name}: no test split there; a fifth of each class, drawn with seed 0, is kept "
-                "for the test"
+                f"{name}: no test split found; a fifth of each class, drawn with seed 0, is held "
+                "out for the test"
             )
         stem.parent.mkdir(parents=True, exist_ok=True)
         with files.wait_for_lock(stem.with_suffix(".lock")):
-            if not _matches(
-                known := _record(stem), fingerprint
-            ):  # another process may have done it meanwhile
-                for left in stem.parent.glob(
-                    f"{split}.*.*.partial"
-                ):  # by a process that was killed
+            # Another process may have decoded it in the meantime.
+            if not _matches(known := _record(stem), fingerprint):
+                for left in stem.parent.glob(f"{split}.*.*.partial"):  # of a killed process
                     left.unlink()
-                _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", whole)
+                _write(raw, stem, size, f"{name} {split} {size}px", facts)
                 known = _record(stem)
+    elif whole:
+        with contextlib.suppress(OSError):  # a read-only disk
+            content = {key: value for key, value in known.items() if key != "stem"}
+            folders = _folder_times(raw)
+            files.write_json(stem.with_suffix(".json"), content | facts | dict(folders=folders))
     return known
+
+
+def _folder_times(raw):
+    """Folder -> time of its last change, of all folders with images and those above, up to the one
+    that they have in common. Adding, removing and replacing files changes them."""
+    folders = {image.parent for image in raw.images if isinstance(image, Path)}
+    if not folders:
+        return {}
+    top = Path(os.path.commonpath(folders))
+    for folder in [*folders]:
+        while folder != top:
+            folder = folder.parent
+            folders.add(folder)
+    present = sorted(folder for folder in folders if folder.is_dir())
+    return {str(folder.resolve()): folder.stat().st_mtime_ns for folder in present}
+
+
+def _same_folders(record):
+    """Whether no folder of the raw images has changed since the record was written."""
+    try:
+        return "folders" in record and all(
+            os.stat(folder).st_mtime_ns == changed for folder, changed in record["folders"].items()
+        )
+    except OSError:
+        return False
 
 
 def find_prepared(name, split, size, root):
@@ -251,9 +283,10 @@ def _read_progress(path):
         return {}
 
 
-def _write(raw, stem, size, fingerprint, title, whole):
+def _write(raw, stem, size, title, facts):
+    """Decode a split; `facts` are added to its record."""
     n = len(raw.images)
-    out = _PartialFile(stem, (n, size, size, 3), fingerprint)
+    out = _PartialFile(stem, (n, size, size, 3), facts["fingerprint"])
     with (
         ThreadPoolExecutor(os.cpu_count()) as workers,
         progress.bar(total=n, initial=out.done, desc=title) as bar,
@@ -293,10 +326,10 @@ def _write(raw, stem, size, fingerprint, title, whole):
     record = dict(
         format=FORMAT,
         name=_name(stem),
-        fingerprint=fingerprint,
+        **facts,
+        folders=_folder_times(raw),
         count=out.count,
         classes=raw.classes,
-        whole=whole,
         damaged=out.damaged,
         mean=mean.tolist(),
         std=std.tolist(),

@@ -30,18 +30,18 @@ def read(name, split, root, labels=False):
     there, saying what to put where.
     """
     if in_data_root(name, root):
-        return _folder(root / name, split, labels)
+        return _read_folder(root / name, split, labels)
     if name in ARCHIVES:
         return ARCHIVES[name].read(root, split)
     if Path(name).is_dir():
-        return _folder(Path(name), split, labels)
+        return _read_folder(Path(name), split, labels)
     raise UserError(
         f"unknown data set {name}: neither one of {', '.join(ARCHIVES)}, nor a folder, "
         f"nor class folders {root / name}/train/<class>/"
     )
 
 
-def _folder(top, split, labels):
+def _read_folder(top, split, labels):
     train = top / "train"
     if labels and find_test_folder(top) is None:
         return split_class_folders(train if train.is_dir() else top, split)
@@ -52,18 +52,18 @@ def _folder(top, split, labels):
     return read_unlabelled(train if train.is_dir() else top)
 
 
-def is_whole(name, split, raw):
+def is_complete(name, split, raw):
     """Whether a named set has its published number of images and classes; None for any other."""
     if name not in ARCHIVES:
         return None
-    return (len(raw.images), len(raw.classes)) == published(name, split)
+    return (len(raw.images), len(raw.classes)) == published_counts(name, split)
 
 
 def check_counts(name, split, size, root, raw):
     """Raise UserError when a named set has another number of images or classes than the published
     one."""
-    if is_whole(name, split, raw) is False:
-        images, classes = published(name, split)
+    if is_complete(name, split, raw) is False:
+        images, classes = published_counts(name, split)
         raise UserError(
             f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, "
             "the published set has "
@@ -72,7 +72,7 @@ def check_counts(name, split, size, root, raw):
         )
 
 
-def published(name, split):
+def published_counts(name, split):
     """Images and classes of a named set's split as its makers count them."""
     archive = ARCHIVES[name]
     return getattr(archive, split), archive.classes

@@ -36,6 +36,14 @@ def random_subset(source, m, seed):
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:m]
 
 
+def held_out_subset(source, m):
+    """Indices of m random images, or of all if there are fewer, to measure an objective with.
+
+    Their seed, -1, is that of no run, so a run starts from other images.
+    """
+    return random_subset(source, min(m, len(source)), seed=-1)
+
+
 def balanced_subset(source, m, seed):
     """As `random_subset`, with m / classes images of each class, in the order of the classes.
     Raises UserError where that is no whole number or where there are no labels."""

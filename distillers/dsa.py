@@ -53,7 +53,7 @@ INNER_EPOCHS = {
 MEASUREMENT_NETWORKS = 5
 
 
-def loops(per_class):
+def loop_counts(per_class):
     """(updates, epochs between them) under one network, as the authors set them for 1, 10, 20, ...
     50 images per class.
 
@@ -126,7 +126,7 @@ def distill(source, chosen, target, args, run, device):
     num_classes = len(source.classes)
     x_init, y_syn = source.normalised(chosen, device), source.labels[chosen].to(device)
     x_syn = x_init.clone().requires_grad_()
-    outer, inner = loops(len(chosen) // num_classes)
+    outer, inner = loop_counts(len(chosen) // num_classes)
     outer, inner = args.outer_loops or outer, args.inner_epochs or inner
     network = build_untrained(args, source, num_classes, device)
     sgd = optim.optimizer("sgd", [x_syn], args.outer_lr, weight_decay=0.0, momentum=0.5)

@@ -26,9 +26,9 @@ import math
 
 import torch
 
-from data.subsets import balanced_subset, random_subset
+from data.subsets import balanced_subset, held_out_subset
 from distillers import method
-from distillers.krr import LIMITS, centred_one_hot, larger_ridges, ridge_predict
+from distillers.krr import LIMITS, centred_one_hot, ridge_predict
 from distillers.method import Method, make_distilled
 from distillers.pool import Pool
 from utils import cli, optim
@@ -56,13 +56,15 @@ def label_margin(y_syn):
     return -(first - second).clamp(max=1 / y_syn.shape[1]).mean()
 
 
-def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0):
+def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0, fallbacks=None):
     """The two terms above, for real images (b, 3, S, S) with targets (b, C) and a distilled set of
     m."""
     with torch.no_grad():
         f_real = member.embed(x_real, chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, chunk)  # (m, d_h)
-    predicted = ridge_predict(f_real, f_syn, y_syn, ridge, per_image=True, bias=False)  # (b, C)
+    predicted = ridge_predict(  # (b, C)
+        f_real, f_syn, y_syn, ridge, per_image=True, bias=False, fallbacks=fallbacks
+    )
     return 0.5 * (predicted - y_real).square().sum(1).mean() + label_margin(y_syn)
 
 
@@ -125,15 +127,15 @@ def distill(source, chosen, target, args, run, device):
 
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = batch_of(order.next())
-        member = pool.draw(randomness.cpu)
-        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge, args.chunk)
+        member, fallbacks = pool.draw(randomness.cpu), []
+        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge, args.chunk, fallbacks)
         lamb.zero_grad()
         loss.backward()
         run.log(
             step,
             loss=loss,
             gradient=x_syn.grad.square().mean().sqrt(),
-            larger_ridge=larger_ridges(device),
+            larger_ridge=sum(fallbacks),
             lr=scheduler.get_last_lr()[0],
         )
         lamb.step()
@@ -141,17 +143,12 @@ def distill(source, chosen, target, args, run, device):
         scheduler.step()
         method.update_picture(run, args, step, lambda: make_distilled(x_syn, y_syn, "soft", source))
 
-    # A seed of no run: another draw than the images that the set starts as.
-    held = batch_of(random_subset(source, min(args.outer_batch, len(source)), seed=-1))
-    with torch.no_grad():
-        before, after = (
-            torch.stack(
-                [objective(each, *held, x, y, args.ridge, args.chunk) for each in pool.members]
-            )
-            .mean()
-            .item()
-            for x, y in ((x_init, y_init), (x_syn, y_syn))
-        )
+    x_held, y_held = batch_of(held_out_subset(source, args.outer_batch))
+    before, after = pool.mean_losses(
+        lambda each, x, y: objective(each, x_held, y_held, x, y, args.ridge, args.chunk),
+        (x_init, y_init),
+        (x_syn, y_syn),
+    )
     print(
         f"objective under the final pool: initial images {before:.4f}, distilled images {after:.4f}"
     )

@@ -20,6 +20,7 @@ Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png, by which the 
 checked.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -202,24 +203,24 @@ def resolve_statistics(answer, args, image_size):
 
 
 def parse_statistics(text):
-    """An argparse type: none, source or imagenet as they are, R,G,B/R,G,B as ((r, g, b), (r, g,
-    b))."""
+    """An argparse type for STATS: none, source and imagenet as they are, R,G,B/R,G,B as
+    ((r, g, b), (r, g, b))."""
     if text in (*STATISTICS, "source"):
         return text
-    mean, std = (tuple(float(number) for number in part.split(",")) for part in text.split("/"))
+    try:
+        mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        mean = std = ()
     if (
         len(mean) != 3
         or len(std) != 3
-        or not all(0 <= v <= 1 for v in mean)
-        or not all(0 < v <= 1 for v in std)
+        or not all(0 <= value <= 1 for value in mean)
+        or not all(0 < value <= 1 for value in std)
     ):
-        raise ValueError
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not STATS: source, imagenet, or R,G,B/R,G,B for pixels in [0, 1]"
+        )
     return mean, std
-
-
-parse_statistics.__name__ = (
-    "STATS (source, imagenet, or R,G,B/R,G,B for pixels in [0, 1])"  # argparse says "invalid ..."
-)
 
 
 def build_distilled(args):

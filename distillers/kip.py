@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from data.subsets import balanced_subset, few_labels
 from distillers import method
-from distillers.krr import LIMITS, centred_one_hot, kernel_predict, larger_ridges
+from distillers.krr import LIMITS, centred_one_hot, kernel_predict
 from distillers.method import Method, make_distilled
 from distillers.ntk import KERNELS, kernel
 from utils import optim
@@ -59,14 +59,13 @@ def balanced_batch(source, size, generator):
     return few_labels(source, 0 if size >= len(source) else max(1, per_class), 0.0, generator)
 
 
-def objective(x_real, y_real, x_syn, y_syn, args):
+def objective(x_real, y_real, x_syn, y_syn, args, fallbacks=None):
     """Half the mean squared error over all entries (b, C), in the precision of x_syn (m, 3, S, S)
     and y_syn (m, C)."""
     k_rs = kernel(args.kernel, x_real, x_syn, args.depth)  # (b, m)
     k_ss = kernel(args.kernel, x_syn, x_syn, args.depth)  # (m, m)
-    return 0.5 * F.mse_loss(
-        kernel_predict(k_rs, k_ss, y_syn, args.ridge, per_image=True), y_real.to(y_syn.dtype)
-    )
+    predicted = kernel_predict(k_rs, k_ss, y_syn, args.ridge, True, fallbacks)  # (b, C)
+    return 0.5 * F.mse_loss(predicted, y_real.to(y_syn.dtype))
 
 
 def distill(source, chosen, target, args, run, device):
@@ -96,11 +95,12 @@ def distill(source, chosen, target, args, run, device):
     run.limits = LIMITS
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = batch_of(balanced_batch(source, args.outer_batch, randomness.cpu))
-        loss = objective(x_real, y_real, x_syn, y_syn, args)
+        fallbacks = []
+        loss = objective(x_real, y_real, x_syn, y_syn, args, fallbacks)
         adam.zero_grad()
         loss.backward()
         gradient = x_syn.grad.square().mean().sqrt()
-        run.log(step, loss=loss, gradient=gradient, larger_ridge=larger_ridges(device))
+        run.log(step, loss=loss, gradient=gradient, larger_ridge=sum(fallbacks))
         adam.step()
         method.update_picture(
             run, args, step, lambda: make_distilled(x_syn.float(), y_syn.float(), "soft", source)

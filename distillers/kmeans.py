@@ -21,13 +21,12 @@ from data.subsets import balanced_subset, random_subset
 from distillers.method import Method, make_distilled
 from utils import progress
 
-MOST_PAIRS = (
-    10**8
-)  # of an image and a centroid, about 2 s of two CPU cores for each iteration at 512 features
+# Pairs of an image and a centroid; about 2 s of two CPU cores an iteration at 512 features.
+MOST_PAIRS = 10**8
 ROWS = 1024  # features compared with all of the chosen at a time
 
 
-def centroids(features, k, seed):
+def fit_centroids(features, k, seed):
     """The k-means centroids of `features` (n, d), on the CPU: (k, d).
 
     All of `features` in each iteration up to `MOST_PAIRS` = n * k; beyond that, mini-batches
@@ -58,7 +57,7 @@ def nearest_distinct(features, centres):
     return torch.tensor(chosen)
 
 
-def summed_error(features, chosen):
+def sum_distances(features, chosen):
     """Sum over the rows of `features` (n, d) of the squared distance to the nearest of `chosen` (k,
     d)."""
     return sum(
@@ -82,10 +81,10 @@ def distill(source, chosen, target, args, run, device):
     k, index, before, after = args.num_images // len(groups), [], 0.0, 0.0
     for members, random in zip(progress.bar(groups, desc="k-means"), chosen.split(k), strict=True):
         here = features[members] if labelled else features  # (n_c, d)
-        nearest = nearest_distinct(here, centroids(here, k, args.seed))
+        nearest = nearest_distinct(here, fit_centroids(here, k, args.seed))
         index.append(members[nearest] if labelled else nearest)
-        before += summed_error(here, features[random]) / len(source)
-        after += summed_error(here, here[nearest]) / len(source)
+        before += sum_distances(here, features[random]) / len(source)
+        after += sum_distances(here, here[nearest]) / len(source)
     index = torch.cat(index)
     print(
         f"mean squared distance to the nearest chosen image: random {before:.4f}, k-means "

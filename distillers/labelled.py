@@ -7,9 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import models
 from utils.errors import UserError
 
-MEASUREMENT_SEED = (
-    1 << 30
-)  # a seed that no run has: of the draws under which the first and the last images are compared
+# Seed of the draws that initial and distilled images are compared with; no run has it.
+MEASUREMENT_SEED = 1 << 30
 
 
 class ClassBatches:

@@ -43,6 +43,7 @@ class Method:
     doc: str
     choose: Callable = random_subset
     add_flags: Callable = lambda parser: None
+    check_flags: Callable = lambda args: None
 
 
 def main(method, argv, prog=None):
@@ -99,11 +100,15 @@ def main(method, argv, prog=None):
     print(f"wrote {run.artefact} and images.png{moved}")
 
 
-def make_distilled(x_syn, targets, target_kind, source, **measured):
-    """Images normalised by the source's statistics, with their targets, as a `Distilled` on the
-    CPU."""
+def make_distilled(x_syn, targets, target_kind, source, normalised=True, **measured):
+    """A `Distilled` on the CPU of images (m, 3, S, S) with their targets.
+
+    The images are normalised by the source's statistics, or else are pixels. `measured` becomes
+    its meta.
+    """
     x_syn, targets = x_syn.detach().cpu().contiguous(), targets.detach().cpu()
-    return Distilled(x_syn, targets, target_kind, source.mean, source.std, measured)
+    mean, std = (source.mean, source.std) if normalised else (torch.zeros(3), torch.ones(3))
+    return Distilled(x_syn, targets, target_kind, mean, std, measured)
 
 
 def distance_from_initial(distilled, source, initial):
@@ -163,6 +168,7 @@ def parse_args(method, argv, prog=None):
     )
     method.add_flags(parser)
     args = resolve_precision(parser.parse_args(argv))
+    method.check_flags(args)
     check_name("--name", args.name, reserved=registry.RESERVED)
     return args
 

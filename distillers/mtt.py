@@ -48,9 +48,8 @@ HELP = dict(
     expert_lr="SGD learning rate of the experts, and the first one of the inner steps",
     expert_batch="real images in a batch of theirs",
 )
-LEAST_RATE = (
-    1e-3  # of its first value: the learned rate is held above that share, so it stays positive
-)
+# The learned rate stays above this share of its first value, so that it stays positive.
+LEAST_RATE = 1e-3
 MEASUREMENT_STARTS = 10
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import models
 from models.frozen import Frozen
-from utils import optim
+from utils import distributed, optim
 from utils.device import autocast
 
 
@@ -101,6 +101,14 @@ class Pool:
             member.train_step(x_syn, y_syn)
         else:
             member.reset(keep_count)
+
+    @torch.no_grad()
+    def mean_losses(self, loss, *sets):
+        """For each of `sets`, (x, y) each, the mean of `loss(member, x, y)` over all members of all
+        ranks, as a list of numbers."""
+        means = [torch.stack([loss(each, x, y) for each in self.members]).mean() for x, y in sets]
+        distributed.all_reduce_mean(means)
+        return [each.item() for each in means]
 
     def state_dict(self):
         return {"ages": self.ages, "members": [member.state_dict() for member in self.members]}

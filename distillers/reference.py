@@ -7,15 +7,27 @@ is.
 """
 
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.images import normalise, to_float
+from utils.allocator import keep_freed_memory
 from utils.sampling import Batches
 
 FORMAT = torch.contiguous_format
+
+
+class Step(NamedTuple):
+    """The parts of an outer step that `--reference` replaces: the class of the real batches, the
+    loss, and the memory format of images and networks."""
+
+    batches: type
+    loss: Callable
+    memory_format: torch.memory_format
 
 
 class _Images(Dataset):
@@ -37,6 +49,7 @@ class RealBatches:
     """As distill.py's, in the same order for the same generator."""
 
     def __init__(self, source, target, args, randomness, device):
+        keep_freed_memory(False)  # as a plain script
         self.target, self.device = (
             copy.deepcopy(target.network).to(memory_format=FORMAT).eval(),
             device,
@@ -57,7 +70,7 @@ class RealBatches:
             return x_real, self.target.embed(x_real)
 
 
-def outer_loss(member, x_real, y_real, x_syn, y_syn, args):
+def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
     """Equation 4, as a mean over all entries."""
     member.network.eval()
     with torch.no_grad():
@@ -73,3 +86,6 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args):
         k_ss + damping * torch.eye(len(k_ss), device=k_ss.device), y_syn
     )  # (m, d_y)
     return F.mse_loss(k_rs @ dual, y_real)
+
+
+STEP = Step(RealBatches, outer_loss, FORMAT)

@@ -79,7 +79,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     )
 
 
-def inception(weights, device):
+def load_inception(weights, device):
     """Inception features (b, 2048) of pixels (b, 3, S, S) in [0, 1], as in the original measure."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -102,7 +102,7 @@ def inception(weights, device):
     return lambda pixels: network((255 * pixels).round().to(torch.uint8))[0]
 
 
-def own_network(path, source, device):
+def load_network(path, source, device):
     """Its name, and features (b, d) of pixels in [0, 1], by the network in a target.pt or model.pt;
     images are normalised by the `ImageSet` source. Raises UserError when it is neither, or of
     another image size."""
@@ -137,7 +137,7 @@ def own_network(path, source, device):
     return name, features
 
 
-def distance(distilled, source, features, device):
+def measure_fid(distilled, source, features, device):
     """Frechet distance between the pixels of a `Distilled` and those of the `ImageSet` source."""
     sets = Moments(), Moments()
     pixels = distilled.pixels()
@@ -161,10 +161,10 @@ def main(argv):
         args.source or distilled.meta["source"], "train", distilled.images.shape[-1], args.data_root
     )
     if args.network == "inception":
-        name, features = "inception", inception(args.inception_weights, device)
+        name, features = "inception", load_inception(args.inception_weights, device)
     else:
-        name, features = own_network(Path(args.network), source, device)
-    value = distance(distilled, source, features, device)
+        name, features = load_network(Path(args.network), source, device)
+    value = measure_fid(distilled, source, features, device)
     meta = {key: distilled.meta.get(key) for key in ("source", "method")}
     facts = dict(
         network=name, distilled=files.digest(args.distilled), fingerprint=source.fingerprint

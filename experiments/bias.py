@@ -149,7 +149,7 @@ def two_views(loss):
     return losses
 
 
-def masked(theta, x):
+def masking_losses(theta, x):
     """`losses` of a linear map that predicts the hidden pixels from the others: squared error per
     pixel."""
     seen = masks()[:, None]  # (6, 1, 16)
@@ -171,7 +171,9 @@ def problems(x_syn, x_real, generator):
     ssl = {
         "Barlow Twins": made(two_views(barlow_twins_loss), encoder, PULL),
         "SimCLR": made(two_views(simclr_loss), encoder, PULL),
-        "masking": made(masked, torch.zeros(PIXELS * PIXELS, dtype=torch.float64), PULL / 10),
+        "masking": made(
+            masking_losses, torch.zeros(PIXELS * PIXELS, dtype=torch.float64), PULL / 10
+        ),
     }
     # g_phi is trained on X_t by Barlow Twins, as the paper's; Y_s are its features of X_s.
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
@@ -239,7 +241,7 @@ def minimise(problem, weights, x, start=None):
     )
 
 
-def lower(problem, weights, x, start):
+def lower_minimum(problem, weights, x, start):
     """As `minimise`, from the problem's start and from `start`: of the two minima the lower one."""
     both = torch.stack(
         [minimise(problem, weights, x, each) for each in (problem.start, start)]
@@ -250,7 +252,7 @@ def lower(problem, weights, x, start):
     return torch.where((second < first)[:, None], both[1], both[0])
 
 
-def through(problem, theta, weights, x):
+def implicit_gradient(problem, theta, weights, x):
     """v = dL(theta; X_t)/dtheta (k, p) and A = dtheta/dX_s (k, p, q) at minimisers `theta` (k, p)
     under `weights` (k, D), by the implicit function theorem: A = -H^-1 d^2 l/dtheta dX_s. v A is
     the meta-gradient.
@@ -266,9 +268,9 @@ def through(problem, theta, weights, x):
     return v, -torch.cholesky_solve(mixed, torch.linalg.cholesky(h))
 
 
-def summed(problem, counts, weights, x, start, truth):
+def sum_over_draws(problem, counts, weights, x, start, truth):
     """Sums of v, A, the meta-gradient v A and its squared distance from `truth` (q,) over groups of
-    draws: (G, p), (G, p, q), (G, q), (G,). `start` as in `lower`.
+    draws: (G, p), (G, p, q), (G, q), (G,). `start` as in `lower_minimum`.
 
     `counts` (G, k): how often each row of `weights` (k, D) stands in each group, or how probable it
     is there.
@@ -277,7 +279,7 @@ def summed(problem, counts, weights, x, start, truth):
     for w, n in progress.bar(
         [*zip(weights.split(CHUNK), counts.split(CHUNK, 1), strict=True)], desc="inner problems"
     ):
-        v, a = through(problem, lower(problem, w, x, start), w, x)
+        v, a = implicit_gradient(problem, lower_minimum(problem, w, x, start), w, x)
         g = torch.einsum("kp,kpq->kq", v, a)
         part = (
             n @ v,
@@ -289,7 +291,7 @@ def summed(problem, counts, weights, x, start, truth):
     return total
 
 
-def terms(v, a, g, v_true, a_true):
+def split_bias(v, a, g, v_true, a_true):
     """The proof's split of mean(g) - g_true, each (q,): shift of v, of A, of both, and covariance;
     v, a, g are means over draws."""
     dv, da = v - v_true, a - a_true
@@ -327,7 +329,7 @@ def sign_flips(differences, size, generator):
     return (1 + (largest(signs @ differences / n) >= observed).sum().item()) / (1 + FLIPS)
 
 
-def compared(g_sums, per_group, squares, truth, generator):
+def summarise(g_sums, per_group, squares, truth, generator):
     """What a row has for any gradient: `g_sums` (G, q) sums over groups of `per_group` draws,
     `squares` the sum of all squared distances from `truth` (q,)."""
     size, groups = truth.norm(), len(g_sums)
@@ -363,11 +365,11 @@ def multisets(r):
     return counts, log.exp()
 
 
-def bilevel(problem, x_syn, r, draws, generator):
+def bilevel_row(problem, x_syn, r, draws, generator):
     """A row for the meta-gradient with r drawn outcomes."""
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
     best = minimise(problem, uniform, x_syn)
-    v_true, a_true = (each[0] for each in through(problem, best, uniform, x_syn))
+    v_true, a_true = (each[0] for each in implicit_gradient(problem, best, uniform, x_syn))
     truth, size = v_true @ a_true, (v_true @ a_true).norm()
     drawn = torch.multinomial(uniform.expand(draws, -1), r, replacement=True, generator=generator)
     drawn = F.one_hot(drawn, OUTCOMES).sum(1).double()  # (draws, D)
@@ -377,12 +379,12 @@ def bilevel(problem, x_syn, r, draws, generator):
     each = F.one_hot(which, len(distinct)).double()
     exact = probability @ each[: len(every)]  # (k,)
     counts = torch.cat([each[len(every) :].view(GROUPS, -1, len(distinct)).sum(1), exact[None]])
-    *sums, squares = summed(problem, counts, distinct / r, x_syn, best[0], truth)
+    *sums, squares = sum_over_draws(problem, counts, distinct / r, x_syn, best[0], truth)
     exact_g, sums = sums[2][-1], [each[:-1] for each in sums]  # v, A and v A
-    row = compared(sums[2], draws // GROUPS, squares[:-1].sum(), truth, generator)
+    row = summarise(sums[2], draws // GROUPS, squares[:-1].sum(), truth, generator)
 
     def split(n, v, a, g):
-        parts = terms(*(each / (n * (draws // GROUPS)) for each in (v, a, g)), v_true, a_true)
+        parts = split_bias(*(each / (n * (draws // GROUPS)) for each in (v, a, g)), v_true, a_true)
         return torch.stack([part @ truth for part in parts.values()]) / size**2
 
     values, halves = jackknife(split, GROUPS, *sums)
@@ -390,7 +392,7 @@ def bilevel(problem, x_syn, r, draws, generator):
     row |= dict(zip(names, values.tolist(), strict=True))
     row |= {f"{name}_half": half for name, half in zip(names, halves.tolist(), strict=True)}
     mean_v, mean_a, mean_g = (each.sum(0) / draws for each in sums)
-    parts = terms(mean_v, mean_a, mean_g, v_true, a_true)
+    parts = split_bias(mean_v, mean_a, mean_g, v_true, a_true)
     row["left_over"] = ((mean_g - truth - sum(parts.values())).norm() / size).item()
     row["covariance_norm"] = (parts["covariance"].norm() / size).item()
     if few:
@@ -401,14 +403,14 @@ def bilevel(problem, x_syn, r, draws, generator):
     return row
 
 
-def sampled(gradients, r, draws, generator):
+def sampled_row(gradients, r, draws, generator):
     """A row for the mean of r of the rows of `gradients` (D, q), drawn with replacement; the truth
     is their mean."""
     uniform = torch.full((draws, len(gradients)), 1.0, dtype=torch.float64)
     drawn = torch.multinomial(uniform, r, replacement=True, generator=generator)
     g = F.one_hot(drawn, len(gradients)).sum(1).double() / r @ gradients  # (draws, q)
     groups = g.view(GROUPS, -1, g.shape[1]).sum(1)
-    return compared(
+    return summarise(
         groups,
         draws // GROUPS,
         (g - gradients.mean(0)).square().sum(),
@@ -429,14 +431,14 @@ def measure(sizes, draws, seed):
 
     for r in progress.bar(sizes, desc="r"):
         for name, problem in (ssl | {"MSE (KRR-ST)": krr}).items():
-            add(name, "bilevel", r, bilevel(problem, x_syn, r, draws, generator))
+            add(name, "bilevel", r, bilevel_row(problem, x_syn, r, draws, generator))
         for name, problem in ssl.items():
             each = jacfwd(lambda theta, problem=problem: problem.losses(theta, x_syn))(
                 problem.start
             )  # (D, p)
-            add(name, "ordinary", r, sampled(each, r, draws, generator))
+            add(name, "ordinary", r, sampled_row(each, r, draws, generator))
         each = torch.autograd.functional.jacobian(closed, x_syn).flatten(1)  # (n, q)
-        add("MSE (KRR-ST)", "mini-batch", r, sampled(each, r, draws, generator))
+        add("MSE (KRR-ST)", "mini-batch", r, sampled_row(each, r, draws, generator))
     for row in rows:
         row["biased"] = row["p"] < 0.05 / len(rows)
     return rows
@@ -474,7 +476,7 @@ def markdown(rows):
     return "\n".join(lines).replace("-0.000", "+0.000")
 
 
-def picture(rows, out):
+def draw(rows, out):
     """Bias along the true gradient, its norm, and its parts, against r."""
     figure, (along, norm, parts) = make_panels(3, width=4.4)
     series = {}
@@ -547,7 +549,7 @@ def main(argv):
     text = "".join(json.dumps(row | facts) + "\n" for row in rows)
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_text(args.out / "bias.jsonl", text)
-    picture(rows, args.out / "bias.png")
+    draw(rows, args.out / "bias.png")
     print(f"wrote {args.out / 'bias.jsonl'}; {time.monotonic() - started:.0f} s")
 
 

@@ -87,13 +87,15 @@ def load_target(path, source, device, precision):
     saved = files.load(
         path, "target", required=("network", "arch", "width", "image_size", "source", "fingerprint")
     )
-    for what, there, needed in (
+    for description, found, needed in (
         ("source", saved["source"], source.name),
         ("image size", saved["image_size"], source.image_size),
         ("version of the source", saved["fingerprint"], source.fingerprint),
     ):
-        if there != needed:
-            raise UserError(f"{path}: a target trained on another {what} ({there}, not {needed})")
+        if found != needed:
+            raise UserError(
+                f"{path}: a target trained on another {description} ({found}, not {needed})"
+            )
     if fault := networks.find_fault(saved):
         raise UserError(f"{path}: {fault}")
     network = models.build(saved["arch"], saved["image_size"], 0, saved["width"])

@@ -66,7 +66,7 @@ width=${quick_width:-0.5} # with --quick, that of the preset quick-<source> in u
 commands=""
 task() { # LEAVES WORDS...: `python WORDS...` leaves the file LEAVES, or the line NAME in results.jsonl: FOLDER/results.jsonl#NAME
   local leaves=$1; shift
-  case $2 in data.* | benchmarks.*) set -- "$@" ;; *) set -- "$@" $roots $extra ;; esac
+  case $2 in data.* | evaluation.* | experiments.* | analysis.*) set -- "$@" ;; *) set -- "$@" $roots $extra ;; esac
   commands+="$leaves"$'\t'"$*"$'\n'
 }
 at_the_end() { commands+="-"$'\t'"$*"$'\n'; } # a command that is carried out each time

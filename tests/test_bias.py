@@ -33,7 +33,7 @@ def test_meta_gradient_agrees_with_central_differences(setup, name):
     x, problem, h = setup[0], every(setup)[name], 1e-4
     weights = torch.tensor([[3.0, 1, 0, 2, 1, 1]], dtype=torch.float64) / 8
     theta = bias.minimise(problem, weights, x)
-    v, a = bias.through(problem, theta, weights, x)
+    v, a = bias.implicit_gradient(problem, theta, weights, x)
     for seed in range(2):
         direction = torch.randn(
             x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -65,7 +65,7 @@ def test_ridge_head_by_newton_is_that_of_krr_st(setup):
     """The MSE problem's meta-gradient through its solved inner problem is the closed form's of
     distillers/krr.py, but for the trace that scales the ridge, which both hold constant."""
     x, _, _, krr, closed = setup
-    v, a = bias.through(krr, bias.minimise(krr, UNIFORM, x), UNIFORM, x)
+    v, a = bias.implicit_gradient(krr, bias.minimise(krr, UNIFORM, x), UNIFORM, x)
     images = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(closed(images).mean(), images)
     torch.testing.assert_close(v[0] @ a[0], expected.flatten(), rtol=1e-6, atol=1e-10)
@@ -92,7 +92,7 @@ def test_losses_against_their_formulas(setup):
     error = (left_half.flatten(1) @ theta.view(16, 16) - x).view(8, 4, 4)[:, :, 2:]
     hidden = [pair for pair in range(6) if bias.masks()[pair].view(4, 4)[:, 2:].sum() == 0]
     assert len(hidden) == 1
-    torch.testing.assert_close(bias.masked(theta, x)[hidden[0]], error.square().mean())
+    torch.testing.assert_close(bias.masking_losses(theta, x)[hidden[0]], error.square().mean())
 
 
 def test_shifts_move_by_one_pixel():
@@ -128,7 +128,7 @@ def test_terms_of_the_proof_sum_to_the_bias():
     a = torch.randn(7, 3, 5, generator=generator, dtype=torch.float64) + v[:, :, None]
     v_true, a_true = torch.ones(3, dtype=torch.float64), torch.ones(3, 5, dtype=torch.float64)
     g = torch.einsum("np,npq->nq", v, a)
-    parts = bias.terms(v.mean(0), a.mean(0), g.mean(0), v_true, a_true)
+    parts = bias.split_bias(v.mean(0), a.mean(0), g.mean(0), v_true, a_true)
     torch.testing.assert_close(sum(parts.values()), g.mean(0) - v_true @ a_true)
     covariance = (
         torch.stack(
@@ -152,7 +152,7 @@ def made(shift, seed, draws=200, q=30):
     g = truth + shift + noise
     groups = g.view(bias.GROUPS, -1, q).sum(1)
     squares = (g - truth).square().sum()
-    return bias.compared(
+    return bias.summarise(
         groups, draws // bias.GROUPS, squares, truth, torch.Generator().manual_seed(0)
     )
 
@@ -182,7 +182,7 @@ def test_a_bias_is_found_and_measured():
 def test_no_difference_at_all_is_no_bias():
     truth = torch.ones(5, dtype=torch.float64)
     groups = (4 * (truth + 1e-15)).expand(bias.GROUPS, 5)
-    row = bias.compared(
+    row = bias.summarise(
         groups, 4, torch.tensor(0.0).double(), truth, torch.Generator().manual_seed(0)
     )
     assert row["p"] == 1 and row["sd"] == 0 and abs(row["along"]) < 1e-12
@@ -213,5 +213,5 @@ def test_fast_run_finds_what_the_theorem_says(tmp_path):
 def test_same_seed_same_rows_and_another_seed_others():
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
     gradients = F.one_hot(torch.arange(6)).double()
-    first, again, other = (bias.sampled(gradients, 2, 100, each) for each in generator)
+    first, again, other = (bias.sampled_row(gradients, 2, 100, each) for each in generator)
     assert first == again and first["along"] != other["along"]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import folders, prepare
 from data import raw as raw_images
-from data.archives import ARCHIVES
+from data.archives import ARCHIVES, Archive
 from data.distilled import Distilled, load_distilled
 from data.images import load_images
 from data.loading import Loader
@@ -90,6 +90,24 @@ def test_changed_folder_is_decoded_again(tmp_path):
     assert len(load_images(name, "train", 32, tmp_path)) == 3
     picture(tmp_path / "mine" / "new.png", seed=9)
     assert len(load_images(name, "train", 32, tmp_path)) == 4
+
+
+def test_a_complete_named_set_is_read_again_only_when_its_folders_change(tmp_path, monkeypatch):
+    archive = Archive(ARCHIVES["cars"].read, classes=2, train=6, test=6)
+    monkeypatch.setitem(ARCHIVES, "cars", archive)
+    class_folders(tmp_path / "cars")
+    reads, read = [], raw_images.read
+    monkeypatch.setattr(raw_images, "read", lambda *args: reads.append(args) or read(*args))
+    first, again = (load_images("cars", "train", 32, tmp_path) for _ in range(2))
+    assert len(reads) == 1 and again.fingerprint == first.fingerprint
+    (tmp_path / "cars/train/dog/2.png").unlink()
+    picture(tmp_path / "cars/train/dog/3.png", seed=50)
+    changed = load_images("cars", "train", 32, tmp_path)
+    assert len(reads) == 2 and changed.fingerprint != first.fingerprint
+    assert not torch.equal(changed.pixels, first.pixels)
+    picture(tmp_path / "cars/train/dog/4.png")
+    with pytest.raises(UserError, match="found 7 images"):
+        load_images("cars", "train", 32, tmp_path)
 
 
 def test_a_set_is_the_same_wherever_it_lies_and_however_it_is_spelled(tmp_path, monkeypatch):

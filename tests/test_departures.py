@@ -63,7 +63,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_means_over_data_sets_are_of_seeds_that_all_have():
-    found = departures.by_seed(LINES)
+    found = departures.group_by_seed(LINES)
     assert found["krr_st"]["probe, 20%", "mean"] == {0: 25.0, 1: 28.0}
     assert found["krr_st_d5"]["probe, 20%", "mean"] == {1: 27.25, 2: 32.0}
 
@@ -135,12 +135,12 @@ def test_outer_losses_come_from_the_distilled_sets(distilled, tmp_path):
     copy = tmp_path / "digits" / "krr_st" / "seed0" / "distilled.pt"
     copy.parent.mkdir(parents=True)
     copy.write_bytes(distilled.read_bytes())
-    initial, learned = departures.losses(tmp_path)
+    initial, learned = departures.read_losses(tmp_path)
     meta = load_distilled(distilled).meta
     assert learned["method"] == "krr_st" and learned["accuracy"] == pytest.approx(
         100 * meta["outer_loss_distilled"], 1e-3
     )
-    found = departures.by_seed([initial, learned])["krr_st"]
+    found = departures.group_by_seed([initial, learned])["krr_st"]
     assert found == {
         (departures.LOSS, "initial images"): {0: initial["accuracy"]},
         (departures.LOSS, "distilled images"): {0: learned["accuracy"]},

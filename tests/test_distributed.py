@@ -293,14 +293,14 @@ def _steps_taken(words):
     beside that."""
     seen, outer_loss, average, most, talks = (
         [],
-        distill.outer_loss,
+        distill.STEP.loss,
         distributed.all_reduce_mean,
         distributed.all_reduce_max,
         [],
     )
     run.SYNC_SECONDS = 1e9
 
-    def recording(member, x_real, y_real, x_syn, y_syn, args):
+    def recording(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
         tensors = [each.detach().clone() for each in (x_real, y_real, x_syn, y_syn)]
         weights = {name: value.clone() for name, value in member.network.state_dict().items()}
         seen.append([weights, tensors])
@@ -315,11 +315,8 @@ def _steps_taken(words):
         talks.append(value)
         return most(value)
 
-    distill.outer_loss, distributed.all_reduce_mean, distributed.all_reduce_max = (
-        recording,
-        averaging,
-        talking,
-    )
+    distill.STEP = distill.STEP._replace(loss=recording)
+    distributed.all_reduce_mean, distributed.all_reduce_max = averaging, talking
     call(distill.main, words)
     return [each for each in seen if len(each) == 3], len(talks)
 

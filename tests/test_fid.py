@@ -125,13 +125,13 @@ def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
 def test_real_images_are_nearer_to_their_source_than_noise(roots, runs, distilled):
     d = load_distilled(distilled)
     source = fid.load_images("digits", "train", 32, runs.parents[1] / "data")
-    _, features = fid.own_network(
+    _, features = fid.load_network(
         runs / "target" / "seed0" / "target.pt", source, torch.device("cpu")
     )
     d.images = source.normalised(torch.arange(200), "cpu")
-    real = fid.distance(d, source, features, torch.device("cpu"))
+    real = fid.measure_fid(d, source, features, torch.device("cpu"))
     d.images = torch.randn(200, 3, 32, 32, generator=torch_seed(4))
-    assert real < 0.1 * fid.distance(d, source, features, torch.device("cpu"))
+    assert real < 0.1 * fid.measure_fid(d, source, features, torch.device("cpu"))
 
 
 def test_inception_without_its_package_or_weights(distilled, roots, monkeypatch):

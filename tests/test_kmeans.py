@@ -72,7 +72,7 @@ def test_chosen_images_are_the_nearest_to_each_classs_centroids(made, source, fe
 
 def test_centroids_are_means_of_their_own_images(source, features):
     f = torch.from_numpy(features[source.labels.numpy() == 3])
-    centres = kmeans.centroids(f, 5, seed=1)
+    centres = kmeans.fit_centroids(f, 5, seed=1)
     nearest = torch.stack([(f - c).square().sum(1) for c in centres]).argmin(0)
     means = torch.stack([f[nearest == j].mean(0) for j in range(5)])
     torch.testing.assert_close(centres, means, rtol=1e-3, atol=1e-3)
@@ -90,7 +90,7 @@ def test_summed_error_is_the_distance_to_the_nearest_chosen(monkeypatch):
     g = torch.Generator().manual_seed(0)
     f, chosen = torch.randn(11, 3, generator=g), torch.randn(4, 3, generator=g)
     expected = sum(min(((a - b) ** 2).sum().item() for b in chosen) for a in f)
-    assert kmeans.summed_error(f, chosen) == pytest.approx(expected, rel=1e-5)
+    assert kmeans.sum_distances(f, chosen) == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_can_be_ignored(made, source, features):
@@ -114,9 +114,9 @@ def test_seeds(made):
 
 def test_mini_batches_beyond_a_size(source, features, monkeypatch):
     f = torch.from_numpy(features)
-    whole = kmeans.summed_error(f, kmeans.centroids(f, 10, 0))
+    whole = kmeans.sum_distances(f, kmeans.fit_centroids(f, 10, 0))
     monkeypatch.setattr(kmeans, "MOST_PAIRS", 10 * len(f) - 1)
-    parts = kmeans.summed_error(f, kmeans.centroids(f, 10, 0))
+    parts = kmeans.sum_distances(f, kmeans.fit_centroids(f, 10, 0))
     assert parts != whole and parts < 1.3 * whole
 
 

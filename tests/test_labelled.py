@@ -208,7 +208,7 @@ def test_dsa_image_gradient_agrees_with_central_differences():
     ],
 )
 def test_loops_by_images_per_class(per_class, expected):
-    assert dsa.loops(per_class) == expected
+    assert dsa.loop_counts(per_class) == expected
 
 
 @pytest.fixture

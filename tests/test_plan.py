@@ -345,7 +345,7 @@ def test_a_toy_table_killed_and_started_again(roots, runs, tmp_path):
 
 def test_appending_by_several_processes_loses_nothing_and_writes_nothing_twice(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from utils import results\n"
+        "import sys; from pathlib import Path; from evaluation import results\n"
         "for i in range(100):\n"
         "    results.append(Path(sys.argv[1]), dict(digest=f'{sys.argv[2]}-{i}', filler='x' * "
         "3000))\n"

@@ -151,6 +151,7 @@ def test_reference_is_plain(roots):
     assert done.returncode == 2 and done.stderr.startswith(
         "distill.py: error: --reference goes with"
     )
+    assert not Path(roots[3], "digits", "refused").exists()
 
 
 def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
@@ -217,7 +218,7 @@ def test_growth_measures_each_axis_and_draws_it(tmp_path, monkeypatch, capsys):
         | {name: (scaling.BASE[name],) for name in ("outer_batch", "image_size", "source")},
     )
     args = scaling.parse_args(["--width", "0.05", "--device", "cpu"])
-    lines = [scaling.measure(setting, args) for _, setting in scaling.settings()]
+    lines = [scaling.measure(setting, args) for _, setting in scaling.all_settings()]
     text = scaling.markdown(lines)
     rows = [row.split("|")[1:3] for row in text.splitlines() if row.startswith("| ")][1:]
     assert ["distilled images m", "12"] in [[cell.strip() for cell in row] for row in rows]

@@ -42,9 +42,9 @@ def initialise(kind):
         raise UserError(f"--device {kind}: for one process only; give --device cpu")
     device, backend = torch.device(kind), "gloo"
     if kind == "cuda":
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= there:
-            raise UserError(f"{local + 1} processes or more on a machine with {there} GPUs")
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"{local + 1} processes or more on a machine with {gpus} GPUs")
         device, backend = torch.device(kind, local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -23,15 +23,14 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT = 2  # of every file of `save`; raised when a reader of today could not read it
+FORMAT = 3  # of every file of `save`; raised when older files cannot be read any more
 MARK = b"sha256:"
 COMMENT_BYTES = len(MARK) + 64  # the archive's comment: the mark and 64 hexadecimal digits
 COMMENT_LENGTH = struct.pack(
     "<H", COMMENT_BYTES
 )  # as the archive's last two bytes, before the comment, have it
-ALWAYS_VERIFIED = (
-    2 << 30
-)  # bytes up to which an array is read and verified at each use, even if its time has not changed
+# Bytes up to which an array is verified at each use, even if its time has not changed.
+ALWAYS_VERIFIED = 2 << 30
 
 
 class DamagedFile(UserError):
@@ -298,10 +297,10 @@ def append_line(path, line, unless=lambda: False):
     with name_in_errors(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        there = file.read()
+        written = file.read()
         if unless():
             return
-        file.truncate(there.rfind(b"\n") + 1)
+        file.truncate(written.rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

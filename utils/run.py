@@ -19,9 +19,8 @@ from utils import distributed, files, progress
 from utils.errors import UserError
 
 CHECKPOINT_SECONDS = 120
-CHECKPOINT_SHARE = (
-    0.02  # of the time of a run that may go into writing checkpoints; a slow disk makes them rarer
-)
+# Share of a run's time that may go into checkpoints; on a slow disk they are rarer.
+CHECKPOINT_SHARE = 0.02
 SYNC_SECONDS = 1  # after which ranks ask each other whether one of them has been told to stop
 LIMIT_WINDOW = 100  # steps over which a limit on a logged value counts
 USE_OTHER_FOLDER = "choose another --run-root or --seed, or delete that folder"
