@@ -4,13 +4,14 @@
     python -m analysis.docs --check README.md analysis/findings.md    # fails where a table is stale
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is a table or data
-set of `analysis.tables`, or one of methods, speed, parallel, scaling and departures_small.
+set of `analysis.tables`; NAME or NAME.datasets of `analysis.compare`, where its results are stored;
+or one of methods, speed, parallel and scaling.
 """
 
 import re
 from pathlib import Path
 
-from analysis import departures, tables
+from analysis import compare, tables
 from benchmarks import scaling, speed
 from distillers import registry
 from evaluation import results
@@ -25,7 +26,7 @@ def update_tables(text, lines):
     made = tables.document(lines) | speed.collected_tables()
     made["methods"] = registry.markdown()
     made["scaling"] = scaling.collected_tables()
-    made["departures_small"] = departures.summary(results.read(departures.RESULTS))
+    made |= compare.collected_tables()
     return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
 
 

@@ -44,7 +44,7 @@ TITLES = {
     "imagenette_convnet": "Appendix D: ImageNette's sets at 224 px, ConvNet5",
     "imagenette_resnet18": "Appendix D: ImageNette's sets at 224 px, ResNet18",
     "y_init": "Appendix E: where the targets start, CIFAR-100",
-    "departures": "Departures of README, CIFAR-100",
+    "ablations": "Departures of README, CIFAR-100",
     "fid": "Appendix F: FID to the source",
 }
 ORACLE = "full"  # what the others are measured by: never the best, and of no number of images
@@ -104,7 +104,7 @@ def all_tables(lines=(), path=PAPER):
                 table.numbers[method, arch, line["dataset"]] = float(line["mean"]), std
     base = found["y_init"]
     methods = registry.with_variants("krr_st")
-    found["departures"] = Table("departures", base.source, base.archs, base.datasets, methods, {})
+    found["ablations"] = Table("ablations", base.source, base.archs, base.datasets, methods, {})
     for line in sorted((each for each in lines if each["protocol"] == "fid"), key=column_of):
         network, source = column_of(line)
         if network != "inception" or ("fid", source) not in found:
@@ -142,7 +142,7 @@ def belongs_to(line, table):
         return False
     if registry.base(method) in registry.VARIANTS and method not in table.methods:
         return False
-    if table.name in ("y_init", "departures") and method not in table.methods:
+    if table.name in ("y_init", "ablations") and method not in table.methods:
         return False
     if table.name == "fid":
         return line["protocol"] == "fid" and column_of(line) == (table.archs[0], table.source)
