@@ -182,13 +182,11 @@ def count_runs(columns):
     of them, its number."""
     trained = defaultdict(set)
     for distilled, seed in {pair for values in columns for pair in values}:
-        trained[distilled].add(seed)
+        trained[distilled] |= {seed} - {None}
     most = max(map(len, trained.values()))
     if None in trained:
         return str(most)
-    return (
-        str(len(trained)) if trained[next(iter(trained))] == {None} else f"{len(trained)} x {most}"
-    )
+    return f"{len(trained)} x {most}" if most else str(len(trained))
 
 
 def format_table(found, heading, columns, against):
