@@ -69,6 +69,8 @@ class RealBatches:
     def __init__(self, source, target, args, randomness, device):
         self.source, self.target = source, target
         self.generator = randomness.device if args.augment_outer else None
+        if args.augment_outer:
+            target.require_network()
         self.order = Batches(len(source), args.outer_batch, randomness.cpu)
         features = [] if args.augment_outer else [target.features_of(source)]
         self.loader = Loader([source.pixels, *features], self.order, device)
@@ -92,17 +94,16 @@ def distill(source, chosen, target, args, run, device):
     Returns the learned images (m, 3, S, S) and features (m, d_y) as a `Distilled`, with the loss
     of the initial and of the learned set under the final pool in its meta.
     """
-    ways = reference.STEP if args.reference else STEP
+    outer_step = reference.STEP if args.reference else STEP
     world_size = distributed.world_size()
     steps = args.outer_steps // (world_size if args.steps_equal_samples else 1)
     randomness = Randomness(args.seed, device, per_rank=True)
-    real = ways.batches(source, target, args, randomness, device)
-    x_chosen = source.normalised(chosen, device)
-    x_init = source.raw(chosen, device) if args.raw_init else x_chosen  # line 3
-    y_init = target.features(x_chosen)  # line 4
+    real = outer_step.batches(source, target, args, randomness, device)
+    x_init = (source.raw if args.raw_init else source.normalised)(chosen, device)  # line 3
+    y_init = target.features_at(source, chosen)  # line 4
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
-    x_init = x_init.contiguous(memory_format=ways.memory_format)
+    x_init = x_init.contiguous(memory_format=outer_step.memory_format)
     distributed.broadcast([x_init, y_init])
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
 
@@ -118,7 +119,7 @@ def distill(source, chosen, target, args, run, device):
         lr=args.pool_lr,
         weight_decay=args.pool_weight_decay,
         precision=args.precision,
-        memory_format=ways.memory_format,
+        memory_format=outer_step.memory_format,
     )
     adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", steps)
@@ -139,7 +140,7 @@ def distill(source, chosen, target, args, run, device):
     for step in run.steps("distil", steps):  # line 6
         x_real, y_real = real.next()  # line 7
         member, fallbacks = pool.draw(randomness.cpu), []  # line 8
-        loss = ways.loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks)  # line 9
+        loss = outer_step.loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks)  # line 9
         adamw.zero_grad()
         loss.backward(inputs=[x_syn, y_syn])
         loss = loss.detach()
@@ -153,10 +154,10 @@ def distill(source, chosen, target, args, run, device):
         scheduler.step()
         method.update_picture(run, args, step, to_set)
 
-    x_held = source.normalised(held_out_subset(source, args.outer_batch), device)
-    y_held = target.features(x_held)
+    held = held_out_subset(source, args.outer_batch)
+    x_held, y_held = source.normalised(held, device), target.features_at(source, held)
     before, after = pool.mean_losses(
-        lambda member, x, y: ways.loss(member, x_held, y_held, x, y, args),
+        lambda member, x, y: outer_step.loss(member, x_held, y_held, x, y, args),
         (x_init, y_init),
         (x_syn, y_syn),
     )

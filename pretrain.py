@@ -125,7 +125,7 @@ def data_from_source(args, device):
         target.features_of(source),
         preprocess,
         source.image_size,
-        target.network.feature_dim,
+        target.feature_dim,
         "source",
         home / "full" / "seed0",
         identity,

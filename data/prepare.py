@@ -188,6 +188,13 @@ def decode(image, size):
         return None
 
 
+def without_damaged(images, damaged):
+    """The raw images (paths or arrays) that were prepared, in order: all but the files in
+    `damaged`."""
+    damaged = set(damaged)
+    return [each for each in images if not (isinstance(each, Path) and str(each) in damaged)]
+
+
 class _PartialFile:
     """A split while it is decoded: its file, and a note of how far it has come, by which a stopped
     run goes on."""
@@ -361,6 +368,11 @@ def main(argv):
         plain = name not in ARCHIVES and not (top / "train").is_dir() and not args.labels
         for split in ("train",) if plain else ("train", "test"):
             record = prepare(name, split, size, args.data_root, args.labels, args.partial)
+            if args.list:
+                raw = raw_images.read(name, split, args.data_root, args.labels)
+                for row, image in enumerate(without_damaged(raw.images, record["damaged"])):
+                    print(f"{split}\t{row}\t{image if isinstance(image, Path) else ''}")
+                continue
             for file, expected in record["files"].items() if args.verify else ():
                 files.verify(record["stem"].parent / file, expected, full=True)
             print(summary(name, split, record))
@@ -387,6 +399,12 @@ def parse_args(argv):
     )
     parser.add_argument(
         "--partial", action="store_true", help="accept other counts than the published set's"
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the images in the order of the rows: split, row, file (empty for images that "
+        "are no files)",
     )
     parser.add_argument(
         "--verify",

@@ -11,8 +11,8 @@ from distillers.method import Method, make_distilled
 
 
 def distill(source, chosen, target, args, run, device):
-    x = source.normalised(chosen, device)
-    return make_distilled(x, target.features(x), "feature", source)
+    x, y = source.normalised(chosen, device), target.features_at(source, chosen)
+    return make_distilled(x, y, "feature", source)
 
 
 METHOD = Method("random_features", distill, {}, doc=__doc__)

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.images import normalise, to_float
+from models.target import NetworkTarget
 from utils.allocator import keep_freed_memory
+from utils.errors import UserError
 from utils.sampling import Batches
 
 FORMAT = torch.contiguous_format
@@ -49,6 +51,8 @@ class RealBatches:
     """As distill.py's, in the same order for the same generator."""
 
     def __init__(self, source, target, args, randomness, device):
+        if not isinstance(target, NetworkTarget):
+            raise UserError("--reference needs a target network of ours, not an encoder's features")
         keep_freed_memory(False)  # as a plain script
         self.target, self.device = (
             copy.deepcopy(target.network).to(memory_format=FORMAT).eval(),

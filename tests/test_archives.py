@@ -327,7 +327,9 @@ def test_wrong_counts_are_an_error_unless_a_part_is_meant(tmp_path):
     images = load_images("cifar10", "train", 32, tmp_path)
     assert images.classes == ["cat", "dog"]  # own folders before the archive
     assert (
-        images.deviations == images.subset(torch.tensor([0])).part == {"cifar10 train": [6, 50_000]}
+        images.deviations
+        == images.subset(torch.tensor([0])).deviations
+        == {"cifar10 train": [6, 50_000]}
     )
     picture(tmp_path / "cifar10" / "train" / "cat" / "new.png")
     with pytest.raises(UserError, match="found 7 images"):  # what was accepted was another part

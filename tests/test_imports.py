@@ -19,7 +19,7 @@ ROOMS = (  # from the ground up; a file may import from its own room and from th
 )
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
 # Slow to import or optional, so imported where used.
-LAZY = {"sklearn", "scipy", "torch_fidelity"}
+LAZY = {"sklearn", "scipy", "torch_fidelity", "timm", "safetensors"}
 
 
 def module_of(path):

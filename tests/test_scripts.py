@@ -30,7 +30,7 @@ def test_target_file_carries_settings_statistics_and_accuracy(runs):
         and target["feature_dim"] == 64
     )
     assert (
-        target["mean"].shape == target["std"].shape == (3,) and 10 < target["knn_accuracy"] <= 100
+        target["mean"].shape == target["std"].shape == (3,) and 10 < target["quality"]["knn"] <= 100
     )
     log = [
         json.loads(line)
