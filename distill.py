@@ -193,10 +193,7 @@ METHOD = Method(
     "krr_st",
     distill,
     HELP,
-    stage="distill",
     doc=__doc__,
-    needs_target=True,
-    multi_process=True,
     add_flags=add_flags,
     check_flags=check_flags,
 )

@@ -1,17 +1,19 @@
 """Write the tables in README.md and other Markdown files from the stored results, or check them.
 
-    python -m analysis.docs --write README.md analysis/findings.md
-    python -m analysis.docs --check README.md analysis/findings.md    # fails where a table is stale
+    python -m analysis.docs --write README.md docs/*.md
+    python -m analysis.docs --check README.md docs/*.md    # fails where a table is stale
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is a table or data
-set of `analysis.tables`, or one of speed, parallel, scaling and departures_small.
+set of `analysis.tables`; NAME or NAME.datasets of `analysis.compare`, where its results are stored;
+or one of methods, speed, parallel and scaling.
 """
 
 import re
 from pathlib import Path
 
-from analysis import departures, tables
+from analysis import compare, tables
 from benchmarks import scaling, speed
+from distillers import registry
 from evaluation import results
 from utils import cli, files
 from utils.errors import UserError
@@ -22,8 +24,9 @@ MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.
 def update_tables(text, lines):
     """`text` with the tables between its marks made from the results `lines` and the benchmarks."""
     made = tables.document(lines) | speed.collected_tables()
+    made["methods"] = registry.markdown()
     made["scaling"] = scaling.collected_tables()
-    made["departures_small"] = departures.summary(results.read(departures.RESULTS))
+    made |= compare.collected_tables()
     return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
 
 

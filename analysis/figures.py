@@ -26,6 +26,7 @@ from torchvision.utils import make_grid
 from analysis import tables
 from data.distilled import load_distilled
 from data.images import load_images, normalise, to_float
+from distillers import registry
 from evaluation import results
 from models.target import load_target
 from utils import cli
@@ -53,7 +54,7 @@ def load_source(args, distilled):
 
 def describe_origin(distilled):
     method = distilled.meta.get("method")
-    return f"{tables.METHODS.get(method, method)}, {distilled.meta.get('source')}"
+    return f"{registry.title(method)}, {distilled.meta.get('source')}"
 
 
 def initial_and_distilled(distilled, source, most):
@@ -221,9 +222,7 @@ def bars(args):
             chosen += [(table, *part) for part in tables.split_by_scale(table, lines)]
     if not chosen:
         raise UserError(f"no results for {args.tables} yet; see scripts/run_architectures.sh")
-    methods = sorted(
-        {method for *_, rows in chosen for method, *_ in rows}, key=tables.method_order
-    )
+    methods = sorted({method for *_, rows in chosen for method, *_ in rows}, key=registry.order)
     figure, axes = make_panels(len(chosen), width=6.4, height=3.2, most=2)
     for axis, (_, settings, columns, rows) in zip(axes, chosen, strict=True):
         wide = 0.8 / len(rows)
@@ -242,7 +241,7 @@ def bars(args):
                 edgecolor=INK,
                 linewidth=0.5,
                 error_kw=dict(lw=0.8, capsize=1.5),
-                label=tables.METHODS.get(method, method) + (f" ({own})" if own else ""),
+                label=registry.title(method) + (f" ({own})" if own else ""),
             )
         axis.set_xticks(range(len(columns)), [target for _, target in columns])
         label_axis(
@@ -281,12 +280,10 @@ def count(args):
         raise UserError(
             "no method has results for two numbers of images (distill.py --num-images) yet"
         )
-    methods = sorted({method for key in drawn for method in found[key]}, key=tables.method_order)
+    methods = sorted({method for key in drawn for method in found[key]}, key=registry.order)
     figure, axes = make_panels(len(drawn), most=2)
     for axis, key in zip(axes, drawn, strict=True):
-        for method, points in sorted(
-            found[key].items(), key=lambda item: tables.method_order(item[0])
-        ):
+        for method, points in sorted(found[key].items(), key=lambda item: registry.order(item[0])):
             look, x = methods.index(method), sorted(points)
             axis.errorbar(
                 x,
@@ -296,7 +293,7 @@ def count(args):
                 marker=MARKERS[look % len(MARKERS)],
                 capsize=2,
                 linestyle=DASHES[look % len(DASHES)],
-                label=tables.METHODS.get(method, method),
+                label=registry.title(method),
             )
         for method, gap in (("scratch", 3), (tables.ORACLE, 1)):
             if level := levels[key[1:]][method] or levels[key][method]:
@@ -305,7 +302,7 @@ def count(args):
                     color=INK,
                     linewidth=1,
                     linestyle=(0, (1, gap)),
-                    label=tables.METHODS[method],
+                    label=registry.title(method),
                 )
         axis.set_xscale("log")
         ticks = sorted({m for points in found[key].values() for m in points})

@@ -30,21 +30,18 @@ from torchvision.utils import make_grid
 from analysis import figures, tables
 from data.distilled import load_distilled
 from data.images import load_prepared_images
-from distillers import __main__ as distillers
+from distillers import registry
 from evaluation import results
 from models.target import load_target
 from utils import cli, files
 from utils.errors import UserError
-from utils.presets import PRESETS, PRETRAIN, STAGES, deviations, preset_name
+from utils.presets import PRESETS, PRETRAIN, deviations, preset_name
 from utils.run import read_log
 
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
-MADE_BY = {
-    "pretrain_target.py": "target",
-    "distill.py": "distill",
-    "finetune.py": "finetune",
-    "kd.py": "kd",
-}
+MADE_BY = {"pretrain_target.py": "target", "finetune.py": "finetune", "kd.py": "kd"} | {
+    entry.command.split()[-1]: entry.stage for entry in registry.ENTRIES if entry.module
+}  # the last word of a command -> the stage of its settings
 FEW_SETS = 12  # up to which each set has more images and its t-SNE, and is shown unfolded
 FEW_FAULTS = 8  # up to which they are shown unfolded
 MOST_IMAGES, FEWER_IMAGES = 40, 10  # of a set
@@ -135,8 +132,6 @@ class Folder:
             stage = "pretrain"
             losses = {recipe["loss"]: kind for kind, recipe in PRETRAIN.items()}
             kind = "source" if settings.get("source") else losses.get(settings.get("loss"))
-        elif made_by in distillers.METHODS:
-            stage = made_by if made_by in STAGES else "random"
         elif stage in ("finetune", "kd"):
             name = preset_name(settings.get("dataset"))
         if not stage or name not in PRESETS or (stage == "pretrain" and not kind):
@@ -372,7 +367,7 @@ class Page:
                 ),
             ):
                 label = Path(run.name).parts[-2]
-                title = text(tables.METHODS.get(label, label))
+                title = text(registry.title(label))
                 title += f" <span class=state>{text(run.name)}, {text(run.state)}</span>"
                 opened = " open" if count <= FEW_SETS else ""
                 inside = "".join(self.set(run, count > FEW_SETS))

@@ -23,6 +23,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from distillers import registry
 from evaluation import results
 from models import label
 from utils import cli, files
@@ -30,34 +31,6 @@ from utils.presets import image_size
 
 HERE = Path(__file__).parent
 RESULTS, PAPER = HERE / "results.jsonl", HERE / "paper.csv"
-METHODS = {  # in the order of the rows; others follow under their own names
-    "scratch": "no pre-training",
-    "gaussian": "Gaussian noise",
-    "random": "random real images",
-    "random_features": "random real images with the target's features",
-    "kmeans": "k-means",
-    "dsa": "DSA",
-    "dm": "DM",
-    "mtt": "MTT",
-    "kip": "KIP",
-    "frepo": "FRePo",
-    "krr_st": "KRR-ST",
-    "full": "full source (oracle)",
-    "krr_st_random_targets": "KRR-ST, targets at random",
-    "krr_st_d1": "KRR-ST, D1: a tenth of the learning rate",
-    "krr_st_d2": "KRR-ST, D2: ridge divided by m",
-    "krr_st_d3": "KRR-ST, D3: no bias column",
-    "krr_st_d5": "KRR-ST, D5: pool that never resets",
-    "krr_st_d7": "KRR-ST, D7: pixels as they are",
-    "krr_st_d8": "KRR-ST, D8: augmented outer batch",
-    "krr_st_as_released": "KRR-ST, D1, D5, D7 and D8: as released",
-    "krr_st_pool_of_1": "KRR-ST, a pool of one member",
-    "krr_st_T_5": "KRR-ST, T = 5",
-    "krr_st_T_80": "KRR-ST, T = 80",
-    "krr_st_m_50": "KRR-ST, m = 50",
-    "krr_st_m_200": "KRR-ST, m = 200",
-    "krr_st_bf16": "KRR-ST, from distillation on in bf16",
-}
 TITLES = {
     "table1": "Table 1: CIFAR-100's sets, ConvNet3",
     "table2": "Table 2: TinyImageNet's sets, ConvNet4",
@@ -71,25 +44,10 @@ TITLES = {
     "imagenette_convnet": "Appendix D: ImageNette's sets at 224 px, ConvNet5",
     "imagenette_resnet18": "Appendix D: ImageNette's sets at 224 px, ResNet18",
     "y_init": "Appendix E: where the targets start, CIFAR-100",
-    "departures": "Departures of README, CIFAR-100",
+    "ablations": "Departures of README, CIFAR-100",
     "fid": "Appendix F: FID to the source",
 }
 ORACLE = "full"  # what the others are measured by: never the best, and of no number of images
-VARIANTS = {  # of KRR-ST, and the settings that make them: these are no matter of scale
-    "krr_st_random_targets": {"distill.random_targets"},
-    "krr_st_d1": {"distill.outer_lr"},
-    "krr_st_d2": {"distill.ridge_per_image"},
-    "krr_st_d3": {"distill.bias_column"},
-    "krr_st_d5": {"distill.keep_pool_count"},
-    "krr_st_d7": {"distill.raw_init"},
-    "krr_st_d8": {"distill.augment_outer"},
-    "krr_st_as_released": {
-        "distill.outer_lr",
-        "distill.keep_pool_count",
-        "distill.raw_init",
-        "distill.augment_outer",
-    },
-}
 RECIPES = {
     "gaussian": {"kd.lr"},
     "imagenette_resnet18": {"finetune.batch_size"},
@@ -145,9 +103,8 @@ def all_tables(lines=(), path=PAPER):
                 std = float(line["std"]) if line["std"] else None
                 table.numbers[method, arch, line["dataset"]] = float(line["mean"]), std
     base = found["y_init"]
-    found["departures"] = Table(
-        "departures", base.source, base.archs, base.datasets, ["krr_st", *VARIANTS], {}
-    )
+    methods = registry.with_variants("krr_st")
+    found["ablations"] = Table("ablations", base.source, base.archs, base.datasets, methods, {})
     for line in sorted((each for each in lines if each["protocol"] == "fid"), key=column_of):
         network, source = column_of(line)
         if network != "inception" or ("fid", source) not in found:
@@ -183,9 +140,9 @@ def belongs_to(line, table):
     method = method_of(line)
     if by_another_protocol(line) != bool(table.probed):
         return False
-    if method in VARIANTS and method not in table.methods:
+    if registry.base(method) in registry.VARIANTS and method not in table.methods:
         return False
-    if table.name in ("y_init", "departures") and method not in table.methods:
+    if table.name in ("y_init", "ablations") and method not in table.methods:
         return False
     if table.name == "fid":
         return line["protocol"] == "fid" and column_of(line) == (table.archs[0], table.source)
@@ -208,7 +165,9 @@ def belongs_to(line, table):
 def deviations_of(line, table):
     """The settings that differ from the paper's: {name: [here, there]}."""
     method = method_of(line)
-    own = VARIANTS.get(method, set()) | RECIPES.get(method, set()) | RECIPES.get(table.name, set())
+    own = (
+        registry.own_settings(method) | RECIPES.get(method, set()) | RECIPES.get(table.name, set())
+    )
     scale = {name: pair for name, pair in line.get("deviations", {}).items() if name not in own}
     size = image_size(table.source)
     if (
@@ -275,15 +234,10 @@ def split_deviations(lines, table):
     return [(name, min(here[name]), there[name]) for name in here if name not in apart], apart
 
 
-def method_order(method):
-    known = [*METHODS]
-    return (known.index(method) if method in known else len(known), method)
-
-
 def select_results(table, lines):
     """Those of `lines` that `table` shows, in parts (whether reduced, lines): at the paper's scale,
     and all others. A column needs more than the row that others are compared with."""
-    base = "krr_st" if any(method in VARIANTS for method in table.methods) else "scratch"
+    base = "krr_st" if any(method in registry.VARIANTS for method in table.methods) else "scratch"
     mine = [line for line in lines if belongs_to(line, table)]
     if (
         table.name == "fid" and not table.numbers
@@ -323,7 +277,7 @@ def split_by_scale(table, lines):
         columns = [each for each in paper if each in found] + [
             each for each in found if each not in paper
         ]
-        in_order = sorted(rows, key=lambda key: (method_order(key[0]), natural_key(key[1])))
+        in_order = sorted(rows, key=lambda key: (registry.order(key[0]), natural_key(key[1])))
         yield settings, columns, [(*key, rows[key]) for key in in_order]
 
 
@@ -349,13 +303,13 @@ def grid(table, reduced, columns, rows):
         papers_best[column] = better(known, default=None)
     lines = [[Cell("FID" if table.name == "fid" else "accuracy in %"), Cell(""), *map(Cell, heads)]]
     names = dict.fromkeys(
-        sorted([*table.methods, *(method for method, *_ in rows)], key=method_order)
+        sorted([*table.methods, *(method for method, *_ in rows)], key=registry.order)
     )
     for method in names:
         for other, own, cells in rows:
             if other != method:
                 continue
-            name = METHODS.get(method, method) + (f" ({own})" if own else "")
+            name = registry.title(method) + (f" ({own})" if own else "")
             ours = [Cell("ours")]
             for column in columns:
                 v = cells.get(column)
@@ -380,7 +334,7 @@ def grid(table, reduced, columns, rows):
         ]
         lines.append(
             [
-                Cell(METHODS.get(method, method)),
+                Cell(registry.title(method)),
                 Cell("paper, full scale" if reduced else "paper"),
                 *paper,
             ]
@@ -500,13 +454,13 @@ def other_row(line):
         "num_images": line["num_images"],
     }
     if (images := line.get("images", own)) != own:  # distillation of knowledge on other images
-        method = METHODS.get(images["method"], images["method"])
+        method = registry.title(images["method"])
         origin += f"; on {images['num_images']} images of {method}"
         origin += f", {images['source']}" + (
             f", distilled with seed {images['seed']}" if images["seed"] else ""
         )
     network = f"{label(line['arch'], line['width'])} at {line['image_size']} px"
-    return f"{METHODS.get(line['method'], line['method'])} ({network}{origin})"
+    return f"{registry.title(line['method'])} ({network}{origin})"
 
 
 def other_column(line):
@@ -538,7 +492,7 @@ def other_results(lines):
         for _, part in select_results(table, lines)
         for line in part
     }
-    for line in sorted(lines, key=lambda line: method_order(line["method"])):
+    for line in sorted(lines, key=lambda line: registry.order(line["method"])):
         if id(line) not in shown:
             found[line["dataset"]][other_row(line), other_column(line)].append(line["accuracy"])
     grids = {}

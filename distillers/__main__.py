@@ -9,43 +9,31 @@ others released.
 
 import importlib
 
-from distillers import importing, method
+from distillers import importing, method, registry
 from utils import cli
 from utils.errors import UserError
 from utils.run import program_name
 
-METHODS = (
-    "random",
-    "random_features",
-    "kmeans",
-    "dm",
-    "dsa",
-    "mtt",
-    "frepo",
-    "kip",
-    "gaussian",
-    "ssl_bilevel",
-)  # modules with a METHOD
+
+def listing():
+    """The methods, one a line, with their titles."""
+    width = max(map(len, registry.COMMANDS))
+    return "\n".join(f"  {name:{width}}  {registry.title(name)}" for name in registry.COMMANDS)
 
 
 def main(argv):
-    if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\nMethods: {', '.join(METHODS)}. Each, and import, has its own --help.")
-        return
-    if argv[:1] == ["import"]:
-        importing.main(
-            argv[1:],
-            reserved=("krr_st", "target", "full", *METHODS),
-            prog=f"{program_name()} import",
-        )
-        return
-    if not argv or argv[0] not in METHODS:
-        raise UserError(f"name a method first, one of: {', '.join(METHODS)}, or import")
-    method.main(
-        importlib.import_module(f"distillers.{argv[0]}").METHOD,
-        argv[1:],
-        prog=f"{program_name()} {argv[0]}",
-    )
+    name, *flags = argv or [""]
+    prog = f"{program_name()} {name}"
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, and import, has its own --help.")
+    elif name == "import":
+        importing.main(flags, reserved=("target", *registry.METHODS), prog=prog)
+    elif name in registry.COMMANDS:
+        module = importlib.import_module(registry.METHODS[name].module)
+        method.main(module.METHOD, flags, prog=prog)
+    else:
+        known = ", ".join(registry.COMMANDS)
+        raise UserError(f"name a method first, one of: {known}, or import")
 
 
 if __name__ == "__main__":

@@ -126,4 +126,4 @@ def measure_objective(x, real, source, args, device):
     return total / MEASUREMENT_NETWORKS
 
 
-METHOD = Method("dm", distill, HELP, stage="dm", doc=__doc__, choose=balanced_subset)
+METHOD = Method("dm", distill, HELP, doc=__doc__, choose=balanced_subset)

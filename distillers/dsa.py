@@ -176,4 +176,4 @@ def measure_objective(x, real, source, args, device):
     return total / MEASUREMENT_NETWORKS
 
 
-METHOD = Method("dsa", distill, HELP, stage="dsa", doc=__doc__, choose=balanced_subset)
+METHOD = Method("dsa", distill, HELP, doc=__doc__, choose=balanced_subset)

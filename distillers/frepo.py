@@ -161,7 +161,6 @@ METHOD = Method(
     "frepo",
     distill,
     HELP,
-    stage="frepo",
     doc=__doc__,
     choose=balanced_subset,
     add_flags=cli.add_chunk_flag,

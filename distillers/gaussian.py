@@ -27,4 +27,4 @@ def choose_nothing(source, m, seed):
     return None
 
 
-METHOD = Method("gaussian", distill, {}, stage="random", doc=__doc__, choose=choose_nothing)
+METHOD = Method("gaussian", distill, {}, doc=__doc__, choose=choose_nothing)

@@ -126,4 +126,4 @@ def distill(source, chosen, target, args, run, device):
     )
 
 
-METHOD = Method("kip", distill, HELP, stage="kip", doc=__doc__, choose=balanced_subset)
+METHOD = Method("kip", distill, HELP, doc=__doc__, choose=balanced_subset)

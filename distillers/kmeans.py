@@ -5,7 +5,8 @@
 k-means finds centroids c_j that minimise sum_i min_j ||g_phi(x_i) - c_j||^2 (k-means++ start,
 Lloyd's iterations); the set is the nearest real image of each centroid, each image once. Where the
 source has labels: m / classes centroids within each class, with the class as target. Where it has
-none: m centroids over all images, with the target network's features as targets.
+none, or with --ignore-labels: m centroids over all images, with the target network's features as
+targets.
 
 Needs the target network, labels or not: the paper takes this baseline from DC-BENCH (Cui et al.,
 2022) "in feature space of the source data set" and neither says which, so the space here is that of
@@ -94,6 +95,10 @@ def distill(source, chosen, target, args, run, device):
     return make_distilled(source.normalised(index, device), targets, kind, source, **measured)
 
 
-METHOD = Method(
-    "kmeans", distill, {}, stage="random", doc=__doc__, choose=choose_random, needs_target=True
-)
+def add_flags(parser):
+    parser.add_argument(
+        "--ignore-labels", action="store_true", help="treat the source as one without labels"
+    )
+
+
+METHOD = Method("kmeans", distill, {}, doc=__doc__, choose=choose_random, add_flags=add_flags)

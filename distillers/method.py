@@ -1,6 +1,6 @@
 """What surrounds every method: its command line, its run folder, and the file it leaves.
 
-A method is a module with a `METHOD`; `distillers/__main__.py` lists them.
+A method is a module with a `METHOD`; distillers/registry.py lists them and says what each needs.
 """
 
 import re
@@ -16,6 +16,7 @@ import models
 from data.distilled import Distilled
 from data.images import load_images, normalise
 from data.subsets import random_subset
+from distillers import registry
 from models.target import load_target
 from utils import cli, distributed, files
 from utils.device import resolve_precision, select_device
@@ -26,40 +27,37 @@ from utils.run import Run, versions
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a distilled set.
+    """How a method makes a distilled set; `registry.METHODS[name]` has the facts about it.
 
-    `name`: of its run folder. `distill(source, chosen, target, args, run, device)` returns a
+    `distill(source, chosen, target, args, run, device)` returns a
     `Distilled`, whose meta may hold what it measured, and `initial` where it started from other
     images than those chosen: `source` is an `ImageSet`, `chosen` (m,) the indices of the real
     images to start from, `target` a `Target` or None, `run` a `Run` to train in. `help`: setting ->
-    description, for the flags. `stage`: of its settings in utils/presets.py. `choose(source, m,
-    seed)` returns `chosen`. `needs_target`: whether it uses the target network. `add_flags(parser)`
-    adds flags that no preset sets. `multi_process`: whether several processes can share it
-    (torchrun).
+    description, for the flags. `choose(source, m, seed)` returns `chosen`. `add_flags(parser)` adds
+    flags that no preset sets.
     """
 
     name: str
     distill: Callable
     help: dict
-    stage: str
     doc: str
     choose: Callable = random_subset
-    needs_target: bool = False
-    multi_process: bool = False
     add_flags: Callable = lambda parser: None
     check_flags: Callable = lambda args: None
 
 
 def main(method, argv, prog=None):
     """Run `method` as the command line `argv` says; writes distilled.pt and images.png."""
-    args = parse_args(method, argv, prog)
-    device = select_device(args, method.multi_process)
+    args, entry = parse_args(method, argv, prog), registry.METHODS[method.name]
+    device = select_device(args, entry.multi_process)
     source = load_images(args.source, "train", args.image_size, args.data_root)
+    if getattr(args, "ignore_labels", False):
+        source.labels = None
     chosen = method.choose(source, args.num_images, args.seed)
     home, target = args.run_root / source.name, None
     facts = dict(source=source.name, fingerprint=source.fingerprint)
-    changed = source.deviations | deviations(preset_name(source.name), method.stage, vars(args))
-    if method.needs_target:
+    changed = source.deviations | deviations(preset_name(source.name), entry.stage, vars(args))
+    if entry.target_network:
         target = load_target(
             args.target_network or home / "target" / "seed0" / "target.pt",
             source,
@@ -68,7 +66,7 @@ def main(method, argv, prog=None):
         )
         facts["target_network"] = target.digest
         changed |= target.deviations
-    if method.multi_process:  # another algorithm for each number of processes
+    if entry.multi_process:  # another algorithm for each number of processes
         facts["ranks"] = distributed.world_size()
         changed |= {"ranks": [distributed.world_size(), 1]} if distributed.world_size() > 1 else {}
     run = Run(
@@ -144,13 +142,14 @@ def save_picture(path, distilled, most=100):
 
 def parse_args(method, argv, prog=None):
     parser, name = cli.source_parser(method.doc, argv, prog)
+    entry = registry.METHODS[method.name]
     run = parser.groups["run"]
     run.add_argument(
         "--name",
         default=method.name,
         help="of the run's folder and in tables (default: %(default)s)",
     )
-    if method.needs_target:
+    if entry.target_network:
         parser.groups["data"].add_argument(
             "--target-network", type=Path, help="target.pt (default: that of the source, seed 0)"
         )
@@ -163,18 +162,18 @@ def parse_args(method, argv, prog=None):
     )
     cli.add_settings(
         parser,
-        preset(name, method.stage),
+        preset(name, entry.stage),
         dict(num_images="m, images in the set") | method.help,
         dict(arch=models.ARCHITECTURES),
     )
     method.add_flags(parser)
     args = resolve_precision(parser.parse_args(argv))
     method.check_flags(args)
-    check_name("--name", args.name, reserved=("target", "full"))
+    check_name("--name", args.name, reserved=registry.RESERVED)
     return args
 
 
 def check_name(flag, name, reserved):
     """Raise UserError where `name` is no plain word or one of `reserved`."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in reserved:
+    if not re.fullmatch(r"\w[\w.-]*", name) or registry.base(name) in reserved:
         raise UserError(f"{flag} {name}: must be a plain word, and none of {', '.join(reserved)}")

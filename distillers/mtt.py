@@ -202,4 +202,4 @@ def measure_objective(experts, network, x, y_syn, rate, args, device):
     )
 
 
-METHOD = Method("mtt", distill, HELP, stage="mtt", doc=__doc__, choose=balanced_subset)
+METHOD = Method("mtt", distill, HELP, doc=__doc__, choose=balanced_subset)

@@ -14,4 +14,4 @@ def distill(source, chosen, target, args, run, device):
     return make_distilled(source.normalised(chosen, device), source.labels[chosen], "class", source)
 
 
-METHOD = Method("random", distill, {}, stage="random", doc=__doc__, choose=balanced_subset)
+METHOD = Method("random", distill, {}, doc=__doc__, choose=balanced_subset)

@@ -15,4 +15,4 @@ def distill(source, chosen, target, args, run, device):
     return make_distilled(x, y, "feature", source)
 
 
-METHOD = Method("random_features", distill, {}, stage="random", doc=__doc__, needs_target=True)
+METHOD = Method("random_features", distill, {}, doc=__doc__)

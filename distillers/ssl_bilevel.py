@@ -192,4 +192,4 @@ def measure_objective(x, source, args, device):
     return total / MEASUREMENT_STARTS
 
 
-METHOD = Method("ssl_bilevel", distill, HELP, stage="ssl_bilevel", doc=__doc__)
+METHOD = Method("ssl_bilevel", distill, HELP, doc=__doc__)

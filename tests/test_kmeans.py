@@ -93,6 +93,12 @@ def test_summed_error_is_the_distance_to_the_nearest_chosen(monkeypatch):
     assert kmeans.sum_distances(f, chosen) == pytest.approx(expected, rel=1e-5)
 
 
+def test_labels_can_be_ignored(made, source, features):
+    d = made("--num-images", "25", "--ignore-labels")  # no multiple of the ten classes
+    assert d.target_kind == "feature" and d.meta["initial"] == indices(d, source).tolist()
+    np.testing.assert_array_equal(d.targets.numpy(), features[d.meta["initial"]])
+
+
 def test_they_cover_the_source_better_than_random_images(made):
     d = made("--num-images", "100")
     assert d.meta["objective_distilled"] < 0.9 * d.meta["objective_initial"]

@@ -163,14 +163,14 @@ def test_variants_have_tables_of_their_own():
     ]
     made = tables.document(lines)
     assert (
-        "D5: pool that never resets" in made["departures"] and "targets at random" in made["y_init"]
+        "D5: pool that never resets" in made["ablations"] and "targets at random" in made["y_init"]
     )
     assert (
         "D5" not in made["y_init"]
         and "D5" not in made["table1"]
         and "Reduced" not in "".join(made.values())
     )
-    assert not {"departures", "y_init"} & tables.document(lines[:1]).keys()
+    assert not {"ablations", "y_init"} & tables.document(lines[:1]).keys()
 
 
 def test_fid_of_different_networks_is_never_in_one_table():
@@ -238,7 +238,7 @@ def test_csv_and_latex():
 
 
 def test_paper_csv_has_all_its_tables():
-    assert {name for name in tables.TITLES if name != "departures"} <= {
+    assert {name for name in tables.TITLES if name != "ablations"} <= {
         table.name for table in TABLES.values()
     }
     assert TABLES["table2"].numbers["krr_st", "convnet4", "cars"] == (49.26, 0.64)
@@ -413,7 +413,7 @@ def test_settings_are_listed_once_unless_others_come_in():
 def test_variants_have_their_probes_beside_their_own_table():
     lines = [line(50.0, protocol="linear"), line(40.0, protocol="linear", method="krr_st_d5")]
     made = tables.document(lines)
-    assert "40.00" in made["departures"] and "40.00" not in made["table1"] and "y_init" not in made
+    assert "40.00" in made["ablations"] and "40.00" not in made["table1"] and "y_init" not in made
 
 
 def test_the_oracle_is_a_row_but_neither_the_best_nor_of_a_number_of_images():
