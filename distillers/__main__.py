@@ -17,6 +17,7 @@ METHODS = (
     "random",
     "random_features",
     "kmeans",
+    "high_loss",
     "dm",
     "dsa",
     "mtt",

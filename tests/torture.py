@@ -67,6 +67,11 @@ STAGES = {
         ("target",),
     ),
     "kmeans": Stage("-m distillers kmeans --num-images 20", "digits/kmeans/seed0/distilled.pt", ("target",)),
+    "high_loss": Stage(
+        "-m distillers high_loss --num-images 20 --width 0.03 --experts 4 --expert-batch 256",
+        "digits/high_loss/seed0/distilled.pt",
+        ("target",),
+    ),
     "dm": Stage(
         "-m distillers dm --num-images 10 --width 0.125 --outer-steps 24 --real-batch 4",
         "digits/dm/seed0/distilled.pt",

@@ -3,7 +3,8 @@
 Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
 [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
 nor code says); [DC] the code of dataset condensation (DM, DSA), [MTT] that of trajectory matching, [FRePo] and [KIP]
-those methods' papers and code; [ours] chosen here, for a machine that the paper's settings do not fit.
+those methods' papers and code; [MKDT] the paper and code of that method; [ours] chosen here, for a machine that the
+paper's settings do not fit.
 """
 
 TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
@@ -111,6 +112,18 @@ MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without 
     expert_batch=256,  # [MTT]
 )
 
+EXPERTS = dict(  # distillers/experts.py, under high_loss and mkdt; [MKDT]
+    arch="dc_convnet3",
+    width=SAME,
+    experts=100,
+    expert_lr=0.1,
+    expert_momentum=0.9,
+    expert_weight_decay=1e-4,
+    expert_batch=256,
+)
+
+HIGH_LOSS = dict(num_images=SAME, **EXPERTS)  # distillers/high_loss.py
+
 SSL_BILEVEL = dict(  # distillers/ssl_bilevel.py; the paper tried it (3.1) and gives no settings
     num_images=SAME,
     arch=SAME,
@@ -163,7 +176,9 @@ KD = dict(  # kd.py
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
 _AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
-_LABELLED_AT_64 = {stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")}  # [ours] as TinyImageNet
+_INSTANCE_NORM = ("dm", "dsa", "mtt", "high_loss")  # stages with a network of dataset condensation's
+_DC_AT_64 = {stage: dict(arch="dc_convnet4") for stage in _INSTANCE_NORM}  # [ours] as TinyImageNet
+_FEW_EXPERTS = dict(experts=10)  # [ours] for two CPU cores
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
@@ -174,16 +189,17 @@ PRESETS = {  # what differs from the values above
         pretrain={"soft": dict(steps=40_000), ("soft", "mobilenet"): dict(batch_size=256)},  # [C]
         dm=dict(arch="dc_convnet4"),  # [DC]
         dsa=dict(arch="dc_convnet4"),  # [DC]
+        high_loss=dict(arch="dc_convnet4"),  # [MKDT]
         mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
         **_LONG,
     ),
-    "imagenet": dict(image_size=64, distill=_AT_64, **_LABELLED_AT_64),  # [P 4.1]
+    "imagenet": dict(image_size=64, distill=_AT_64, **_DC_AT_64),  # [P 4.1]
     "imagenette": dict(  # [P, appendix D]
         image_size=224,
         target=dict(arch="resnet50_target", weights="hub"),  # [C] Barlow Twins on ImageNet, 2048-d
         distill=dict(arch="convnet5", num_images=10, outer_lr=1e-5),  # [C]
         pretrain=dict(soft=dict(steps=1_000, batch_size=10)),  # [C]
-        **{stage: dict(arch="dc_convnet5") for stage in ("dm", "dsa", "mtt")},  # [ours] as deep as KRR-ST's
+        **{stage: dict(arch="dc_convnet5") for stage in _INSTANCE_NORM},  # [ours] as deep as KRR-ST's
     ),
     "digits": dict(  # [ours] sized for the quick start on two CPU cores
         image_size=32,
@@ -219,6 +235,7 @@ PRESETS = {  # what differs from the values above
             experts=2,
             expert_batch=64,
         ),
+        high_loss=_FEW_EXPERTS | dict(expert_batch=64),
         ssl_bilevel=dict(outer_steps=15, outer_batch=128, inner_steps=5),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
@@ -238,11 +255,11 @@ PRESETS = {  # what differs from the values above
             pool_steps=60,
             pool_lr=0.05,  # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
         ),
-        **_LABELLED_AT_64,
+        **_DC_AT_64 | dict(high_loss=_FEW_EXPERTS | dict(arch="dc_convnet4")),
         pretrain={"feature": dict(epochs=300, lr=0.05)},
     ),
     # [ours] any other set or folder
-    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_LABELLED_AT_64),
+    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_DC_AT_64),
 }
 
 _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hours of two CPU cores
@@ -252,6 +269,7 @@ _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hou
     dm=dict(outer_steps=200, real_batch=16),
     dsa=dict(networks=10, outer_loops=2, inner_epochs=5, real_batch=16),
     mtt=dict(outer_steps=80, inner_steps=10, inner_batch=100, max_start=2, match_epochs=1, experts=2),
+    high_loss=_FEW_EXPERTS,
     frepo=dict(outer_steps=700, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=40, pool_lr=3e-3),
     kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
     pretrain={"feature": dict(epochs=120), "class": dict(epochs=120), "soft": dict(steps=240, warmup=20)},
@@ -271,6 +289,7 @@ STAGES = {
     "dm": DM,
     "dsa": DSA,
     "mtt": MTT,
+    "high_loss": HIGH_LOSS,
     "frepo": FREPO,
     "kip": KIP,
     "ssl_bilevel": SSL_BILEVEL,
