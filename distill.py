@@ -7,7 +7,10 @@ Needs runs/<source>/target/seed0/target.pt (pretrain_target.py). Writes runs/<so
 images.png, log.jsonl (outer loss and learning rate by step), and a checkpoint while it runs: after Ctrl-C the same
 command goes on. At the end it prints the outer loss of the initial and of the distilled set under the final pool.
 --reference takes the step as plainly as the paper has it, with the same losses, to compare with (README, "Speed").
+--bases U learns a low-rank set that takes the same room (distillers/low_rank.py).
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +19,9 @@ from data import augment
 from data.images import normalise, unit
 from data.loading import Loader
 from data.subsets import random_subset
-from distillers import method, reference
+from distillers import low_rank, method, reference
 from distillers.krr import LIMITS, larger_ridges, ridge_predict
+from distillers.low_rank import LowRank, Plain
 from distillers.method import Method
 from distillers.pool import Pool
 from utils import cli, optim, ranks
@@ -42,6 +46,7 @@ HELP = dict(
     keep_pool_count="never set a member's count back, as the released code does (D5)",
     raw_init="start from pixels in [0, 1] instead of normalised ones, as the released code does (D7)",
     augment_outer="crop and flip the real batch, as the released code does (D8)",
+    **low_rank.HELP,
     random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's appendix E compares (D28)",
 )
 
@@ -95,22 +100,20 @@ def distill(source, chosen, target, args, run, device):
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
     x_init = x_init.contiguous(memory_format=layout)
-    ranks.same([x_init, y_init])
-    x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
+    syn = LowRank(source, target, args, device) if args.bases else Plain(x_init, y_init)
+    leaves = [*syn.learned.values()]
+    ranks.same([leaf.detach() for leaf in leaves])
+    x_init, y_init = (each.detach().clone() for each in syn.pairs())
 
     pool = Pool(
         args.pool_size // ranks.count(), args.pool_steps, randomness.cpu,
         arch=args.arch, image_size=source.image_size, num_outputs=y_init.shape[1], width=args.width, device=device,
         lr=args.pool_lr, weight_decay=args.pool_weight_decay, precision=args.precision, memory_format=layout,
     )  # fmt: skip
-    adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
+    adamw = optim.optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", steps)
-    learned = Tensors(x_syn=x_syn, y_syn=y_syn)
-    run.resume(
-        device,
-        dict(learned=learned, pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order, randomness=randomness),
-        own=("pool", "real", "randomness"),
-    )
+    state = dict(learned=Tensors(**syn.learned), pool=pool, optimizer=adamw, scheduler=scheduler, real=real.order)
+    run.resume(device, state | syn.parts | dict(randomness=randomness), own=("pool", "real", "randomness"))
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", ranks.most(sum(pool.ages))):  # line 5
@@ -120,19 +123,20 @@ def distill(source, chosen, target, args, run, device):
     for step in run.steps("distil", steps):  # line 6
         x_real, y_real = real.next()  # line 7
         member = pool.draw(randomness.cpu)  # line 8
-        loss = loss_of(member, x_real, y_real, x_syn, y_syn, args)  # line 9
+        loss = loss_of(member, x_real, y_real, *syn.pairs(), args)  # line 9
         adamw.zero_grad()
-        loss.backward(inputs=[x_syn, y_syn])
+        loss.backward(inputs=leaves)
         loss = loss.detach()
-        ranks.average([x_syn.grad, y_syn.grad, loss])
+        ranks.average([*(leaf.grad for leaf in leaves), loss])
         # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images unseen (D4).
-        gradient, lr = x_syn.grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
+        gradient, lr = leaves[0].grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=larger_ridges(device))
         adamw.step()  # line 10
-        pool.advance(member, x_syn.detach(), y_syn.detach(), args.keep_pool_count)  # lines 11-16
+        pool.advance(member, *(each.detach() for each in syn.pairs()), args.keep_pool_count)  # lines 11-16
         scheduler.step()
-        method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, source, args))
+        method.renew_picture(run, args, step, lambda: packed(syn, source, args))
 
+    measured = syn.finish(run)
     # A seed of no run: another draw than the images that the set starts as.
     index = random_subset(source, min(args.outer_batch, len(source)), seed=-1)
     x_held = source.normalised(index, device)
@@ -140,17 +144,19 @@ def distill(source, chosen, target, args, run, device):
     with torch.no_grad():
         losses = [
             torch.stack([loss_of(member, x_held, y_held, x, y, args) for member in pool.members]).mean()
-            for x, y in ((x_init, y_init), (x_syn, y_syn))
+            for x, y in ((x_init, y_init), syn.pairs())
         ]
     ranks.average(losses)
     before, after = (each.item() for each in losses)
     print(f"outer loss under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
-    return packed(x_syn, y_syn, source, args, outer_loss_initial=before, outer_loss_distilled=after)
+    measured |= dict(outer_loss_initial=before, outer_loss_distilled=after)
+    return packed(syn, source, args, **measured)
 
 
-def packed(x_syn, y_syn, source, args, **measured):
+def packed(syn, source, args, **measured):
     """The learned set as every later stage reads it."""
-    result = method.packed(x_syn, y_syn, "feature", source, **measured)
+    result = method.packed(*syn.pairs(), "feature", source, **measured)
+    result.factors = syn.factors()
     if args.raw_init:
         result.mean, result.std = torch.zeros(3), torch.ones(3)
     return result
@@ -171,7 +177,8 @@ METHOD = Method(
 
 
 def main(argv):
-    method.main(METHOD, argv)
+    name = METHOD.name if cli.early("bases", argv, "0") == "0" else "low_rank"
+    method.main(replace(METHOD, name=name), argv)
 
 
 if __name__ == "__main__":

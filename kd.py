@@ -97,7 +97,7 @@ def main(argv):
     student = saved.rebuild(beginning.saved, len(test.classes)).to(device)
     teacher = saved.rebuild(teaching).to(device)
     images = {name: distilled.meta.get(name) for name in ("source", "method", "seed")}
-    images["num_images"] = len(distilled.images)
+    images["num_images"] = distilled.num_images
     origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
     folder = beginning.folder / f"{test.name}_kd_{origin}_seed{beginning.seed}"
     run = Run(folder, "model.pt", settings, args.log_every)

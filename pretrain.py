@@ -3,7 +3,9 @@
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
     python pretrain.py --source tinyimagenet --arch vgg11        # the oracle: all images with the target's features
 
-The recipe follows from the set's kind of targets (feature, soft or class), whichever method made it. Writes
+The recipe follows from the set's kind of targets (feature, soft or class), whichever method made it. A set of mtt or
+mkdt carries the learning rate that was learned with it, which replaces the recipe's; --ignore-learned-rate keeps the
+recipe's. Writes
 <the set's folder>/<arch>/seed<k>/model.pt, where k is the seed of this pre-training: the paper's three runs are three
 pre-trainings of one distilled set. An hour of a CPU at most for 32 px and 1,000 images; seconds for the digits.
 
@@ -55,7 +57,8 @@ OF_SOURCE = ("target", "preset", "image_size")  # flags that go with --source
 class Lessons:
     """What a network is fitted to: `images` and `targets` (n, ...), and `seen`, which makes a batch of the images what
     the network sees. `kind` is that of the recipe, `home` the folder that the runs go to, `facts` what else decides the
-    result, `meta` and `scale` what the network's file says of it."""
+    result, `meta` and `scale` what the network's file says of it, `num_images` that of `Distilled`, `learned_rate` the
+    one that the set carries."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -67,6 +70,8 @@ class Lessons:
     facts: dict
     meta: dict
     scale: dict
+    num_images: int
+    learned_rate: float | None = None
 
 
 def of_set(distilled, args, device):
@@ -78,7 +83,8 @@ def of_set(distilled, args, device):
     meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
     x_syn, y_syn = distilled.images.to(device), distilled.targets.to(device)
     return Lessons(x_syn, y_syn, lambda x: x, size, distilled.num_outputs, distilled.target_kind, args.distilled.parent,
-                   dict(distilled=digest), meta, distilled.meta.get("scale", {}))  # fmt: skip
+                   dict(distilled=digest), meta, distilled.meta.get("scale", {}),
+                   distilled.num_images, distilled.meta.get("learned_rate"))  # fmt: skip
 
 
 def of_source(args, device):
@@ -93,7 +99,7 @@ def of_source(args, device):
     facts = dict(source=source.name, fingerprint=source.fingerprint, target=target.digest)
     meta = dict(source=source.name, method="full", preset=args.preset)
     return Lessons(source.pixels, target.features_of(source), seen, source.image_size, target.network.feature_dim,
-                   "source", home / "full" / "seed0", facts, meta, source.part | target.scale)  # fmt: skip
+                   "source", home / "full" / "seed0", facts, meta, source.part | target.scale, len(source))  # fmt: skip
 
 
 def pretrain(network, lessons, args, run, randomness, device):
@@ -132,13 +138,18 @@ def main(argv):
     if run.finished:
         print(f"{run.artefact} is there already")
         return
+    if args.lr == lessons.learned_rate:
+        print(f"learning rate {args.lr:g}, learned with the set")
     randomness = Randomness(args.seed, device)
     network = models.build(args.arch, lessons.size, lessons.outputs, args.width).to(device)
     pretrain(network, lessons, args, run, randomness, device)
     name = cli.preset_name(lessons.meta["source"])
-    scale = lessons.scale | differences(name, "pretrain", vars(args), lessons.kind, args.arch)
+    own = differences(name, "pretrain", vars(args), lessons.kind, args.arch)
+    if args.lr == lessons.learned_rate:
+        own.pop("pretrain.lr", None)  # the rate that the method prescribes
+    scale = lessons.scale | own
     scale |= differences(name, "distill", {"width": args.width})
-    meta = lessons.meta | dict(seed=args.seed, num_images=len(lessons.images), scale=scale, settings=run.settings)
+    meta = lessons.meta | dict(seed=args.seed, num_images=lessons.num_images, scale=scale, settings=run.settings)
     run.finish("model", saved.content(network, args.arch, args.width, lessons.size, lessons.outputs, meta))
     print(f"wrote {run.artefact}")
 
@@ -151,16 +162,24 @@ def parse_args(argv):
     parser.add_argument("--target", type=Path, help="with --source: target.pt (default: that of the source, seed 0)")
     parser.add_argument("--preset", choices=[*PRESETS], help="with --source: settings (default: the source's own)")
     parser.add_argument("--image-size", type=cli.pixels, help="with --source: pixels of a side (default: the preset's)")
+    parser.add_argument(
+        "--ignore-learned-rate",
+        action="store_true",
+        help="take the recipe's learning rate, not the one learned with the set",
+    )
     parser.add_argument("--seed", type=cli.count, default=0)
     path, source = cli.early("distilled", argv), cli.early("source", argv)
     distilled = load_distilled(path) if path else None
     name = cli.preset_name(distilled.meta.get("preset") if distilled else cli.early("preset", argv, source))
     network = {key: preset(name, "distill")[key] for key in ("arch", "width")}
     kind = "source" if source else distilled.target_kind if distilled else "feature"
+    learned = distilled.meta.get("learned_rate") if distilled else None
     if kind == "none":
         raise UserError(f"{path}: images without targets, which nothing can be fitted to; they are for kd.py")
     recipe = preset(name, "pretrain", kind, cli.early("arch", argv, network["arch"]))
     flags = {key: value for key, value in recipe.items() if key in HELP and (key not in ("epochs", "steps") or value)}
+    if learned and "--ignore-learned-rate" not in argv:
+        flags["lr"] = learned
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})  # the kind decides these
     cli.add_settings(parser, network | flags, HELP)
     if source:
@@ -170,6 +189,7 @@ def parse_args(argv):
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} goes with --source")
         delattr(args, flag)  # the set says it, and it is none of the run's settings
+    del args.ignore_learned_rate  # --lr says it
     return args, distilled
 
 

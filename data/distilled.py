@@ -1,9 +1,11 @@
 """The one file between every distillation method and every later stage."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from data import factors
 from utils import files
 from utils.errors import UserError
 
@@ -13,7 +15,15 @@ TARGET_KINDS = {
     "class": (torch.int64, 1),  # (m,): class indices (the rest)
     "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
 }
-META = {"source": str, "method": str, "preset": str, "seed": int}  # what later stages take from there
+META = {  # what later stages take from there
+    "source": str,
+    "method": str,
+    "preset": str,
+    "seed": int,
+    "learned_rate": float,
+    "num_images": int,
+}
+LARGEST = 4096  # pixels of a side of a set in factors: more would only fill the memory
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
@@ -24,8 +34,9 @@ class Distilled:
     `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and `std` (3,);
     `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, `scale`
     (`presets.differences` of all stages so far), `initial` (the source's images that it started from, by index),
-    `distance_from_initial` (`distillers.method.distance_from`), and `fresh_noise` where the images are noise that kd.py
-    draws anew at each step.
+    `distance_from_initial` (`distillers.method.distance_from`), `learned_rate` where the rate to train with was learned
+    too, `fresh_noise` where the images are noise that kd.py draws anew at each step, and `num_images` where the set is
+    stored in `factors` (data/factors.py): the plain images that take as much room.
     """
 
     images: torch.Tensor
@@ -34,6 +45,7 @@ class Distilled:
     mean: torch.Tensor
     std: torch.Tensor
     meta: dict
+    factors: dict | None = None
 
     def pixels(self):
         """The images in [0, 1], clamped: (m, 3, S, S)."""
@@ -43,6 +55,11 @@ class Distilled:
     def num_outputs(self):
         """Outputs of a network that is fitted to the targets; classes that have no image may be missing at the end."""
         return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
+
+    @property
+    def num_images(self):
+        """The images; for a set in factors the plain images that take as much room."""
+        return self.meta.get("num_images") or len(self.images)
 
     def fault(self):
         """What makes this no distilled set, in words, or None."""
@@ -55,6 +72,9 @@ class Distilled:
         for name, kind in META.items():
             if not isinstance(self.meta.get(name), (kind, type(None))):
                 return f"{name} of the wrong type in meta"
+        rate = self.meta.get("learned_rate")
+        if rate is not None and not 0 < rate < math.inf:
+            return f"learned_rate {rate} in meta, not above 0"
         images, targets, shape = self.images, self.targets, tuple(self.images.shape)
         if not images.ndim or not targets.ndim:
             return "images or targets that are a single number"
@@ -74,14 +94,32 @@ class Distilled:
             return f"class indices from {targets.min()} to {targets.max()}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
-        """What `files.save(path, "distilled", ...)` writes."""
-        return {key: value.cpu() if torch.is_tensor(value) else value for key, value in vars(self).items()}
+        """What `files.save(path, "distilled", ...)` writes: factors in place of images and targets where there are."""
+        values = {key: value.cpu() if torch.is_tensor(value) else value for key, value in vars(self).items()}
+        if self.factors is None:
+            del values["factors"]
+            return values
+        return values | dict(images=None, targets=None, image_size=self.images.shape[-1])
 
 
 def load_distilled(path):
     """Read a distilled.pt. Raises UserError when it is not one or its parts do not fit each other."""
-    content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
-    d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
+    required = [name for name in Distilled.__dataclass_fields__ if name != "factors"]
+    content = files.load(path, "distilled", required=required)
+    if content.get("factors") is not None:
+        content |= materialised(content, path)
+    d = Distilled(**{name: content.get(name) for name in Distilled.__dataclass_fields__})
     if fault := d.fault():
         raise UserError(f"{path}: {fault}")
     return d
+
+
+def materialised(content, path):
+    """Images and targets of the factors in `content`. Raises UserError where these are none."""
+    fault, size = factors.find_fault(content["factors"]), content.get("image_size")
+    if fault is None and not (isinstance(size, int) and 1 <= size <= LARGEST):
+        fault = f"image_size {size}"
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    images, targets = factors.materialise(content["factors"], size)
+    return dict(images=images, targets=targets)

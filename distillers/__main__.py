@@ -21,6 +21,7 @@ METHODS = (
     "dm",
     "dsa",
     "mtt",
+    "mkdt",
     "frepo",
     "kip",
     "gaussian",

@@ -1,6 +1,7 @@
-"""Networks trained on the source, called experts: mtt and mkdt match their parameters, high_loss ranks images by them.
+"""Networks trained on the source, called experts.
 
-Under the same settings expert k is the same network for every method and every seed of a run: k alone is its seed.
+mtt and mkdt match their parameters, high_loss ranks images by their errors. Under the same settings
+expert k is the same network for every method and every seed of a run: k is its seed.
 """
 
 import torch
@@ -15,7 +16,6 @@ from utils.evaluate import BATCH, evaluating
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    experts="networks trained on the source",
     expert_lr="SGD learning rate of the experts",
     expert_momentum="momentum of the experts",
     expert_weight_decay="weight decay of the experts",
@@ -24,15 +24,16 @@ HELP = dict(
 
 
 def fit_loss(predicted, y):
-    """Mean squared error where `y` (b, d_y) holds features, cross-entropy where `y` (b,) holds classes."""
+    """Mean squared error for features `y` (b, d_y), cross-entropy for classes `y` (b,)."""
     return F.mse_loss(predicted, y) if y.is_floating_point() else F.cross_entropy(predicted, y)
 
 
 class Learner:
-    """An expert in training: a network fitted to `targets` of the images of `source`, one mini-batch a step.
+    """An expert in training: a network fitted to `targets` of the images of `source`.
 
-    `source` is an `ImageSet`; `targets` (n, d_y) features or (n,) classes; `num_outputs` of the network. `args` has
-    `arch`, `width`, `precision` and the settings in `HELP`. `augment` turns on differentiable augmentation.
+    `source` is an `ImageSet`; `targets` (n, d_y) features or (n,) classes; `num_outputs` of the
+    network. `args` has `arch`, `width`, `precision` and the settings in `HELP`. `augment` turns on
+    differentiable augmentation.
     """
 
     def __init__(self, source, targets, num_outputs, args, device, augment=False):
@@ -44,10 +45,10 @@ class Learner:
         """Start as expert k: new weights, a new optimiser, a new order of the images."""
         args, source = self.args, self.source
         self.randomness = Randomness(k, self.device)
-        self.network = models.build(args.arch, source.image_size, self.num_outputs, args.width).to(self.device).train()
-        self.optimizer = optim.optimizer(
-            "sgd", self.network.parameters(), args.expert_lr, args.expert_weight_decay, args.expert_momentum
-        )
+        network = models.build(args.arch, source.image_size, self.num_outputs, args.width)
+        self.network = network.to(self.device).train()
+        rates = (args.expert_lr, args.expert_weight_decay, args.expert_momentum)
+        self.optimizer = optim.optimizer("sgd", self.network.parameters(), *rates)
         self.batches = Batches(len(source), args.expert_batch, self.randomness.cpu)
         self.loader = Loader([source.pixels, self.targets], self.batches, self.device)
 
@@ -66,16 +67,18 @@ class Learner:
         return loss.detach()
 
     def errors(self):
-        """Mean squared error of the features predicted for each image of the source, in eval mode: (n,)."""
+        """Mean squared error of the features predicted for each image, in eval mode: (n,)."""
         found = torch.empty(len(self.source))
         with evaluating(self.network), cli.autocast(self.device, self.args.precision):
             for index in torch.arange(len(self.source)).split(BATCH):
                 predicted = self.network(self.source.normalised(index, self.device)).float()
-                found[index] = (predicted - self.targets[index].to(self.device)).square().mean(1).cpu()
+                error = predicted - self.targets[index].to(self.device)
+                found[index] = error.square().mean(1).cpu()
         return found
 
     def _parts(self):
-        return {name: getattr(self, name) for name in ("network", "optimizer", "batches", "randomness")}
+        names = ("network", "optimizer", "batches", "randomness")
+        return {name: getattr(self, name) for name in names}
 
     def state_dict(self):
         return {name: part.state_dict() for name, part in self._parts().items()}

@@ -2,14 +2,15 @@
 
     python -m distillers high_loss --source cifar100
 
-Joshi, Ni and Mirzasoleiman, "Dataset Distillation via Knowledge Distillation: Towards Efficient Self-Supervised
-Pre-Training of Deep Networks", ICLR 2025. Each of --experts networks f is fitted to the target's features z_i of all
-source images x_i for one epoch of SGD on the mean squared error, without augmentation. The set is the m images with
-the largest error || f(x_i) - z_i ||^2 / d_y, averaged over the networks, largest first, with z_i as targets.
+Joshi, Ni and Mirzasoleiman, "Dataset Distillation via Knowledge Distillation: Towards Efficient
+Self-Supervised Pre-Training of Deep Networks", ICLR 2025. Each of --experts networks f is fitted to
+the target's features z_i of all source images x_i for one epoch of SGD on the mean squared error,
+without augmentation. The set is the m images with the largest error || f(x_i) - z_i ||^2 / d_y,
+averaged over the networks, largest first, with z_i as targets.
 
-Needs the target network, no labels, and keeps no network. Seed s takes the networks s * experts to
-(s + 1) * experts - 1, so seeds share none. Under seed 0 and the same settings this is the set that mkdt starts from.
-It prints the error of the chosen images and that of random ones.
+Needs the target network, no labels; keeps no network. Seed s takes the networks s * experts to
+(s + 1) * experts - 1, so seeds share none. Under seed 0 and the same settings this is the set that
+mkdt starts from. It prints the error of the chosen images and that of random ones.
 """
 
 import torch
@@ -28,7 +29,7 @@ HELP = experts.HELP | dict(
 
 
 def hardest(errors, m):
-    """Indices (m,) of the m largest of `errors` (n,), largest first; of equal ones the lower index first."""
+    """Indices (m,) of the m largest of `errors` (n,), largest first; the first of equal ones."""
     return errors.argsort(descending=True, stable=True)[:m]
 
 
@@ -49,7 +50,8 @@ def distill(source, chosen, target, args, run, device):
     index = hardest(errors, args.num_images)
     random, highest = errors[chosen].mean().item(), errors[index].mean().item()
     print(f"mean squared error after an epoch: random images {random:.4f}, these {highest:.4f}")
-    return packed(source.normalised(index, device), features[index], "feature", source, initial=index.tolist())
+    x, meta = source.normalised(index, device), dict(initial=index.tolist())
+    return packed(x, features[index], "feature", source, **meta)
 
 
-METHOD = Method("high_loss", distill, HELP, stage="high_loss", doc=__doc__, choose=random_subset, needs_target=True)
+METHOD = Method("high_loss", distill, HELP, "high_loss", __doc__, random_subset, needs_target=True)

@@ -88,8 +88,9 @@ def distance_from(distilled, source, initial):
     """How far the images of a `Distilled` have moved from the source's at `initial` (m,), which they started from: the
     root mean square over all images, pixels and colours, in units of the source's standard deviations."""
     start = normalise(source.raw(initial, "cpu"), distilled.mean, distilled.std)  # (m, 3, S, S)
+    images = distilled.images[: len(start)]  # without rotated views
     units = (distilled.std / source.std)[:, None, None]  # 1, but for a set that is not normalised (D7)
-    return ((distilled.images - start) * units).square().mean().sqrt().item()
+    return ((images - start) * units).square().mean().sqrt().item()
 
 
 def renew_picture(run, args, step, distilled):

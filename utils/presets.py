@@ -3,8 +3,8 @@
 Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
 [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
 nor code says); [DC] the code of dataset condensation (DM, DSA), [MTT] that of trajectory matching, [FRePo] and [KIP]
-those methods' papers and code; [MKDT] the paper and code of that method; [ours] chosen here, for a machine that the
-paper's settings do not fit.
+those methods' papers and code; [MKDT] the paper and code of that method; [Boost] Yu et al. 2025, partly as others
+have implemented it; [ours] chosen here, for a machine that the paper's settings do not fit.
 """
 
 TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
@@ -44,6 +44,11 @@ DISTILL = dict(  # distill.py
     raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
     augment_outer=False,  # [P, Algorithm 1 line 9]
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
+    bases=0,  # plain images; [Boost] 200
+    target_bases=0,  # as many as bases [ours]; [Boost] 200
+    base_size=16,  # [Boost]
+    views="none",  # [Boost] rotations
+    shift_width=4,  # [Boost] CIFAR-100; 16 at 64 px
 )
 
 SAME = object()  # in a method's settings: the value that distill.py, or else pretrain_target.py, has for the source
@@ -109,6 +114,8 @@ MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without 
     max_start=20,  # [MTT]
     experts=100,  # [MTT]
     expert_lr=0.01,  # [MTT]
+    expert_momentum=0.0,  # [MTT]
+    expert_weight_decay=0.0,  # [MTT]
     expert_batch=256,  # [MTT]
 )
 
@@ -123,6 +130,19 @@ EXPERTS = dict(  # distillers/experts.py, under high_loss and mkdt; [MKDT]
 )
 
 HIGH_LOSS = dict(num_images=SAME, **EXPERTS)  # distillers/high_loss.py
+
+MKDT = dict(  # distillers/mkdt.py; [MKDT] 2 % of CIFAR
+    num_images=SAME,
+    **EXPERTS,
+    outer_steps=5_000,  # [MKDT]
+    outer_lr=1e3,  # [MKDT] 1e4 for 5 % of CIFAR
+    target_lr=1.0,  # [MKDT]
+    rate_lr=1e-4,  # [MKDT]
+    inner_steps=40,  # [MKDT] N
+    inner_batch=256,  # [MKDT]
+    match_epochs=2,  # [MKDT] M
+    max_start=2,  # [MKDT] 5 for 5 % of CIFAR
+)
 
 SSL_BILEVEL = dict(  # distillers/ssl_bilevel.py; the paper tried it (3.1) and gives no settings
     num_images=SAME,
@@ -175,10 +195,11 @@ KD = dict(  # kd.py
 )
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
-_AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
-_INSTANCE_NORM = ("dm", "dsa", "mtt", "high_loss")  # stages with a network of dataset condensation's
+_AT_64 = dict(arch="convnet4", outer_lr=1e-5, shift_width=16)  # [P 4.1], [Boost]
+_INSTANCE_NORM = ("dm", "dsa", "mtt", "high_loss", "mkdt")  # stages with a network of dataset condensation's
 _DC_AT_64 = {stage: dict(arch="dc_convnet4") for stage in _INSTANCE_NORM}  # [ours] as TinyImageNet
 _FEW_EXPERTS = dict(experts=10)  # [ours] for two CPU cores
+_DIGITS_EXPERTS = _FEW_EXPERTS | dict(expert_batch=64)
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
@@ -190,6 +211,7 @@ PRESETS = {  # what differs from the values above
         dm=dict(arch="dc_convnet4"),  # [DC]
         dsa=dict(arch="dc_convnet4"),  # [DC]
         high_loss=dict(arch="dc_convnet4"),  # [MKDT]
+        mkdt=dict(arch="dc_convnet4", outer_steps=10_000, outer_lr=1e5, inner_steps=10),  # [MKDT] 2 %
         mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
         **_LONG,
     ),
@@ -235,7 +257,10 @@ PRESETS = {  # what differs from the values above
             experts=2,
             expert_batch=64,
         ),
-        high_loss=_FEW_EXPERTS | dict(expert_batch=64),
+        high_loss=_DIGITS_EXPERTS,
+        mkdt=_DIGITS_EXPERTS | dict(
+            experts=4, outer_steps=30, rate_lr=1e-2, inner_steps=10, match_epochs=1
+        ),
         ssl_bilevel=dict(outer_steps=15, outer_batch=128, inner_steps=5),
         pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
         finetune=dict(steps=100, flip=False),
@@ -255,7 +280,11 @@ PRESETS = {  # what differs from the values above
             pool_steps=60,
             pool_lr=0.05,  # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
         ),
-        **_DC_AT_64 | dict(high_loss=_FEW_EXPERTS | dict(arch="dc_convnet4")),
+        **_DC_AT_64
+        | dict(
+            high_loss=_FEW_EXPERTS | dict(arch="dc_convnet4"),
+            mkdt=_FEW_EXPERTS | dict(arch="dc_convnet4", outer_steps=100),
+        ),
         pretrain={"feature": dict(epochs=300, lr=0.05)},
     ),
     # [ours] any other set or folder
@@ -270,6 +299,7 @@ _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hou
     dsa=dict(networks=10, outer_loops=2, inner_epochs=5, real_batch=16),
     mtt=dict(outer_steps=80, inner_steps=10, inner_batch=100, max_start=2, match_epochs=1, experts=2),
     high_loss=_FEW_EXPERTS,
+    mkdt=_FEW_EXPERTS | dict(outer_steps=100),
     frepo=dict(outer_steps=700, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=40, pool_lr=3e-3),
     kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
     pretrain={"feature": dict(epochs=120), "class": dict(epochs=120), "soft": dict(steps=240, warmup=20)},
@@ -290,6 +320,7 @@ STAGES = {
     "dsa": DSA,
     "mtt": MTT,
     "high_loss": HIGH_LOSS,
+    "mkdt": MKDT,
     "frepo": FREPO,
     "kip": KIP,
     "ssl_bilevel": SSL_BILEVEL,
