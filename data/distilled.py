@@ -15,15 +15,15 @@ TARGET_KINDS = {
     "class": (torch.int64, 1),  # (m,): class indices (the rest)
     "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
 }
-META = {  # what later stages take from there
+META = {
     "source": str,
     "method": str,
     "preset": str,
     "seed": int,
     "learned_rate": float,
     "num_images": int,
-}
-LARGEST = 4096  # pixels of a side of a set in factors: more would only fill the memory
+}  # what later stages take from there
+LARGEST_SIZE = 4096  # pixels of a side of images that are made from factors
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
@@ -31,12 +31,15 @@ MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 class Distilled:
     """m distilled images with their targets.
 
-    `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and `std` (3,);
-    `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, `scale`
-    (`presets.differences` of all stages so far), `initial` (the source's images that it started from, by index),
-    `distance_from_initial` (`distillers.method.distance_from`), `learned_rate` where the rate to train with was learned
-    too, `fresh_noise` where the images are noise that kd.py draws anew at each step, and `num_images` where the set is
-    stored in `factors` (data/factors.py): the plain images that take as much room.
+    `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and
+    `std` (3,); `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset,
+    settings, versions, `deviations` (`presets.deviations` of all stages so far), `initial` (the
+    source's images that it started from, by index), `distance_from_initial`
+    (`distillers.method.distance_from_initial`), `learned_rate` where a learning rate was learned
+    too, and `fresh_noise` where the images are noise that kd.py draws anew at each step.
+
+    A set that is stored in `factors` (data/factors.py) has the images and targets that these make,
+    and in its meta `num_images`: the plain images that would take as much room.
     """
 
     images: torch.Tensor
@@ -53,15 +56,16 @@ class Distilled:
 
     @property
     def num_outputs(self):
-        """Outputs of a network that is fitted to the targets; classes that have no image may be missing at the end."""
+        """Outputs of a network that is fitted to the targets; classes that have no image may be
+        missing at the end."""
         return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
 
     @property
     def num_images(self):
-        """The images; for a set in factors the plain images that take as much room."""
+        """The images; for a set in factors, the plain images that would take as much room."""
         return self.meta.get("num_images") or len(self.images)
 
-    def fault(self):
+    def find_fault(self):
         """What makes this no distilled set, in words, or None."""
         dtype, dims = TARGET_KINDS.get(str(self.target_kind), (None, None))
         tensors = (self.images, self.targets, self.mean, self.std)
@@ -80,22 +84,33 @@ class Distilled:
             return "images or targets that are a single number"
         faults = {
             f"target_kind {str(self.target_kind)[:40]}": dtype is None,
-            f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape,
+            f"images of shape {shape}": len(shape) != 4
+            or shape[1] != 3
+            or shape[2] != shape[3]
+            or 0 in shape,
             f"images of {images.dtype}": images.dtype != torch.float32,
             "mean or std that are not 3 numbers": self.mean.shape != (3,) or self.std.shape != (3,),
             f"{len(targets)} targets for {len(images)} images": len(targets) != len(images),
-            f"targets of {targets.dtype}, {targets.ndim}-d": (targets.dtype, targets.ndim) != (dtype, dims),
+            f"targets of {targets.dtype}, {targets.ndim}-d": (targets.dtype, targets.ndim)
+            != (dtype, dims),
             "targets without a value": (targets.numel() == 0) != (self.target_kind == "none"),
             "values that are not finite": not all(each.isfinite().all() for each in tensors),
         }
-        if fault := next((fault for fault, there in faults.items() if there), None):
+        if fault := next((fault for fault, present in faults.items() if present), None):
             return fault
-        if self.target_kind == "class" and not (targets.min() >= 0 and targets.max() < MOST_CLASSES):
-            return f"class indices from {targets.min()} to {targets.max()}, not within 0 to {MOST_CLASSES - 1}"
+        if self.target_kind == "class" and not (
+            targets.min() >= 0 and targets.max() < MOST_CLASSES
+        ):
+            found = f"class indices from {targets.min()} to {targets.max()}"
+            return f"{found}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
-        """What `files.save(path, "distilled", ...)` writes: factors in place of images and targets where there are."""
-        values = {key: value.cpu() if torch.is_tensor(value) else value for key, value in vars(self).items()}
+        """What `files.save(path, "distilled", ...)` writes: factors, where there are any, in place
+        of images and targets."""
+        values = {
+            key: value.cpu() if torch.is_tensor(value) else value
+            for key, value in vars(self).items()
+        }
         if self.factors is None:
             del values["factors"]
             return values
@@ -103,21 +118,21 @@ class Distilled:
 
 
 def load_distilled(path):
-    """Read a distilled.pt. Raises UserError when it is not one or its parts do not fit each other."""
-    required = [name for name in Distilled.__dataclass_fields__ if name != "factors"]
-    content = files.load(path, "distilled", required=required)
+    """Read a distilled.pt. Raises UserError where it is not one or its parts do not fit."""
+    names = Distilled.__dataclass_fields__
+    content = files.load(path, "distilled", required=[name for name in names if name != "factors"])
     if content.get("factors") is not None:
-        content |= materialised(content, path)
-    d = Distilled(**{name: content.get(name) for name in Distilled.__dataclass_fields__})
-    if fault := d.fault():
+        content |= _materialise(content, path)
+    d = Distilled(**{name: content.get(name) for name in names})
+    if fault := d.find_fault():
         raise UserError(f"{path}: {fault}")
     return d
 
 
-def materialised(content, path):
-    """Images and targets of the factors in `content`. Raises UserError where these are none."""
+def _materialise(content, path):
+    """The images and targets of a file that holds factors. Raises UserError for a bad one."""
     fault, size = factors.find_fault(content["factors"]), content.get("image_size")
-    if fault is None and not (isinstance(size, int) and 1 <= size <= LARGEST):
+    if fault is None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
         fault = f"image_size {size}"
     if fault:
         raise UserError(f"{path}: {fault}")

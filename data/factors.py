@@ -13,23 +13,28 @@ import torch
 import torch.nn.functional as F
 
 NAMES = ("c_x", "b_x", "c_y", "b_y")
-SHIFT_NAMES = ("w1", "b1", "w2", "b2")  # of the rotations, stacked: (3, V, h), (3, h), (3, h, V), (3, V)
+SHIFT_NAMES = (
+    "w1",
+    "b1",
+    "w2",
+    "b2",
+)  # of the rotations, stacked: (3, V, h), (3, h), (3, h, V), (3, V)
 ROTATIONS = 3
 
 
-def images_of(c_x, b_x, size):
+def compose_images(c_x, b_x, size):
     """The images (m, 3, size, size) of `c_x` (m, U) and `b_x` (U, 3 s s)."""
     side = math.isqrt(b_x.shape[1] // 3)
     low = (c_x @ b_x).view(-1, 3, side, side)
     return F.interpolate(low, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def rotated(x):
-    """Images (m, 3, S, S) and, after them, the same turned by 90, 180 and 270 degrees: (4 m, ...)."""
+def add_rotations(x):
+    """Images (m, 3, S, S), followed by the same turned by 90, 180 and 270 degrees: (4 m, ...)."""
     return torch.cat([x.rot90(k, (2, 3)) for k in range(1 + ROTATIONS)])
 
 
-def shifts_of(c_y, w1, b1, w2, b2):
+def predict_shifts(c_y, w1, b1, w2, b2):
     """q_k(c_y) of the three rotations: (3, m, V) for `c_y` (m, V)."""
     return (c_y @ w1 + b1[:, None]).relu() @ w2 + b2[:, None]
 
@@ -38,11 +43,11 @@ def materialise(factors, size):
     """Images (m, 3, size, size) and targets (m, d) of `factors` (name -> tensor), or 4 m of each
     with rotations, view by view."""
     c_x, b_x, c_y, b_y = (factors[name] for name in NAMES)
-    x = images_of(c_x, b_x, size)
+    x = compose_images(c_x, b_x, size)
     if "w1" not in factors:
         return x, c_y @ b_y
-    c_views = c_y + shifts_of(c_y, *(factors[name] for name in SHIFT_NAMES))  # (3, m, V)
-    return rotated(x), torch.cat([c_y, *c_views]) @ b_y
+    c_views = c_y + predict_shifts(c_y, *(factors[name] for name in SHIFT_NAMES))  # (3, m, V)
+    return add_rotations(x), torch.cat([c_y, *c_views]) @ b_y
 
 
 def count_numbers(factors):

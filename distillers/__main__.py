@@ -3,45 +3,37 @@
     python -m distillers random --source cifar100
     python -m distillers import --source cifar100 --method mtt_released --images images_best.pt ...
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that others released.
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that
+others released.
 """
 
 import importlib
-import sys
 
-from distillers import importing, method
+from distillers import importing, method, registry
 from utils import cli
 from utils.errors import UserError
+from utils.run import program_name
 
-METHODS = (
-    "random",
-    "random_features",
-    "kmeans",
-    "high_loss",
-    "dm",
-    "dsa",
-    "mtt",
-    "mkdt",
-    "frepo",
-    "kip",
-    "gaussian",
-    "ssl_bilevel",
-)  # modules with a METHOD
+
+def listing():
+    """The methods, one a line, with their titles."""
+    width = max(map(len, registry.COMMANDS))
+    return "\n".join(f"  {name:{width}}  {registry.title(name)}" for name in registry.COMMANDS)
 
 
 def main(argv):
-    sys.argv[0] = "python -m distillers"
-    if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\nMethods: {', '.join(METHODS)}. Each, and import, has its own --help.")
-        return
-    if argv[:1] == ["import"]:
-        sys.argv[0] += " import"
-        importing.main(argv[1:], reserved=("krr_st", "target", "full", *METHODS))
-        return
-    if not argv or argv[0] not in METHODS:
-        raise UserError(f"name a method first, one of: {', '.join(METHODS)}, or import")
-    sys.argv[0] += f" {argv[0]}"
-    method.main(importlib.import_module(f"distillers.{argv[0]}").METHOD, argv[1:])
+    name, *flags = argv or [""]
+    prog = f"{program_name()} {name}"
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, and import, has its own --help.")
+    elif name == "import":
+        importing.main(flags, reserved=("target", *registry.METHODS), prog=prog)
+    elif name in registry.COMMANDS:
+        module = importlib.import_module(registry.METHODS[name].module)
+        method.main(module.METHOD, flags, prog=prog)
+    else:
+        known = ", ".join(registry.COMMANDS)
+        raise UserError(f"name a method first, one of: {known}, or import")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 import models
 from data.augment import diff_augment
-from data.images import normalise, unit
+from data.images import normalise, to_float
 from data.loading import Loader
-from utils import cli, optim
-from utils.evaluate import BATCH, evaluating
+from evaluation.probes import BATCH, evaluating
+from utils import optim
+from utils.device import autocast
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
@@ -55,10 +56,10 @@ class Learner:
     def step(self):
         """Take the next step; the loss before it, ()."""
         pixels, y = self.loader.next()
-        x = normalise(unit(pixels), self.source.mean, self.source.std)
+        x = normalise(to_float(pixels), self.source.mean, self.source.std)
         if self.augment:
             x = diff_augment(x, self.randomness.device)
-        with cli.autocast(self.device, self.args.precision):
+        with autocast(self.device, self.args.precision):
             predicted = self.network(x)
         loss = fit_loss(predicted.float(), y)
         self.optimizer.zero_grad()
@@ -66,10 +67,10 @@ class Learner:
         self.optimizer.step()
         return loss.detach()
 
-    def errors(self):
+    def measure_errors(self):
         """Mean squared error of the features predicted for each image, in eval mode: (n,)."""
         found = torch.empty(len(self.source))
-        with evaluating(self.network), cli.autocast(self.device, self.args.precision):
+        with evaluating(self.network), autocast(self.device, self.args.precision):
             for index in torch.arange(len(self.source)).split(BATCH):
                 predicted = self.network(self.source.normalised(index, self.device)).float()
                 error = predicted - self.targets[index].to(self.device)

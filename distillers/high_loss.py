@@ -18,7 +18,7 @@ import torch
 from data.subsets import random_subset
 from distillers import experts
 from distillers.experts import Learner
-from distillers.method import Method, packed
+from distillers.method import Method, make_distilled
 from utils.run import Tensors
 
 HELP = experts.HELP | dict(
@@ -28,7 +28,7 @@ HELP = experts.HELP | dict(
 )
 
 
-def hardest(errors, m):
+def select_hardest(errors, m):
     """Indices (m,) of the m largest of `errors` (n,), largest first; the first of equal ones."""
     return errors.argsort(descending=True, stable=True)[:m]
 
@@ -45,13 +45,13 @@ def distill(source, chosen, target, args, run, device):
             learner.begin(args.seed * args.experts + k)
         run.log(step, loss=learner.step())
         if batch == per_epoch - 1:
-            errors += learner.errors()
+            errors += learner.measure_errors()
     errors /= args.experts
-    index = hardest(errors, args.num_images)
+    index = select_hardest(errors, args.num_images)
     random, highest = errors[chosen].mean().item(), errors[index].mean().item()
     print(f"mean squared error after an epoch: random images {random:.4f}, these {highest:.4f}")
     x, meta = source.normalised(index, device), dict(initial=index.tolist())
-    return packed(x, features[index], "feature", source, **meta)
+    return make_distilled(x, features[index], "feature", source, **meta)
 
 
-METHOD = Method("high_loss", distill, HELP, "high_loss", __doc__, random_subset, needs_target=True)
+METHOD = Method("high_loss", distill, HELP, __doc__, random_subset)

@@ -19,10 +19,11 @@ import models
 from data.augment import diff_augment
 from distillers import experts, method
 from distillers.experts import fit_loss
-from distillers.labelled import MEASURE, fresh_network
-from distillers.unroll import back, descend, flat, unflat
-from utils import cli, files, optim, results
-from utils.run import Run, Tensors
+from distillers.labelled import MEASUREMENT_SEED, build_untrained
+from distillers.unroll import backpropagate, descend, flatten_parameters, unflatten_parameters
+from utils import files, optim
+from utils.device import autocast
+from utils.run import Run, Tensors, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = experts.HELP | dict(
@@ -40,19 +41,19 @@ HELP = experts.HELP | dict(
 )
 EXPERT = ("arch", "width", "image_size", "precision", *experts.HELP)  # what decides an expert
 LEAST_RATE = 1e-3  # of its first value: the learned rate stays above, so it stays positive
-MEASURED_STARTS = 10
+MEASUREMENT_STARTS = 10
 
 
 def inner_gradient(network, theta, x, y, precision="fp32", create_graph=False):
     """Gradient (p,) by the parameters of the loss (`fit_loss`) on x (b, 3, S, S) and y (b, ...), at
     `theta` (p,)."""
-    with cli.autocast(x.device, precision):
-        predicted = functional_call(network, unflat(theta, network), (x,))
+    with autocast(x.device, precision):
+        predicted = functional_call(network, unflatten_parameters(theta, network), (x,))
     loss = fit_loss(predicted.to(theta.dtype), y)
     return torch.autograd.grad(loss, theta, create_graph=create_graph)[0]
 
 
-def matching(network, start, goal, batches, rate, precision="fp32"):
+def matching_loss(network, start, goal, batches, rate, precision="fp32"):
     """The loss above after one inner step on each of `batches`, and its gradients.
 
     `start` theta*_t and `goal` theta*_{t+M} (p,); `batches` a list of x (b, 3, S, S) and
@@ -66,7 +67,7 @@ def matching(network, start, goal, batches, rate, precision="fp32"):
 
     thetas = descend(gradient, start, batches, rate)
     scale, error = (start - goal).square().sum(), thetas[-1] - goal
-    by_batch, by_rate = back(gradient, thetas, batches, rate, 2 * error / scale)
+    by_batch, by_rate = backpropagate(gradient, thetas, batches, rate, 2 * error / scale)
     return error.square().sum() / scale, by_batch, by_rate
 
 
@@ -74,8 +75,8 @@ class Experts:
     """Experts 0 to `args.experts` - 1 on the disk, trained where they are not there yet.
 
     `trajectories`: for each, its parameters after 0, 1, 2, ... epochs, (epochs + 1, p) float32,
-    mapped from its file. `errors` (n,) float64: the experts' mean of `Learner.errors` after the
-    first epoch, or None where the targets are classes.
+    mapped from its file. `errors` (n,) float64: the experts' mean of `Learner.measure_errors` after
+    the first epoch, or None where the targets are classes.
 
     `learner` trains them; `targets_name` tells its targets from others of the source. They lie
     beside the method's folder of `run`. Raises UserError for a network with batch norm.
@@ -83,12 +84,12 @@ class Experts:
 
     def __init__(self, run, args, learner, targets_name):
         self.args, self.learner = args, learner
-        self.network = fresh_network(args, learner.source, learner.num_outputs, learner.device)
+        self.network = build_untrained(args, learner.source, learner.num_outputs, learner.device)
         self.epochs = args.max_start - 1 + args.match_epochs  # as many as a matching can reach
         source, kept = learner.source, dict(targets=targets_name, augment=learner.augment)
         kept |= dict(epochs=self.epochs, source=source.name, fingerprint=source.fingerprint)
         self.settings = kept | {name: getattr(args, name) for name in EXPERT}
-        label = f"{models.label(args.arch, args.width)}-{results.digest(self.settings)}"
+        label = f"{models.label(args.arch, args.width)}-{settings_digest(self.settings)}"
         self.folder = run.folder.parents[1] / "experts" / label
         contents = [self._content(k) for k in range(args.experts)]
         self.trajectories = [content["trajectory"] for content in contents]
@@ -107,8 +108,8 @@ class Experts:
         learner = self.learner
         learner.begin(k)
         ranked = learner.targets.is_floating_point()
-        trajectory = torch.zeros(self.epochs + 1, flat(learner.network).numel())
-        trajectory[0] = flat(learner.network)
+        trajectory = torch.zeros(self.epochs + 1, flatten_parameters(learner.network).numel())
+        trajectory[0] = flatten_parameters(learner.network)
         errors = torch.zeros(len(learner.source) if ranked else 0)
         kept = Tensors(trajectory=trajectory, errors=errors)
         run.resume(learner.device, dict(learner=learner, kept=kept))
@@ -117,9 +118,9 @@ class Experts:
             run.log(step, loss=learner.step())
             epoch, batch = divmod(step + 1, per_epoch)
             if batch == 0:
-                trajectory[epoch] = flat(learner.network)
+                trajectory[epoch] = flatten_parameters(learner.network)
             if (epoch, batch) == (1, 0) and ranked:
-                errors.copy_(learner.errors())
+                errors.copy_(learner.measure_errors())
         run.finish("expert", {"trajectory": trajectory, "errors": errors})
 
 
@@ -131,7 +132,7 @@ class Draws:
         self.order = Batches(m, args.inner_batch or m, randomness.cpu)
 
     def next(self, x_syn, y_syn):
-        """theta*_t, theta*_{t+M} and the batches of `matching`, augmented as for the experts."""
+        """theta*_t, theta*_{t+M} and the batches of `matching_loss`."""
         cpu, trajectories = self.randomness.cpu, self.experts.trajectories
         trajectory = trajectories[int(torch.randint(len(trajectories), (), generator=cpu))]
         t = int(torch.randint(self.args.max_start, (), generator=cpu))
@@ -167,38 +168,38 @@ def learn(experts, x_init, y_init, kind, args, run, device, **meta):
     parts = dict(optimizer=sgd, order=draws.order, randomness=randomness)
     run.resume(device, parts | dict(learned=Tensors(**learned)))
 
-    def packed(**measured):
-        return method.packed(x_syn, y_syn, kind, source, **meta, **measured)
+    def to_set(**measured):
+        return method.make_distilled(x_syn, y_syn, kind, source, **meta, **measured)
 
     for step in run.steps("distil", args.outer_steps):
         start, goal, batches = draws.next(x_syn, y_syn)
         sgd.zero_grad()
         step_of = (start, goal, batches, rate)
-        loss, gradients, rate.grad = matching(experts.network, *step_of, args.precision)
+        loss, gradients, rate.grad = matching_loss(experts.network, *step_of, args.precision)
         rows = [part for part in chain(*batches) if part.requires_grad]
         torch.autograd.backward(rows, [*chain(*gradients)])
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), rate=rate)
         sgd.step()
         with torch.no_grad():
             rate.clamp_(min=LEAST_RATE * args.expert_lr)
-        method.renew_picture(run, args, step, packed)
+        method.update_picture(run, args, step, to_set)
 
     first = torch.tensor(args.expert_lr, device=device)
-    before = measured(experts, x_init, y_init, first, args)
-    after = measured(experts, x_syn.detach(), y_syn.detach(), rate.detach(), args)
+    before = measure_objective(experts, x_init, y_init, first, args)
+    after = measure_objective(experts, x_syn.detach(), y_syn.detach(), rate.detach(), args)
     print(f"distance to the experts: initial set {before:.4f}, distilled set {after:.4f}")
-    return packed(objective_initial=before, objective_distilled=after, learned_rate=rate.item())
+    return to_set(objective_initial=before, objective_distilled=after, learned_rate=rate.item())
 
 
-def measured(experts, x, y, rate, args):
+def measure_objective(experts, x, y, rate, args):
     """The loss of a set at `rate`, as a mean over draws that are the same at every call."""
-    draws, total = Draws(experts, len(x), args, Randomness(MEASURE, x.device)), 0.0
+    draws, total = Draws(experts, len(x), args, Randomness(MEASUREMENT_SEED, x.device)), 0.0
 
     def gradient(theta, batch, create_graph):
         return inner_gradient(experts.network, theta, *batch, args.precision)
 
-    for _ in range(MEASURED_STARTS):
+    for _ in range(MEASUREMENT_STARTS):
         start, goal, batches = draws.next(x, y)
         end = descend(gradient, start, batches, rate)[-1]
         total += ((end - goal).square().sum() / (start - goal).square().sum()).item()
-    return total / MEASURED_STARTS
+    return total / MEASUREMENT_STARTS

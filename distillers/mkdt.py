@@ -20,7 +20,7 @@ the paper says; the authors' released code stays with one.
 from data.subsets import random_subset
 from distillers import matching
 from distillers.experts import Learner
-from distillers.high_loss import hardest
+from distillers.high_loss import select_hardest
 from distillers.matching import Experts
 from distillers.method import Method
 
@@ -31,10 +31,10 @@ def distill(source, chosen, target, args, run, device):
     features = target.features_of(source)  # (n, d_y)
     learner = Learner(source, features, features.shape[1], args, device)
     experts = Experts(run, args, learner, target.digest)
-    index = hardest(experts.errors, args.num_images)
+    index = select_hardest(experts.errors, args.num_images)
     x_init, y_init = source.normalised(index, device), features[index].to(device)
     meta = dict(initial=index.tolist())
     return matching.learn(experts, x_init, y_init, "feature", args, run, device, **meta)
 
 
-METHOD = Method("mkdt", distill, HELP, "mkdt", __doc__, random_subset, needs_target=True)
+METHOD = Method("mkdt", distill, HELP, __doc__, random_subset)

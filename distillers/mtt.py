@@ -31,4 +31,4 @@ def distill(source, chosen, target, args, run, device):
     return matching.learn(experts, x_init, y_init, "class", args, run, device)
 
 
-METHOD = Method("mtt", distill, HELP, stage="mtt", doc=__doc__, choose=balanced_subset)
+METHOD = Method("mtt", distill, HELP, __doc__, balanced_subset)

@@ -8,6 +8,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m benchmarks.tables --check README.md
-"$PYTHON" -m benchmarks.tables --check benchmarks/findings.md
+"$PYTHON" -m analysis.docs --check README.md analysis/findings.md
 "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""DM, DSA and MTT: their formulas against naive ones in float64, and the real commands at toy size."""
+"""DM, DSA and MTT: formulas against naive ones in float64, and the real commands at toy size."""
 
 import json
 
@@ -12,7 +12,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
-from distillers import dm, dsa, labelled, matching
+from distillers import dm, dsa, labelled
 from tests.conftest import stopping_at
 from utils import run
 from utils.errors import UserError
@@ -21,9 +21,25 @@ from utils.sampling import Randomness
 TOY = dict(
     dm=["--outer-steps", "4", "--real-batch", "8"],
     dsa=["--networks", "2", "--outer-loops", "2", "--inner-epochs", "2", "--real-batch", "4"],
-    mtt=["--outer-steps", "4", "--inner-steps", "2", "--inner-batch", "7", "--max-start", "2", "--experts", "2",
-         "--expert-batch", "64", "--outer-lr", "100", "--match-epochs", "2"],
-)  # fmt: skip
+    mtt=[
+        "--outer-steps",
+        "4",
+        "--inner-steps",
+        "2",
+        "--inner-batch",
+        "7",
+        "--max-start",
+        "2",
+        "--experts",
+        "2",
+        "--expert-batch",
+        "64",
+        "--outer-lr",
+        "100",
+        "--match-epochs",
+        "2",
+    ],
+)
 
 
 def normal(seed, *shape):
@@ -44,7 +60,11 @@ def source(small_root):
 def quick(monkeypatch):
     """One thread, which is faster for networks this small, and few draws to measure with."""
     torch.set_num_threads(1)
-    for module, name in ((dm, "MEASURED_NETWORKS"), (dsa, "MEASURED_NETWORKS"), (matching, "MEASURED_STARTS")):
+    for module, name in (
+        (dm, "MEASUREMENT_NETWORKS"),
+        (dsa, "MEASUREMENT_NETWORKS"),
+        (matching, "MEASUREMENT_STARTS"),
+    ):
         monkeypatch.setattr(module, name, 2)
 
 
@@ -60,12 +80,17 @@ def test_mean_distance_equals_loops_over_classes_and_images():
             real = [f_real[i, j].item() for i in range(7) if y_real[i] == c]
             syn = [f_syn[i, j].item() for i in range(6) if y_syn[i] == c]
             expected += (sum(real) / len(real) - sum(syn) / len(syn)) ** 2
-    assert dm.mean_distance(f_real, y_real, f_syn, y_syn, 3).item() == pytest.approx(expected, rel=1e-12)
+    assert dm.mean_distance(f_real, y_real, f_syn, y_syn, 3).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("images_in_a_pass", [1, 24, 10_000])
-def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(source, monkeypatch, images_in_a_pass):
-    """Loss and gradient of DM, from the pieces: one draw of augmentation and one of real images for each class."""
+def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(
+    source, monkeypatch, images_in_a_pass
+):
+    """Loss and gradient of DM, from the pieces: one draw of augmentation and one of real images for
+    each class."""
     device = torch.device("cpu")
     real = labelled.ClassBatches(source, 8, device)
     torch.manual_seed(0)
@@ -73,7 +98,9 @@ def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(source, monk
     x = source.normalised(balanced_subset(source, 20, 0), device).requires_grad_()
     randomness, naive = Randomness(5, device), 0.0
     for c in range(10):
-        a, b = dm.diff_augment_alike(randomness.device, real.draw(c, randomness.cpu), x[2 * c : 2 * c + 2])
+        a, b = dm.diff_augment_alike(
+            randomness.device, real.draw(c, randomness.cpu), x[2 * c : 2 * c + 2]
+        )
         naive = naive + (network.embed(a).mean(0) - network.embed(b).mean(0)).square().sum()
     (expected,) = torch.autograd.grad(naive, x)
     monkeypatch.setattr(dm, "PASS", images_in_a_pass)
@@ -94,8 +121,12 @@ def test_gradient_distance_equals_loops_over_rows():
             dot = sum(i * j for i, j in zip(p, q, strict=True))
             expected += 1 - dot / (sum(i * i for i in p) ** 0.5 * sum(j * j for j in q) ** 0.5)
     assert dsa.gradient_distance(real, syn).item() == pytest.approx(expected, rel=1e-5)
-    assert dsa.gradient_distance(real, [5 * each for each in real]).item() == pytest.approx(0, abs=1e-5)
-    assert dsa.gradient_distance(real, [-each for each in real]).item() == pytest.approx(2 * 6, rel=1e-5)
+    assert dsa.gradient_distance(real, [5 * each for each in real]).item() == pytest.approx(
+        0, abs=1e-5
+    )
+    assert dsa.gradient_distance(real, [-each for each in real]).item() == pytest.approx(
+        2 * 6, rel=1e-5
+    )
 
 
 def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
@@ -108,7 +139,9 @@ def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
 def test_weight_gradients_are_those_of_convolutions_and_head_only():
     network, x = tiny_network().float(), normal(0, 4, 3, 32, 32).float()
     F.cross_entropy(network(x), torch.full((4,), 2)).backward()
-    expected = [m.weight.grad for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    expected = [
+        m.weight.grad for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    ]
     ours = dsa.weight_gradients(network, x, 2, "fp32")
     assert len(ours) == 4
     for gradient, theirs in zip(ours, expected, strict=True):
@@ -116,7 +149,11 @@ def test_weight_gradients_are_those_of_convolutions_and_head_only():
 
 
 def test_dsa_image_gradient_agrees_with_central_differences():
-    network, x_real, x = tiny_network().double(), normal(0, 5, 3, 32, 32), normal(1, 2, 3, 32, 32).requires_grad_()
+    network, x_real, x = (
+        tiny_network().double(),
+        normal(0, 5, 3, 32, 32),
+        normal(1, 2, 3, 32, 32).requires_grad_(),
+    )
 
     def gradients(x, create_graph=False):
         weights = [p for p in network.parameters() if p.ndim > 1]
@@ -127,17 +164,31 @@ def test_dsa_image_gradient_agrees_with_central_differences():
     dsa.gradient_distance(g_real, gradients(x, create_graph=True)).backward(inputs=[x])
     for seed in range(4):
         direction, h = normal(seed + 5, *x.shape), 1e-6
-        up, down = (dsa.gradient_distance(g_real, gradients(x.detach() + s * h * direction)) for s in (1, -1))
-        torch.testing.assert_close((x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-9)
+        up, down = (
+            dsa.gradient_distance(g_real, gradients(x.detach() + s * h * direction))
+            for s in (1, -1)
+        )
+        torch.testing.assert_close(
+            (x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize(
     ("per_class", "expected"),
-    [(1, (1, 1)), (2, (2, 50)), (10, (10, 50)), (11, (11, 25)), (20, (20, 25)), (30, (30, 20)), (40, (40, 15)),
-     (50, (50, 10)), (100, (50, 10))],
-)  # fmt: skip
+    [
+        (1, (1, 1)),
+        (2, (2, 50)),
+        (10, (10, 50)),
+        (11, (11, 25)),
+        (20, (20, 25)),
+        (30, (30, 20)),
+        (40, (40, 15)),
+        (50, (50, 10)),
+        (100, (50, 10)),
+    ],
+)
 def test_loops_by_images_per_class(per_class, expected):
-    assert dsa.loops(per_class) == expected
+    assert dsa.loop_counts(per_class) == expected
 
 
 def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(source):
@@ -155,7 +206,18 @@ def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(
 
 def distil(method, top, small_root, *flags, seed=0):
     """The real command in this process: the set, its log, and its folder."""
-    words = ["--source", "few", "--preset", "digits", "--num-images", "20", "--width", "0.05", "--log-every", "1"]
+    words = [
+        "--source",
+        "few",
+        "--preset",
+        "digits",
+        "--num-images",
+        "20",
+        "--width",
+        "0.05",
+        "--log-every",
+        "1",
+    ]
     roots = ["--data-root", str(small_root), "--run-root", str(top), "--seed", str(seed)]
     distillers.main([method, *words, *roots, *TOY[method], *flags])
     folder = top / "few" / method / f"seed{seed}"
@@ -204,19 +266,30 @@ def test_stopped_run_goes_on_to_the_very_same_set(method, small_root, tmp_path, 
 @pytest.mark.parametrize(
     ("method", "share", "flags"),
     [
-        ("dm", 0.85, ["--width", "0.1", "--outer-lr", "0.5", "--outer-steps", "25", "--real-batch", "20"]),
+        (
+            "dm",
+            0.85,
+            ["--width", "0.1", "--outer-lr", "0.5", "--outer-steps", "25", "--real-batch", "20"],
+        ),
         ("dsa", 0.95, ["--networks", "20", "--outer-loops", "1", "--real-batch", "20"]),
-        ("mtt", 0.9, ["--outer-lr", "1000", "--outer-steps", "15", "--experts", "1", "--max-start", "1"]),
+        (
+            "mtt",
+            0.9,
+            ["--outer-lr", "1000", "--outer-steps", "15", "--experts", "1", "--max-start", "1"],
+        ),
     ],
-)  # fmt: skip
-def test_distillation_of_digits_lowers_the_objective(method, share, flags, small_root, tmp_path, monkeypatch):
-    """For DSA under one and the same network each time: over fresh ones so few steps are lost in the noise."""
+)
+def test_distillation_of_digits_lowers_the_objective(
+    method, share, flags, small_root, tmp_path, monkeypatch
+):
+    """For DSA under one and the same network each time: over fresh ones so few steps are lost in
+    the noise."""
 
     def same_network(*args):
         torch.manual_seed(0)
-        return labelled.fresh_network(*args)
+        return labelled.build_untrained(*args)
 
-    monkeypatch.setattr(dsa, "fresh_network", same_network)
+    monkeypatch.setattr(dsa, "build_untrained", same_network)
     learned, _ = distil(method, tmp_path, small_root, *flags)
     assert learned.meta["objective_distilled"] < share * learned.meta["objective_initial"]
     assert learned.images.isfinite().all()
@@ -239,7 +312,9 @@ def test_number_that_is_no_multiple_of_the_classes(method, small_root, tmp_path)
 
 @pytest.mark.parametrize("method", TOY)
 def test_loss_that_is_not_finite_stops_with_advice(method, small_root, tmp_path):
-    with pytest.raises(UserError, match=r"distil, step \d+ of \d+: .* is not finite.*lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"distil, step \d+ of \d+: .* is not finite.*lower the learning rate"
+    ):
         distil(method, tmp_path, small_root, "--outer-lr", "1e38")
     assert not (tmp_path / "few" / method / "seed0" / "distilled.pt").exists()
 
@@ -249,5 +324,14 @@ def test_images_without_labels(tmp_path):
         save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
     for method in TOY:
         with pytest.raises(UserError, match="no labels"):
-            distillers.main([method, "--source", str(tmp_path), "--data-root", str(tmp_path / "data"),
-                             "--run-root", str(tmp_path / "runs")])  # fmt: skip
+            distillers.main(
+                [
+                    method,
+                    "--source",
+                    str(tmp_path),
+                    "--data-root",
+                    str(tmp_path / "data"),
+                    "--run-root",
+                    str(tmp_path / "runs"),
+                ]
+            )

@@ -17,7 +17,7 @@ from data.images import load_images
 from data.subsets import random_subset
 from distillers import low_rank
 from distillers.krr import ridge_predict
-from distillers.target import load_target
+from models.target import load_target
 from tests.conftest import DISTILL, stopping_at
 from utils import files, run
 from utils.errors import UserError
@@ -58,9 +58,16 @@ def enlarged(low, size):
 
 
 def some_factors(m=3, u=4, v=5, d=6, side=2, h=2, shifts=True):
-    given = dict(c_x=normal(0, m, u), b_x=normal(1, u, 3 * side * side), c_y=normal(2, m, v), b_y=normal(3, v, d))
+    given = dict(
+        c_x=normal(0, m, u),
+        b_x=normal(1, u, 3 * side * side),
+        c_y=normal(2, m, v),
+        b_y=normal(3, v, d),
+    )
     if shifts:
-        given |= dict(w1=normal(4, 3, v, h), b1=normal(5, 3, h), w2=normal(6, 3, h, v), b2=normal(7, 3, v))
+        given |= dict(
+            w1=normal(4, 3, v, h), b1=normal(5, 3, h), w2=normal(6, 3, h, v), b2=normal(7, 3, v)
+        )
     return given
 
 
@@ -82,11 +89,16 @@ def test_rotated_views_come_after_with_the_predicted_targets():
     for k in range(1, 4):
         for i in range(3):
             turned = x[i]
-            for _ in range(k):  # a quarter turn counterclockwise: the last column becomes the first row
+            for _ in range(
+                k
+            ):  # a quarter turn counterclockwise: the last column becomes the first row
                 turned = torch.stack([turned[:, :, -1 - row] for row in range(6)], dim=1)
             torch.testing.assert_close(x[3 * k + i], turned)
             c = f["c_y"][i]
-            hidden = [max(0, sum(c[v] * f["w1"][k - 1, v, j] for v in range(5)) + f["b1"][k - 1, j]) for j in range(2)]
+            hidden = [
+                max(0, sum(c[v] * f["w1"][k - 1, v, j] for v in range(5)) + f["b1"][k - 1, j])
+                for j in range(2)
+            ]
             shift = sum(hidden[j] * f["w2"][k - 1, j] for j in range(2)) + f["b2"][k - 1]
             torch.testing.assert_close(y[3 * k + i], (c + shift) @ f["b_y"])
 
@@ -102,21 +114,23 @@ def test_gradients_of_the_outer_loss_agree_with_central_differences():
     torch.manual_seed(0)
     network = models.build("convnet3", 32, 0, width=0.02).double().eval()
     f_real, y_real = normal(8, 9, network.feature_dim), normal(9, 9, 6)
-    start = {name: each for name, each in some_factors(m=3, side=8).items() if name in factors.NAMES}
+    start = {
+        name: each for name, each in some_factors(m=3, side=8).items() if name in factors.NAMES
+    }
     start["c_views"] = normal(10, 3, 3, 5)
 
     def loss(learned):
-        x, y = a_set(learned, shifts=dict(w1=None)).pairs()
+        x, y = a_set(learned, shifts=dict(w1=None)).compose()
         return F.mse_loss(ridge_predict(f_real, network.embed(x), y, 1e-2), y_real)
 
     learned = {name: each.clone().requires_grad_() for name, each in start.items()}
-    x, y = a_set(learned, shifts=dict(w1=None)).pairs()
+    x, y = a_set(learned, shifts=dict(w1=None)).compose()
     assert len(x) == len(y) == 12
     # The ridge, a factor on the kernel's trace, is held constant in the gradient: so it is here.
     trace = (torch.cat([network.embed(x), torch.ones(12, 1)], 1) ** 2).sum().item()
 
     def fixed_ridge(learned):
-        x, y = a_set(learned, shifts=dict(w1=None)).pairs()
+        x, y = a_set(learned, shifts=dict(w1=None)).compose()
         a, b = (torch.cat([f, torch.ones(len(f), 1)], 1) for f in (network.embed(x), f_real))
         dual = torch.linalg.solve(a @ a.T + 1e-2 * trace * torch.eye(12, dtype=torch.float64), y)
         return ((b @ a.T @ dual - y_real) ** 2).mean()
@@ -132,32 +146,38 @@ def test_gradients_of_the_outer_loss_agree_with_central_differences():
 
 def test_principal_components_are_orthonormal_and_lose_least():
     rows = normal(0, 20, 7).float()
-    b = low_rank.principal_components(rows, 3)
+    b = low_rank.fit_components(rows, 3)
     torch.testing.assert_close(b @ b.T, torch.eye(3), rtol=1e-5, atol=1e-5)
     lost = (rows - rows @ b.T @ b).square().sum()
-    torch.testing.assert_close(lost, torch.linalg.svdvals(rows)[3:].square().sum(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(b, low_rank.principal_components(rows, 5)[:3])  # the leading ones first
+    torch.testing.assert_close(
+        lost, torch.linalg.svdvals(rows)[3:].square().sum(), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(b, low_rank.fit_components(rows, 5)[:3])  # the leading ones first
 
 
 def test_balance_leaves_the_product_and_evens_the_sizes():
     c, b = 50 * normal(0, 4, 3), 0.1 * normal(1, 3, 5)
-    ratio = low_rank.balance(c, b)
+    ratio = low_rank.balancing_ratio(c, b)
     torch.testing.assert_close((c / ratio) @ (b * ratio), c @ b)
     torch.testing.assert_close((c / ratio).square().mean(), (b * ratio).square().mean())
 
 
 def test_shift_networks_fit_what_they_can(tmp_path):
-    """A shift that is one of these networks is found nearly exactly; the variance of noise is not."""
+    """The share that is explained, which noise lowers."""
     c_y = normal(0, 60, 5).float()
-    truth = {name: each.float() for name, each in low_rank.initial_shifts(5, 4, 9, CPU).items()}
+    truth = {name: each.float() for name, each in low_rank.build_shifts(5, 4, 9, CPU).items()}
     for noise, least, most in ((0.0, 0.9, 1.0), (3.0, 0.0, 0.7)):
-        c_views = c_y + factors.shifts_of(c_y, **truth).detach() + noise * normal(1, 3, 60, 5).float()
-        syn = a_set(dict(c_y=c_y, c_views=c_views), low_rank.initial_shifts(5, 4, 0, CPU))
+        c_views = (
+            c_y
+            + factors.predict_shifts(c_y, **truth).detach()
+            + noise * normal(1, 3, 60, 5).float()
+        )
+        syn = a_set(dict(c_y=c_y, c_views=c_views), low_rank.build_shifts(5, 4, 0, CPU))
         syn.adam = torch.optim.Adam([*syn.shifts.values()], 0.01)
         this = run.Run(tmp_path / str(noise), "x.pt", {})
         this.resume(CPU, {})
         r2 = syn._fit_shifts(this)
-        error = (factors.shifts_of(c_y, **syn.shifts) - (c_views - c_y)).square().mean()
+        error = (factors.predict_shifts(c_y, **syn.shifts) - (c_views - c_y)).square().mean()
         assert least < r2 < most
         variance = ((c_views - c_y) - (c_views - c_y).mean(1, keepdim=True)).square().mean()
         assert r2 == pytest.approx(1 - (error / variance).item(), rel=1e-4)
@@ -167,11 +187,15 @@ def test_shift_networks_fit_what_they_can(tmp_path):
 
 
 def settings(**given):
-    return SimpleNamespace(**(preset("digits", "distill") | dict(bases=20, target_bases=8, num_images=10) | given))
+    return SimpleNamespace(
+        **(preset("digits", "distill") | dict(bases=20, target_bases=8, num_images=10) | given)
+    )
 
 
 @pytest.mark.parametrize("views", low_rank.VIEWS)
-@pytest.mark.parametrize(("n_plain", "u", "v", "side"), [(10, 20, 8, 16), (3, 5, 5, 8), (100, 200, 100, 16)])
+@pytest.mark.parametrize(
+    ("n_plain", "u", "v", "side"), [(10, 20, 8, 16), (3, 5, 5, 8), (100, 200, 100, 16)]
+)
 def test_budget_is_met_and_spent(views, n_plain, u, v, side):
     args = settings(num_images=n_plain, bases=u, target_bases=v, base_size=side, views=views)
     m = low_rank.count_images(args, 10**6, 32, 128, v)
@@ -191,8 +215,11 @@ def test_budget_is_met_and_spent(views, n_plain, u, v, side):
         (dict(base_size=2), "--bases 20: at most 12"),
         (dict(bases=801), "--bases 801: at most 768"),
         (dict(target_bases=129), "--target-bases 129: at most 128"),
-        (dict(num_images=4), "worth 12,800 numbers, and the bases alone take 16,384; raise it"),
-        (dict(num_images=500), "images of 28 coefficients, more than the source's 1,000; lower it"),
+        (
+            dict(num_images=4),
+            "worth 12,800 numbers, of which the bases alone take 16,384; raise it",
+        ),
+        (dict(num_images=500), "images of the source's 1,000; lower it"),
     ],
 )
 def test_settings_that_do_not_go_together(given, message):
@@ -210,10 +237,15 @@ def made(roots, runs, tmp_path):
     """Runs distill.py in this process with the toy target; the set, its log, and its file."""
 
     def call(*flags, top="runs", seed=0):
-        target = ["--target", str(runs / "target" / "seed0" / "target.pt"), "--seed", str(seed)]
+        target = [
+            "--target-network",
+            str(runs / "target" / "seed0" / "target.pt"),
+            "--seed",
+            str(seed),
+        ]
         places = [*roots[:2], "--run-root", str(tmp_path / top), "--log-every", "1"]
         distill.main(["--source", "digits", *DISTILL, *places, *target, *BUDGET, *flags])
-        path = tmp_path / top / "digits" / "low_rank" / f"seed{seed}" / "distilled.pt"
+        path = tmp_path / top / "digits" / "krr_st_low_rank" / f"seed{seed}" / "distilled.pt"
         log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
         return SimpleNamespace(d=load_distilled(path), log=log, path=path)
 
@@ -241,7 +273,7 @@ def test_file_takes_the_room_and_gives_the_images_that_it_claims(made, views):
         hidden = (f["c_y"] @ f["w1"][2] + f["b1"][2]).relu()
         c = f["c_y"] + hidden @ f["w2"][2] + f["b2"][2]
         torch.testing.assert_close(d.targets[3 * m :], c @ f["b_y"], rtol=1e-4, atol=1e-5)
-    assert d.meta["method"] == "low_rank" and d.num_images == 6
+    assert d.meta["method"] == "krr_st_low_rank" and d.num_images == 6
     assert (set_.path.parent / "images.png").is_file()
 
 
@@ -257,7 +289,9 @@ def test_start_is_the_projection_of_random_images_and_their_targets(made, roots,
     basis = torch.linalg.qr(f["b_x"].T).Q
     torch.testing.assert_close(f["c_x"] @ f["b_x"], small @ basis @ basis.T, rtol=1e-3, atol=1e-3)
     basis = torch.linalg.qr(f["b_y"].T).Q
-    torch.testing.assert_close(f["c_y"] @ f["b_y"], target.features(x) @ basis @ basis.T, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        f["c_y"] @ f["b_y"], target.features(x) @ basis @ basis.T, rtol=1e-3, atol=1e-3
+    )
     assert set_.d.meta["distance_from_initial"] < 0.9
 
 
@@ -275,11 +309,22 @@ def test_stopped_run_resumes_to_the_same_file(made, monkeypatch, views):
     assert not left
     parts = made("--views", views, top="parts")
     assert parts.path.read_bytes() == whole.path.read_bytes()
-    assert torch.equal(parts.d.images, whole.d.images) and torch.equal(parts.d.targets, whole.d.targets)
+    assert torch.equal(parts.d.images, whole.d.images) and torch.equal(
+        parts.d.targets, whole.d.targets
+    )
 
 
 def test_learning_lowers_the_outer_loss(made):
-    flags = ["--outer-steps", "40", "--outer-lr", "0.02", "--outer-batch", "256", "--pool-steps", "10"]
+    flags = [
+        "--outer-steps",
+        "40",
+        "--outer-lr",
+        "0.02",
+        "--outer-batch",
+        "256",
+        "--pool-steps",
+        "10",
+    ]
     d = made(*TURNED, *flags).d
     assert d.meta["outer_loss_distilled"] < 0.9 * d.meta["outer_loss_initial"]
     assert 0 < d.meta["shift_r2"] <= 1
@@ -295,7 +340,7 @@ def test_later_stages_take_it_as_any_set(made):
     set_ = made(*TURNED)
     pretrain.main(["--distilled", str(set_.path), "--epochs", "2", "--width", "0.1"])
     meta = files.load(next(set_.path.parent.rglob("model.pt")), "model")["meta"]
-    assert meta["num_images"] == 6 and meta["method"] == "low_rank"
+    assert meta["num_images"] == 6 and meta["method"] == "krr_st_low_rank"
 
 
 def test_plain_set_keeps_its_name_and_its_file(distilled):

@@ -13,13 +13,23 @@ from data.distilled import load_distilled
 from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import high_loss, matching, unroll
-from distillers.target import load_target
+from models.target import load_target
 from tests.conftest import stopping_at
 from utils import files, run
 from utils.errors import UserError
 
 EXPERTS = ["--width", "0.05", "--experts", "2", "--expert-batch", "300"]
-TOY = [*EXPERTS, "--num-images", "20", "--outer-steps", "4", "--inner-steps", "2", "--inner-batch", "7"]
+TOY = [
+    *EXPERTS,
+    "--num-images",
+    "20",
+    "--outer-steps",
+    "4",
+    "--inner-steps",
+    "2",
+    "--inner-batch",
+    "7",
+]
 TOY += ["--max-start", "2", "--match-epochs", "2", "--log-every", "1"]
 METHODS = ["mtt", "mkdt"]
 
@@ -32,7 +42,7 @@ def normal(seed, *shape):
 def quick(monkeypatch):
     """One thread, which is faster for networks this small, and few draws to measure with."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(matching, "MEASURED_STARTS", 2)
+    monkeypatch.setattr(matching, "MEASUREMENT_STARTS", 2)
 
 
 # The formulas
@@ -40,11 +50,11 @@ def quick(monkeypatch):
 
 @pytest.fixture(params=["class", "feature"])
 def unrolled(request):
-    """A tiny network, theta*_t, theta*_{t+M}, images and targets in three inner batches, and the rate;
-    and the loss the naive way: one graph through all steps."""
+    """A tiny network, theta*_t, theta*_{t+M}, images and targets in three inner batches, and the
+    rate; and the loss the naive way: one graph through all steps."""
     torch.manual_seed(0)
     network = models.build("dc_convnet3", 32, 3, width=0.03).double()
-    start = unroll.flat(network)
+    start = unroll.flatten_parameters(network)
     goal = start + 0.05 * normal(1, len(start))
     x, rate = normal(2, 6, 3, 32, 32).requires_grad_(), torch.tensor(0.03, dtype=torch.float64)
     features = request.param == "feature"
@@ -52,7 +62,9 @@ def unrolled(request):
     parts = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 5]), torch.tensor([1, 4, 5])]
 
     def naive(x, y, rate):
-        theta = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+        theta = {
+            name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()
+        }
         for part in parts:
             predicted = torch.func.functional_call(network, theta, (x[part],))
             if features:
@@ -60,19 +72,29 @@ def unrolled(request):
             else:
                 loss = -predicted.log_softmax(1)[range(len(part)), y[part]].sum() / len(part)
             gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-            theta = {name: p - rate * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+            theta = {
+                name: p - rate * g for (name, p), g in zip(theta.items(), gradients, strict=True)
+            }
         reached = torch.cat([p.flatten() for p in theta.values()])
         return (reached - goal).norm() ** 2 / (start - goal).norm() ** 2
 
     batches, leaves = [(x[part], y[part]) for part in parts], [x, y] if features else [x]
     return SimpleNamespace(
-        network=network, start=start, goal=goal, x=x, y=y, rate=rate, batches=batches, leaves=leaves, naive=naive
-    )  # fmt: skip
+        network=network,
+        start=start,
+        goal=goal,
+        x=x,
+        y=y,
+        rate=rate,
+        batches=batches,
+        leaves=leaves,
+        naive=naive,
+    )
 
 
 def learned(u):
-    """The loss and its gradients by the images, the targets where they are features, and the rate."""
-    loss, by_batch, by_rate = matching.matching(u.network, u.start, u.goal, u.batches, u.rate)
+    """The loss and its gradients by the images, by the targets if learned, and by the rate."""
+    loss, by_batch, by_rate = matching.matching_loss(u.network, u.start, u.goal, u.batches, u.rate)
     rows = [part for batch in u.batches for part in batch if part.requires_grad]
     torch.autograd.backward(rows, [part for parts in by_batch for part in parts])
     return loss, [each.grad for each in u.leaves], by_rate
@@ -97,25 +119,34 @@ def test_gradients_agree_with_central_differences(unrolled):
     for name, gradient in [*zip("xy", ours, strict=False), ("rate", by_rate)]:
         for seed in range(3):
             direction = normal(seed + 5, *values[name].shape)
-            up, down = (u.naive(**(values | {name: values[name] + s * h * direction})).detach() for s in (1, -1))
+            up, down = (
+                u.naive(**(values | {name: values[name] + s * h * direction})).detach()
+                for s in (1, -1)
+            )
             difference = (up - down) / (2 * h)
-            torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(
+                (gradient * direction).sum(), difference, rtol=1e-4, atol=1e-9
+            )
 
 
 def test_loss_is_one_at_the_start_and_zero_at_the_goal(unrolled):
     u, still = unrolled, torch.zeros((), dtype=torch.float64)
-    loss = matching.matching(u.network, u.start, u.goal, u.batches, still)[0]
+    loss = matching.matching_loss(u.network, u.start, u.goal, u.batches, still)[0]
     assert loss.item() == pytest.approx(1, rel=1e-12)
     x, y = (each.detach() for each in u.batches[0])
-    goal = u.start - 0.1 * matching.inner_gradient(u.network, u.start.clone().requires_grad_(), x, y)
-    loss = matching.matching(u.network, u.start, goal, [(x, y)], still + 0.1)[0]
+    goal = u.start - 0.1 * matching.inner_gradient(
+        u.network, u.start.clone().requires_grad_(), x, y
+    )
+    loss = matching.matching_loss(u.network, u.start, goal, [(x, y)], still + 0.1)[0]
     assert loss.item() == pytest.approx(0, abs=1e-20)
 
 
 def test_flat_parameters_come_back_by_name():
     torch.manual_seed(0)
     network = models.build("dc_convnet3", 32, 3, width=0.03)
-    for name, value in unroll.unflat(unroll.flat(network), network).items():
+    for name, value in unroll.unflatten_parameters(
+        unroll.flatten_parameters(network), network
+    ).items():
         assert torch.equal(value, network.get_parameter(name))
 
 
@@ -133,15 +164,18 @@ def distil(roots, runs, small_root, tmp_path):
         if name == "mtt":
             places += ["--data-root", str(small_root), "--expert-batch", "64", "--outer-lr", "100"]
         else:
-            places += [*roots[:2], "--target", str(runs / "target" / "seed0" / "target.pt")]
+            places += [*roots[:2], "--target-network", str(runs / "target" / "seed0" / "target.pt")]
         distillers.main([name, "--source", source, *TOY, *places, *flags])
         home = tmp_path / top / source
         folder = home / name / f"seed{seed}"
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         experts = sorted((home / "experts").rglob("expert.pt"))
         return SimpleNamespace(
-            d=load_distilled(folder / "distilled.pt"), log=log, experts=experts, path=folder / "distilled.pt"
-        )  # fmt: skip
+            d=load_distilled(folder / "distilled.pt"),
+            log=log,
+            experts=experts,
+            path=folder / "distilled.pt",
+        )
 
     return call
 
@@ -153,13 +187,17 @@ def digits(data_root):
 
 @pytest.fixture
 def features(digits, runs):
-    target = load_target(runs / "target" / "seed0" / "target.pt", digits, torch.device("cpu"), "fp32")
+    target = load_target(
+        runs / "target" / "seed0" / "target.pt", digits, torch.device("cpu"), "fp32"
+    )
     return target.features_of(digits)
 
 
-def test_mkdt_starts_from_the_images_that_high_loss_picks(distil, digits, features, roots, runs, tmp_path):
+def test_mkdt_starts_from_the_images_that_high_loss_picks(
+    distil, digits, features, roots, runs, tmp_path
+):
     still = ["--outer-lr", "0", "--target-lr", "0", "--rate-lr", "0"]
-    target = ["--target", str(runs / "target" / "seed0" / "target.pt")]
+    target = ["--target-network", str(runs / "target" / "seed0" / "target.pt")]
     places = [*roots[:2], "--run-root", str(tmp_path), *target]
     distillers.main(["high_loss", "--source", "digits", "--num-images", "20", *EXPERTS, *places])
     picked = load_distilled(tmp_path / "digits" / "high_loss" / "seed0" / "distilled.pt")
@@ -186,7 +224,9 @@ def test_mkdt_learns_images_targets_and_rate(distil):
 
 
 def test_mkdt_same_seed_same_set_and_another_seed_another(distil):
-    first, again, other = (distil("mkdt", seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a")))
+    first, again, other = (
+        distil("mkdt", seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a"))
+    )
     assert torch.equal(first.images, again.images) and torch.equal(first.targets, again.targets)
     assert not torch.equal(first.images, other.images)
 
@@ -201,12 +241,16 @@ def test_mkdt_stopped_run_resumes_to_the_same_set(distil, monkeypatch):
                 distil("mkdt", top="parts")
     assert not left
     parts = distil("mkdt", top="parts")
-    assert torch.equal(parts.d.images, whole.d.images) and torch.equal(parts.d.targets, whole.d.targets)
+    assert torch.equal(parts.d.images, whole.d.images) and torch.equal(
+        parts.d.targets, whole.d.targets
+    )
     assert parts.d.meta["learned_rate"] == whole.d.meta["learned_rate"]
     assert [line["loss"] for line in parts.log] == [line["loss"] for line in whole.log]
     for a, b in zip(parts.experts, whole.experts, strict=True):
         a, b = files.load(a, "expert"), files.load(b, "expert")
-        assert torch.equal(a["trajectory"], b["trajectory"]) and torch.equal(a["errors"], b["errors"])
+        assert torch.equal(a["trajectory"], b["trajectory"]) and torch.equal(
+            a["errors"], b["errors"]
+        )
 
 
 def test_mkdt_on_digits_lowers_the_objective(distil):
@@ -221,7 +265,18 @@ def test_mkdt_on_digits_lowers_the_objective(distil):
 def test_experts_are_trained_once_and_again_when_what_decides_them_changes(distil, name):
     times = {path: path.stat().st_mtime_ns for path in distil(name).experts}
     assert len(times) == 2
-    again = distil(name, "--outer-lr", "7", "--inner-steps", "1", "--max-start", "1", "--match-epochs", "3", seed=1)
+    again = distil(
+        name,
+        "--outer-lr",
+        "7",
+        "--inner-steps",
+        "1",
+        "--max-start",
+        "1",
+        "--match-epochs",
+        "3",
+        seed=1,
+    )
     assert {path: path.stat().st_mtime_ns for path in again.experts} == times
     assert len(distil(name, "--experts", "3", seed=2).experts) == 3
     assert len(distil(name, "--expert-lr", "0.02", seed=3).experts) == 5
@@ -229,16 +284,23 @@ def test_experts_are_trained_once_and_again_when_what_decides_them_changes(disti
 
 def test_experts_of_another_target_are_others(distil, runs, tmp_path):
     content = files.load(runs / "target" / "seed0" / "target.pt", "target")
-    content["network"]["features.0.0.weight" if "features.0.0.weight" in content["network"] else
-                       next(iter(content["network"]))].mul_(1.5)  # fmt: skip
-    files.save(tmp_path / "target.pt", "target", {k: v for k, v in content.items() if k not in ("kind", "format")})
+    content["network"][
+        "features.0.0.weight"
+        if "features.0.0.weight" in content["network"]
+        else next(iter(content["network"]))
+    ].mul_(1.5)
+    files.save(
+        tmp_path / "target.pt",
+        "target",
+        {k: v for k, v in content.items() if k not in ("kind", "format")},
+    )
     distil("mkdt")
-    assert len(distil("mkdt", "--target", str(tmp_path / "target.pt"), seed=1).experts) == 4
+    assert len(distil("mkdt", "--target-network", str(tmp_path / "target.pt"), seed=1).experts) == 4
 
 
 def test_expert_holds_the_parameters_of_sgd_after_each_epoch_and_the_errors_after_the_first(
     distil, digits, features
-):  # fmt: skip
+):
     """In one batch an epoch: v = 0.9 v + gradient + 1e-4 theta, theta = theta - lr v."""
     made = distil("mkdt", "--expert-batch", "2000", "--expert-lr", "0.05", "--outer-steps", "1")
     x, errors = digits.normalised(torch.arange(len(digits)), "cpu"), []
@@ -246,8 +308,11 @@ def test_expert_holds_the_parameters_of_sgd_after_each_epoch_and_the_errors_afte
         content = files.load(path, "expert")
         torch.manual_seed(k)
         network = models.build("dc_convnet3", 32, features.shape[1], 0.05)
-        assert content["trajectory"].shape == (2 + 2, unroll.flat(network).numel())  # max_start - 1 + M, and 0
-        torch.testing.assert_close(content["trajectory"][0], unroll.flat(network))
+        assert content["trajectory"].shape == (
+            2 + 2,
+            unroll.flatten_parameters(network).numel(),
+        )  # max_start - 1 + M, and 0
+        torch.testing.assert_close(content["trajectory"][0], unroll.flatten_parameters(network))
         velocity = [torch.zeros_like(p) for p in network.parameters()]
         for epoch in range(3):
             loss = F.mse_loss(network(x), features)
@@ -256,12 +321,16 @@ def test_expert_holds_the_parameters_of_sgd_after_each_epoch_and_the_errors_afte
                 for p, v, gradient in zip(network.parameters(), velocity, gradients, strict=True):
                     v.mul_(0.9).add_(gradient + 1e-4 * p)
                     p -= 0.05 * v
-                reached = unroll.flat(network)
-                torch.testing.assert_close(content["trajectory"][epoch + 1], reached, rtol=1e-3, atol=1e-4)
+                reached = unroll.flatten_parameters(network)
+                torch.testing.assert_close(
+                    content["trajectory"][epoch + 1], reached, rtol=1e-3, atol=1e-4
+                )
                 if epoch == 0:
                     errors.append((network(x) - features).square().sum(1) / features.shape[1])
         torch.testing.assert_close(content["errors"], errors[-1], rtol=1e-3, atol=1e-4)
-    assert made.d.meta["initial"] == high_loss.hardest((errors[0] + errors[1]) / 2, 20).tolist()
+    assert (
+        made.d.meta["initial"] == high_loss.select_hardest((errors[0] + errors[1]) / 2, 20).tolist()
+    )
 
 
 def test_mtt_expert_holds_the_parameters_of_plain_sgd(distil, small_root, monkeypatch):
@@ -273,7 +342,7 @@ def test_mtt_expert_holds_the_parameters_of_plain_sgd(distil, small_root, monkey
     for k, content in enumerate(contents):
         torch.manual_seed(k)
         network = models.build("dc_convnet3", 32, 10, 0.05)
-        torch.testing.assert_close(content["trajectory"][0], unroll.flat(network))
+        torch.testing.assert_close(content["trajectory"][0], unroll.flatten_parameters(network))
         assert len(content["trajectory"]) == 4 and len(content["errors"]) == 0
         for epoch in range(3):
             predicted = network(source.normalised(torch.arange(len(source)), "cpu"))
@@ -282,8 +351,10 @@ def test_mtt_expert_holds_the_parameters_of_plain_sgd(distil, small_root, monkey
             with torch.no_grad():
                 for p, gradient in zip(network.parameters(), gradients, strict=True):
                     p -= 0.05 * gradient
-            reached = unroll.flat(network)
-            torch.testing.assert_close(content["trajectory"][epoch + 1], reached, rtol=1e-3, atol=1e-4)
+            reached = unroll.flatten_parameters(network)
+            torch.testing.assert_close(
+                content["trajectory"][epoch + 1], reached, rtol=1e-3, atol=1e-4
+            )
     assert not torch.equal(contents[0]["trajectory"], contents[1]["trajectory"])
 
 
@@ -291,7 +362,10 @@ def test_mtt_expert_holds_the_parameters_of_plain_sgd(distil, small_root, monkey
 def test_learned_rate_is_updated_and_stays_positive(distil, name):
     first = 0.01 if name == "mtt" else 0.1
     made = distil(name, "--rate-lr", "1e-4", top="usual")
-    rates = [*(line["rate"] for line in made.log), made.d.meta["learned_rate"]]  # each before its step
+    rates = [
+        *(line["rate"] for line in made.log),
+        made.d.meta["learned_rate"],
+    ]  # each before its step
     assert rates[0] == pytest.approx(first) and min(rates) > 0 and len({*rates}) == len(rates)
     # Eight inner steps where the expert took one: unlimited, the rate would fall below 0.
     flags = ["--experts", "1", "--expert-batch", "2000", "--max-start", "1", "--match-epochs", "1"]
@@ -304,25 +378,27 @@ def test_learned_rate_is_updated_and_stays_positive(distil, name):
 
 
 def pretrained(path, *flags):
-    """The first logged learning rate of a pre-training, from its settings, and its scale."""
+    """The learning rate of a pre-training, and its deviations."""
     pretrain.main(["--distilled", str(path), "--epochs", "1", "--width", "0.05", *flags])
     content = files.load(next(path.parent.rglob("model.pt")), "model")
-    return content["meta"]["settings"]["lr"], content["meta"]["scale"]
+    return content["meta"]["settings"]["lr"], content["meta"]["deviations"]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_pretraining_takes_the_learned_rate(distil, name, capsys):
     made = distil(name, "--rate-lr", "1e-3")
-    rate, scale = pretrained(made.path)
-    assert rate == made.d.meta["learned_rate"] and "pretrain.lr" not in scale
+    rate, changed = pretrained(made.path)
+    assert rate == made.d.meta["learned_rate"] and "pretrain.lr" not in changed
     assert "learned with the set" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "expected"), [(["--ignore-learned-rate"], 0.1), (["--lr", "0.02"], 0.02)])
+@pytest.mark.parametrize(
+    ("flags", "expected"), [(["--ignore-learned-rate"], 0.1), (["--lr", "0.02"], 0.02)]
+)
 def test_pretraining_at_another_rate(distil, flags, expected):
-    rate, scale = pretrained(distil("mkdt").path, *flags)
+    rate, changed = pretrained(distil("mkdt").path, *flags)
     assert rate == expected
-    assert scale.get("pretrain.lr") == (None if expected == 0.1 else [0.02, 0.1])
+    assert changed.get("pretrain.lr") == (None if expected == 0.1 else [0.02, 0.1])
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, float("nan"), "fast"])
@@ -365,7 +441,7 @@ def test_more_images_than_there_are(distil):
 
 def test_missing_target(distil, tmp_path):
     with pytest.raises(UserError, match=r"no such file; make it with: python pretrain_target.py"):
-        distil("mkdt", "--target", str(tmp_path / "none.pt"))
+        distil("mkdt", "--target-network", str(tmp_path / "none.pt"))
 
 
 def test_damaged_expert_is_named(distil):

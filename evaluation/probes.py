@@ -1,0 +1,140 @@
+"""Accuracy of a network or of its frozen features. Nothing here changes a network, its mode or its
+buffers."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data.images import normalise
+from utils.device import autocast
+
+BATCH = 512
+
+
+@contextlib.contextmanager
+def evaluating(network, batch_statistics=False):
+    """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own
+    statistics and leaves its running ones as they are (the paper's distillation of knowledge,
+    departure D12 kd-details)."""
+    modes = {module: module.training for module in network.modules()}
+    norms = (
+        [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []
+    )
+    network.eval()
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        with torch.no_grad():
+            yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        for module, training in modes.items():
+            module.training = training
+
+
+def outputs(function, images, device, precision="fp32", mean=None, std=None):
+    """`function` (a network's forward or embed) of all images in order: (n, d) float32 on `device`.
+
+    Images are normalised by `mean` and `std`, by default the set's own.
+    """
+    mean, std = images.mean if mean is None else mean, images.std if std is None else std
+    network = function.__self__ if hasattr(function, "__self__") else function
+    results = []
+    with evaluating(network), autocast(device, precision):
+        for index in torch.arange(len(images)).split(BATCH):
+            results.append(function(normalise(images.raw(index, device), mean, std)).float())
+    return torch.cat(results)
+
+
+def accuracy(network, images, device, precision="fp32", batch_statistics=False):
+    """Share of correctly classified images in percent.
+
+    With `batch_statistics` the images are taken in a fixed random order, since a batch of one class
+    has other statistics than a batch of all.
+    """
+    order = torch.arange(len(images))
+    if batch_statistics:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    correct = 0
+    with evaluating(network, batch_statistics), autocast(device, precision):
+        for index in order.split(BATCH):
+            predicted = network(images.normalised(index, device)).argmax(1)
+            correct += (predicted.cpu() == images.labels[index]).sum().item()
+    return 100 * correct / len(images)
+
+
+def knn_accuracy(embed, train, test, device, precision="fp32"):
+    """Accuracy in percent of `knn_accuracy_of` the features `embed` of the images of `test` among
+    those of `train`."""
+    return knn_accuracy_of(*_labelled_features(embed, train, test, device, precision))
+
+
+def linear_accuracy(embed, train, test, device, precision="fp32"):
+    """Accuracy in percent of `linear_accuracy_of` the features `embed`, fitted to `train`, on
+    `test`."""
+    return linear_accuracy_of(*_labelled_features(embed, train, test, device, precision))
+
+
+def _labelled_features(embed, train, test, device, precision):
+    """Features and labels of both sets, normalised as `train` is, and the number of classes."""
+    parts = []
+    for images in (train, test):
+        parts += [
+            outputs(embed, images, device, precision, train.mean, train.std),
+            images.labels.to(device),
+        ]
+    return *parts, len(train.classes)
+
+
+def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, temperature=0.07):
+    """Accuracy in percent of weighted nearest neighbours by cosine similarity.
+
+    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
+    2018, section 3.4: each of the k neighbours votes with weight exp(similarity / temperature).
+
+    Args:
+        features: (n, d), with `labels` (n,) in 0..num_classes-1.
+        tests: (t, d), with `test_labels` (t,).
+    """
+    bank, correct = F.normalize(features), 0
+    for part, truth in zip(F.normalize(tests).split(BATCH), test_labels.split(BATCH), strict=True):
+        similarity, neighbours = (part @ bank.T).topk(min(k, len(bank)))
+        votes = torch.zeros(len(part), num_classes, device=part.device)
+        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == truth).sum().item()
+    return 100 * correct / len(tests)
+
+
+def linear_accuracy_of(features, labels, tests, test_labels, num_classes):
+    """Accuracy in percent of a linear classifier on features, fitted to convergence.
+
+    Features are standardised by the training images'; multinomial logistic regression, with half
+    the squared weights beside the summed cross-entropy, is minimised by L-BFGS. The minimum is
+    unique: no seed, no rate, no schedule.
+
+    Args:
+        features: (n, d), with `labels` (n,) in 0..num_classes-1.
+        tests: (t, d), with `test_labels` (t,).
+    """
+    mean, std = features.mean(0), features.std(0, unbiased=False)
+    features, tests = ((f - mean) / std.clamp(min=1e-6) for f in (features, tests))
+    weight = torch.zeros(features.shape[1], num_classes, device=features.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
+    fit = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        fit.zero_grad()
+        loss = F.cross_entropy(features @ weight + bias, labels) + weight.square().sum() / (
+            2 * len(labels)
+        )
+        loss.backward()
+        return loss
+
+    fit.step(closure)
+    predicted = (tests @ weight + bias).argmax(1)
+    return 100 * (predicted == test_labels).float().mean().item()
