@@ -1,7 +1,7 @@
 """Write the tables in README.md and other Markdown files from the stored results, or check them.
 
-    python -m analysis.docs --write README.md analysis/findings.md
-    python -m analysis.docs --check README.md analysis/findings.md    # fails where a table is stale
+    python -m analysis.docs --write README.md docs/*.md
+    python -m analysis.docs --check README.md docs/*.md    # fails where a table is stale
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is a table or data
 set of `analysis.tables`; NAME or NAME.datasets of `analysis.compare`, where its results are stored;

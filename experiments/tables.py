@@ -364,7 +364,7 @@ TABLES = {
             "the paper has it; Y_s at random, a pool of one member, other T and m, and networks "
             "in bf16 from distillation on. TinyImageNet at 32 px and small networks: hours of a "
             "CPU. Three distillations each, paired by seed. A member of the pool is drawn about "
-            "120 times, so it starts afresh five times. analysis/findings.md has the results.",
+            "120 times, so it starts afresh five times. docs/findings.md has the results.",
             sources=(Source("tinyimagenet"),),
             methods=(
                 "krr_st",
