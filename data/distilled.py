@@ -1,9 +1,11 @@
 """The one file between every distillation method and every later stage."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from data import factors
 from utils import files
 from utils.errors import UserError
 
@@ -18,7 +20,10 @@ META = {
     "method": str,
     "preset": str,
     "seed": int,
+    "learned_rate": float,
+    "num_images": int,
 }  # what later stages take from there
+LARGEST_SIZE = 4096  # pixels of a side of images that are made from factors
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
@@ -30,8 +35,11 @@ class Distilled:
     `std` (3,); `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset,
     settings, versions, `deviations` (`presets.deviations` of all stages so far), `initial` (the
     source's images that it started from, by index), `distance_from_initial`
-    (`distillers.method.distance_from_initial`), and `fresh_noise` where the images are noise that
-    kd.py draws anew at each step.
+    (`distillers.method.distance_from_initial`), `learned_rate` where a learning rate was learned
+    too, and `fresh_noise` where the images are noise that kd.py draws anew at each step.
+
+    A set that is stored in `factors` (data/factors.py) has the images and targets that these make,
+    and in its meta `num_images`: the plain images that would take as much room.
     """
 
     images: torch.Tensor
@@ -40,6 +48,7 @@ class Distilled:
     mean: torch.Tensor
     std: torch.Tensor
     meta: dict
+    factors: dict | None = None
 
     def pixels(self):
         """The images in [0, 1], clamped: (m, 3, S, S)."""
@@ -50,6 +59,11 @@ class Distilled:
         """Outputs of a network that is fitted to the targets; classes that have no image may be
         missing at the end."""
         return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
+
+    @property
+    def num_images(self):
+        """The images; for a set in factors, the plain images that would take as much room."""
+        return self.meta.get("num_images") or len(self.images)
 
     def find_fault(self):
         """What makes this no distilled set, in words, or None."""
@@ -62,6 +76,9 @@ class Distilled:
         for name, kind in META.items():
             if not isinstance(self.meta.get(name), (kind, type(None))):
                 return f"{name} of the wrong type in meta"
+        rate = self.meta.get("learned_rate")
+        if rate is not None and not 0 < rate < math.inf:
+            return f"learned_rate {rate} in meta, not above 0"
         images, targets, shape = self.images, self.targets, tuple(self.images.shape)
         if not images.ndim or not targets.ndim:
             return "images or targets that are a single number"
@@ -88,17 +105,36 @@ class Distilled:
             return f"{found}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
-        """What `files.save(path, "distilled", ...)` writes."""
-        return {
+        """What `files.save(path, "distilled", ...)` writes: factors, where there are any, in place
+        of images and targets."""
+        values = {
             key: value.cpu() if torch.is_tensor(value) else value
             for key, value in vars(self).items()
         }
+        if self.factors is None:
+            del values["factors"]
+            return values
+        return values | dict(images=None, targets=None, image_size=self.images.shape[-1])
 
 
 def load_distilled(path):
     """Read a distilled.pt. Raises UserError where it is not one or its parts do not fit."""
-    content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
-    d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
+    names = Distilled.__dataclass_fields__
+    content = files.load(path, "distilled", required=[name for name in names if name != "factors"])
+    if content.get("factors") is not None:
+        content |= _materialise(content, path)
+    d = Distilled(**{name: content.get(name) for name in names})
     if fault := d.find_fault():
         raise UserError(f"{path}: {fault}")
     return d
+
+
+def _materialise(content, path):
+    """The images and targets of a file that holds factors. Raises UserError for a bad one."""
+    fault, size = factors.find_fault(content["factors"]), content.get("image_size")
+    if fault is None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
+        fault = f"image_size {size}"
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    images, targets = factors.materialise(content["factors"], size)
+    return dict(images=images, targets=targets)
