@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.moments import Moments
 
 BATCH = 64  # images in a pass of the encoder
-ROWS = 8192  # rows of a table at a time
+ROWS = 2048  # rows of a table at a time
 
 
 class FeatureTable:
