@@ -13,7 +13,7 @@ from torch import nn
 
 
 class MeanFeatures(nn.Module):
-    """Pixels (b, 3, S, S) in [0, 1] -> the last layer's features, averaged over space: (b, 1280)."""
+    """Pixels (b, 3, S, S) in [0, 1] -> the last layer's features, mean over space: (b, 1280)."""
 
     image_size = 192
 
