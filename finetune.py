@@ -106,6 +106,7 @@ def main(argv):
             beginning, run, network, len(train.classes),
             lambda: finetune(network, train, args, run, randomness, device),
             target=train.name, finetune=run.settings, scale=beginning.scale | scale,
+            normalisation=[train.mean.tolist(), train.std.tolist()],
         )  # fmt: skip
         accuracy = evaluate.accuracy(network, test, device, args.precision)
     else:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from data.augment import diff_augment
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled
 from data.images import load_images
 from models import saved
 from models.sync_batch_norm import synchronised
@@ -108,6 +108,7 @@ def main(argv):
         beginning, run, student, len(test.classes),
         lambda: imitate(student, teacher, distilled, args, run, randomness, device),
         target=test.name, kd=run.settings, scale=beginning.scale | scale,
+        normalisation=[test.mean.tolist(), test.std.tolist()],
     )  # fmt: skip
     accuracies = {
         f"{who}{suffix}": round(evaluate.accuracy(network, test, device, args.precision, batch_statistics), 4)
@@ -125,7 +126,7 @@ def main(argv):
 def parse_args(argv):
     parser = cli.parser(__doc__)
     start.add_flags(parser, argv)
-    parser.add_argument("--distilled", type=Path, required=True, help="distilled.pt whose images are used")
+    parser.add_argument("--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP)
     parser.add_argument("--teacher", type=Path, required=True, help="model.pt of finetune.py, trained on the target")
     cli.add_settings(parser, preset(cli.preset_name(cli.early("target", argv)), "kd"), HELP)
     return parser.parse_args(argv)

@@ -1,17 +1,21 @@
 """Stage 2: pre-train a network on a distilled set, or on all of its source.
 
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
+    python pretrain.py --distilled hf:USER/NAME                  # or the folder of an exported set
     python pretrain.py --source tinyimagenet --arch vgg11        # the oracle: all images with the target's features
 
 The recipe follows from the set's kind of targets (feature, soft or class), whichever method made it. Writes
 <the set's folder>/<arch>/seed<k>/model.pt, where k is the seed of this pre-training: the paper's three runs are three
-pre-trainings of one distilled set. An hour of a CPU at most for 32 px and 1,000 images; seconds for the digits.
+pre-trainings of one distilled set. An exported set brings its recipe along, and its networks go to
+<run root>/<source>/<name of the set>/seed<k>/<arch>/seed<k>. An hour of a CPU at most for 32 px and 1,000 images;
+seconds for the digits.
 
 With --source the network is fitted to the target network's features of every image of the source, by the recipe for
 features and with as many optimiser steps as a distilled set of the preset's size gets, so that the two differ in their
 images alone (--steps for more). That goes to <run root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 
 import models
 from data.augment import diff_augment
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise, unit
 from data.loading import Loader
 from distillers.target import load_target
@@ -76,8 +80,10 @@ def of_set(distilled, args, device):
         raise UserError(f"{args.distilled}: images of {size} px; the networks take {models.SMALLEST_SIZE} px or more")
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
     meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
+    meta["normalisation"] = [distilled.mean.tolist(), distilled.std.tolist()]
     x_syn, y_syn = distilled.images.to(device), distilled.targets.to(device)
-    return Lessons(x_syn, y_syn, lambda x: x, size, distilled.num_outputs, distilled.target_kind, args.distilled.parent,
+    home = results_folder(args.distilled, distilled, args.run_root)
+    return Lessons(x_syn, y_syn, lambda x: x, size, distilled.num_outputs, distilled.target_kind, home,
                    dict(distilled=digest), meta, distilled.meta.get("scale", {}))  # fmt: skip
 
 
@@ -92,6 +98,7 @@ def of_source(args, device):
 
     facts = dict(source=source.name, fingerprint=source.fingerprint, target=target.digest)
     meta = dict(source=source.name, method="full", preset=args.preset)
+    meta["normalisation"] = [source.mean.tolist(), source.std.tolist()]
     return Lessons(source.pixels, target.features_of(source), seen, source.image_size, target.network.feature_dim,
                    "source", home / "full" / "seed0", facts, meta, source.part | target.scale)  # fmt: skip
 
@@ -143,10 +150,22 @@ def main(argv):
     print(f"wrote {run.artefact}")
 
 
+def own_recipe(distilled, path, usual):
+    """The settings `usual`, with the values that an exported set brings. Raises UserError for one that is none."""
+    own = distilled.meta.get("recipe", {}) if distilled else {}
+    chosen = {name: own.get(name, value) for name, value in usual.items()}
+    for name, value in chosen.items():
+        number = isinstance(value, (int, float))
+        fits = 0 <= value < math.inf if number else value in models.ARCHITECTURES  # of texts there is the arch only
+        if type(value) is not type(usual[name]) or not fits:
+            raise UserError(f"{path}: a recipe with {name} {str(value)[:40]}")
+    return chosen
+
+
 def parse_args(argv):
     parser = cli.parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--distilled", type=Path, help="distilled.pt of any method")
+    what.add_argument("--distilled", type=distilled_file, metavar="SET", help=DISTILLED_HELP)
     what.add_argument("--source", help="data set or folder of images, all of which are used instead")
     parser.add_argument("--target", type=Path, help="with --source: target.pt (default: that of the source, seed 0)")
     parser.add_argument("--preset", choices=[*PRESETS], help="with --source: settings (default: the source's own)")
@@ -162,7 +181,7 @@ def parse_args(argv):
     recipe = preset(name, "pretrain", kind, cli.early("arch", argv, network["arch"]))
     flags = {key: value for key, value in recipe.items() if key in HELP and (key not in ("epochs", "steps") or value)}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})  # the kind decides these
-    cli.add_settings(parser, network | flags, HELP)
+    cli.add_settings(parser, own_recipe(distilled, path, network | flags), HELP)
     if source:
         parser.set_defaults(preset=name, image_size=image_size(name))
     args = parser.parse_args(argv)

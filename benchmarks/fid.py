@@ -8,8 +8,8 @@ Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
 reference is all of the source's training split. Without --network the features are the standard Inception network's,
 which the package torch-fidelity has (`pip install torch-fidelity`; it downloads the weights, or --inception-weights
 FILE names them). Numbers of other networks cannot be compared with those: every result says whose features it was.
-Prints the distance and adds it to results.jsonl beside the set. Minutes on a CPU for a small network of ours, hours
-for Inception.
+Prints the distance and adds it to results.jsonl beside the set; for an exported set, in
+<run root>/<source>/<name>/seed<k>. Minutes on a CPU for a small network of ours, hours for Inception.
 """
 
 import time
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import models
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise
 from models import saved
 from utils import cli, files, progress, results, start
@@ -143,15 +143,14 @@ def main(argv):
         name=f"fid_{Path(args.network).stem}", network=name, fid=float(f"{value:.6g}"),
         scale=distilled.meta.get("scale", {}) | source.part, digest=results.digest(facts),
     ) | start.cost(device, started)  # fmt: skip
-    results.append(args.distilled.parent, line)
+    results.append(results_folder(args.distilled, distilled, args.run_root), line)
     print(f"{meta['method']} {meta['source']}: FID {value:.2f} by the features of {name}")
 
 
 def parse_args(argv):
-    parser = cli.Parser(__doc__)
+    parser = cli.roots_parser(__doc__)
     parser.prog = "python -m benchmarks.fid"
-    cli.add_data_root(parser)
-    parser.add_argument("--distilled", type=Path, required=True, help="distilled.pt")
+    parser.add_argument("--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP)
     parser.add_argument("--source", help="data set or folder that it was distilled from (default: as it says)")
     parser.add_argument("--network", default="inception", metavar="FILE", help="target.pt or model.pt, or inception")
     parser.add_argument("--inception-weights", metavar="FILE", help="weights that torch-fidelity would download")

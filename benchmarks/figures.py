@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 from torchvision.utils import make_grid
 
 from benchmarks import tables
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled
 from data.images import load_images, normalise, unit
 from distillers.target import load_target
 from utils import cli, results
@@ -293,7 +293,7 @@ def parse_args(argv):
     for name in ("images", "tsne"):
         one = commands.add_parser(name)
         cli.add_data_root(one)
-        one.add_argument("--distilled", type=Path, required=True)
+        one.add_argument("--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP)
         one.add_argument("--source", help="data set or folder that it was distilled from (default: as it says)")
         if name == "images":
             one.add_argument("--most", type=cli.count, default=100, help="images shown; 0: all (default: 100)")

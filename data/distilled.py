@@ -1,9 +1,12 @@
-"""The one file between every distillation method and every later stage."""
+"""The one file between every distillation method and every later stage, and how a command line names it."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from data import exported
 from utils import files
 from utils.errors import UserError
 
@@ -14,6 +17,7 @@ TARGET_KINDS = {
     "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
 }
 META = {"source": str, "method": str, "preset": str, "seed": int}  # what later stages take from there
+DISTILLED_HELP = "distilled.pt, exported folder, or hf:USER/NAME[@REVISION]"
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
@@ -78,10 +82,34 @@ class Distilled:
         return {key: value.cpu() if torch.is_tensor(value) else value for key, value in vars(self).items()}
 
 
-def load_distilled(path):
-    """Read a distilled.pt. Raises UserError when it is not one or its parts do not fit each other."""
-    content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
+def distilled_file(name):
+    """The path of the file that `name` stands for on a command line: a distilled.pt, an exported folder, or
+    hf:USER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded. Raises UserError where that fails."""
+    if str(name).startswith(exported.HUB):
+        return exported.download(str(name))
+    path = Path(name)
+    return exported.find(path) if path.is_dir() else path
+
+
+def load_distilled(name):
+    """Read what `distilled_file` finds. Raises UserError when it is no distilled set, when it is damaged, or when its
+    parts do not fit each other."""
+    path = distilled_file(name)
+    if path.suffix == ".safetensors":
+        content = exported.read(path)
+    else:
+        content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
     d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
     if fault := d.fault():
         raise UserError(f"{path}: {fault}")
     return d
+
+
+def results_folder(path, distilled, run_root):
+    """The folder for what is made from the set in the file at `path`: that of a distilled.pt, and
+    <run root>/<source>/<name>/seed<k> for an exported set."""
+    if path.suffix != ".safetensors":
+        return path.parent
+    meta = distilled.meta
+    source, name = (re.sub(r"[^\w.+-]", "_", str(meta.get(key))).lstrip(".") or "set" for key in ("source", "name"))
+    return run_root / source / name / f"seed{meta.get('seed') or 0}"
