@@ -99,7 +99,7 @@ def main(argv):
     if as_it_is:
         accuracy = evaluate.accuracy(network, test, device, args.precision)
     elif args.protocol == "full":
-        run = Run(beginning.folder / name, "model.pt", settings, args.log_every)
+        run = Run(beginning.folder / name, "model.pt", settings, args.log_every, args.tensorboard)
         used = {name: value for name, value in settings.items() if name in HELP}
         scale |= differences(cli.preset_name(train.name), "finetune", used)
         network = start.trained(

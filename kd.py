@@ -100,7 +100,7 @@ def main(argv):
     images["num_images"] = len(distilled.images)
     origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
     folder = beginning.folder / f"{test.name}_kd_{origin}_seed{beginning.seed}"
-    run = Run(folder, "model.pt", settings, args.log_every)
+    run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)
     scale = {f"teacher's {name}": pair for name, pair in teaching["meta"].get("scale", {}).items()}
     used = {name: value for name, value in settings.items() if name in HELP}
     scale |= test.part | distilled.meta.get("scale", {}) | differences(cli.preset_name(test.name), "kd", used)

@@ -135,7 +135,7 @@ def main(argv):
     device = cli.device(args, several=True)
     lessons = of_set(distilled, args, device) if distilled else of_source(args, device)
     folder = lessons.home / models.label(args.arch, args.width) / f"seed{args.seed}"
-    run = Run(folder, "model.pt", cli.settings(args, **lessons.facts), args.log_every)
+    run = Run(folder, "model.pt", cli.settings(args, **lessons.facts), args.log_every, args.tensorboard)
     if run.finished:
         print(f"{run.artefact} is there already")
         return

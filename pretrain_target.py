@@ -116,6 +116,7 @@ def main(argv):
         "target.pt",
         cli.settings(args, source=source.name, fingerprint=source.fingerprint),
         args.log_every,
+        args.tensorboard,
     )
     if run.finished:
         print(f"{run.artefact} is there already")

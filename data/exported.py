@@ -33,9 +33,13 @@ def download(name):
     try:
         folder = hub.snapshot_download(match[1], repo_type="dataset", revision=match[2], allow_patterns=[SET, SUMS])
     except Exception as error:  # of the Hub, the network, the cache: any stops the download
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{name}: cannot be downloaded ({reason})") from error
+        raise UserError(f"{name}: cannot be downloaded ({reason(error)})") from error
     return find(Path(folder), name)
+
+
+def reason(error):
+    """An exception of another package in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
 
 def find(folder, name=None):
@@ -84,8 +88,7 @@ def read(path):
             meta = header["meta"] | {"name": str(header["name"]), "recipe": dict(header["recipe"])}
             tensors = {name: file.get_tensor(name) for name in TENSORS}
     except Exception as error:  # whatever bytes that are no such file make the reader do
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(f"{path}: not an exported set ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path}: not an exported set ({reason(error)})") from error
     if number != FORMAT:
         raise UserError(f"{path}: exported set of format {str(number)[:40]}, this version reads format {FORMAT}")
     return tensors | {"target_kind": kind, "meta": meta}

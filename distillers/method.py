@@ -61,7 +61,8 @@ def main(method, argv):
     if method.several:  # another algorithm for each number of processes
         facts["ranks"] = ranks.count()
         scale |= {"ranks": [ranks.count(), 1]} if ranks.count() > 1 else {}
-    run = Run(home / args.name / f"seed{args.seed}", "distilled.pt", cli.settings(args, **facts), args.log_every)
+    folder, settings = home / args.name / f"seed{args.seed}", cli.settings(args, **facts)
+    run = Run(folder, "distilled.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
         print(f"{run.artefact} is there already")
         return
@@ -126,4 +127,5 @@ def parse_args(method, argv):
 def check_name(flag, name, reserved):
     """Raise UserError where `name` is no plain word or one of `reserved`."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name in reserved:
-        raise UserError(f"{flag} {name}: must be a plain word, and none of {', '.join(reserved)}")
+        but = f", and none of {', '.join(reserved)}" if reserved else ""
+        raise UserError(f"{flag} {name}: must be a plain word{but}")

@@ -83,7 +83,7 @@ def expert(k, folder, source, args, device):
     settings = {name: getattr(args, name) for name in names}
     settings |= dict(epochs=epochs, source=source.name, fingerprint=source.fingerprint)
     folder = folder / f"{models.label(args.arch, args.width)}-{results.digest(settings)}" / f"seed{k}"
-    run = Run(folder, "expert.pt", settings, args.log_every)
+    run = Run(folder, "expert.pt", settings, args.log_every, args.tensorboard)
     if not run.finished:
         randomness = Randomness(k, device)
         network = fresh_network(args, source, len(source.classes), device)

@@ -1,12 +1,13 @@
 """The README.md of an exported folder: a dataset card or a model card of the Hugging Face Hub."""
 
 import json
+import shlex
 import statistics
 from pathlib import Path
 
 import models
 from data import exported
-from utils import files, results
+from utils import files
 from utils.run import FREE_SETTINGS
 
 TARGETS = {
@@ -49,6 +50,10 @@ def front_matter(fields, more=""):
     return "---\n" + "\n".join(lines) + f"\n{more}---\n"
 
 
+def facts_table(facts):
+    return table([row for row in facts.items() if row[1] not in (None, "")], "", "")
+
+
 def table(rows, *heads):
     """A Markdown table; cells are text on one line."""
     lines = [heads, ["---"] * len(heads), *rows]
@@ -56,22 +61,28 @@ def table(rows, *heads):
 
 
 def command_of(folder):
-    """The command that a run's config.json names, without where things lie; None where there is no such file."""
+    """The command in a run's config.json, without the flags that decide nothing; None where there is no such file."""
     path = folder / "config.json"
     words = files.read_json(path, "settings file").get("command") if path.is_file() else None
     if not words:
         return None
     program, *rest = map(str, words)
-    kept, skip = [program if program.startswith("python") else f"python {program}"], False
+    kept, skip = [Path(program).name if program.endswith(".py") else program], False
     for word in rest:
-        flag, has_value = word.partition("=")[0], "=" in word
+        flag, equals, value = word.partition("=")
         if flag.startswith("--"):
-            skip = flag[2:].replace("-", "_") in FREE_SETTINGS
-            kept += [] if skip else [word]
-            skip = skip and not has_value
+            free = flag[2:].replace("-", "_") in FREE_SETTINGS
+            kept += [] if free else [f"{flag}={plain(value)}" if equals else flag]
+            skip = free and not equals
         elif not skip:
-            kept.append(Path(word).name if Path(word).is_absolute() else word)
-    return " ".join(kept)
+            kept.append(plain(word))
+    python = "" if program.startswith("python") else "python "
+    return f"`{python}{' '.join(kept)}`"
+
+
+def plain(word):
+    """A word of a command, for a shell; of a path of this machine the last part only."""
+    return shlex.quote(Path(word).name if Path(word).is_absolute() else word)
 
 
 def accuracies(lines, scratch=()):
@@ -83,7 +94,8 @@ def accuracies(lines, scratch=()):
             if "accuracy" in line:
                 few = line.get("labels_per_class") or line.get("label_fraction")
                 labels = "all" if not few else f"{few} a class" if few >= 1 else f"{100 * few:g} %"
-                key = (models.label(line["arch"], line["width"]), line["target"], line["protocol"], labels)
+                network = f"{models.label(line['arch'], line['width'])} at {line['image_size']} px"
+                key = (network, line["target"], line["protocol"], labels)
                 found.setdefault(key, ([], []))[which].append(line["accuracy"])
 
     def shown(values):
@@ -99,10 +111,6 @@ def accuracy_section(lines, scratch=()):
         return "## Accuracy\n\nNot measured.\n"
     heads = ("network", "data set", "protocol", "labels", "accuracy in %", "without pre-training")
     return f"{ACCURACY}\n{table(rows, *heads)}"
-
-
-def results_below(folder):
-    return [line for path in sorted(folder.rglob("results.jsonl")) for line in results.read(path)]
 
 
 def of_set(folder, name, license, distilled, recipe, facts, lines, scratch, sections):
@@ -152,7 +160,7 @@ deviation of their own training split, as the results below do.
 
 ## Facts
 
-{table(facts.items(), "", "")}
+{facts_table(facts)}
 {sections}{accuracy_section(lines, scratch)}
 ## Files
 
@@ -181,7 +189,7 @@ features = network.embed(x)   # of normalised images x (b, 3, S, S)
 
 ## Facts
 
-{table(facts.items(), "", "")}
+{facts_table(facts)}
 {accuracy_section(lines)}
 ## Files
 
@@ -189,6 +197,14 @@ features = network.embed(x)   # of normalised images x (b, 3, S, S)
 `{files.sums(folder / file)["sha256"]}`.
 
 {LICENCE.format(license=license, source=facts["source"])}"""
+
+
+def distance(meta):
+    """In words, how far a set's images are from the real ones that they started as; None where that is not known."""
+    moved = meta.get("distance_from_initial")
+    if moved == 0:
+        return "0: the images are unchanged copies of real ones"
+    return moved and f"{moved:.4f} of the source's standard deviation (root mean square); 0 is an unchanged real image"
 
 
 def preprocessing(mean, std):

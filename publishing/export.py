@@ -21,11 +21,11 @@ from torchvision.transforms.functional import to_pil_image
 
 import models
 from data import augment, exported
-from data.distilled import distilled_file, load_distilled
-from distillers.method import save_picture
+from data.distilled import load_distilled
+from distillers.method import check_name, save_picture
 from models import saved
 from publishing import cards, dd_ranking, standalone
-from utils import cli, files
+from utils import cli, files, results
 from utils.errors import UserError
 from utils.optional import optional
 from utils.presets import preset
@@ -61,14 +61,11 @@ def target_network(path, meta):
     return f"file {wanted}"
 
 
-def facts_of(meta, command):
-    """Rows of a card: what a set or a network was made from and how."""
-    scale = meta.get("scale") or {}
-    differing = ", ".join(f"{key} {here} ({there})" for key, (here, there) in scale.items())
+def facts_of(meta):
+    """Rows of a card: what a set or a network was made from."""
     facts = {"source": meta.get("source"), "method": meta.get("method"), "seed": meta.get("seed")}
-    facts |= {"command": f"`{command}`" if command else None, "preset": meta.get("preset")}
-    facts["settings that differ from the preset (there)"] = differing or None
-    return {name: value for name, value in facts.items() if value is not None}
+    scale = [f"{key} {here} ({there})" for key, (here, there) in (meta.get("scale") or {}).items()]
+    return facts | {"preset": meta.get("preset"), "settings that differ from it (there)": ", ".join(scale)}
 
 
 def save_tensors(path, tensors, **header):
@@ -80,23 +77,14 @@ def save_tensors(path, tensors, **header):
 
 
 def write_set(path, folder, name, args):
-    """Write the folder of the distilled set in the file at `path`."""
-    d = load_distilled(path)
-    recipe = d.meta.pop("recipe", None) or recipe_of(path.parent, d)
-    d.meta.pop("name", None)
+    """Write the folder of the set in the distilled.pt at `path`."""
+    d, run = load_distilled(path), path.parent
+    recipe = recipe_of(run, d)
     header = dict(format=exported.FORMAT, name=name, target_kind=d.target_kind, recipe=recipe, meta=d.meta)
     tensors = {key: getattr(d, key) for key in exported.TENSORS}
     save_tensors(folder / exported.SET, tensors, **{exported.HEADER: header})
     save_picture(folder / "preview.png", d)
-    (folder / "images").mkdir()
-    lines, digits = [], max(4, len(str(len(d.images) - 1)))
-    for index, pixels in enumerate(d.pixels()):
-        file = f"{index:0{digits}}.png"
-        to_pil_image(pixels).save(folder / "images" / file)
-        target = d.targets[index].numpy()
-        values = int(target) if d.target_kind == "class" else [float(str(value)) for value in target]  # the shortest
-        lines.append(json.dumps({"file_name": file} | ({"target": values} if d.target_kind != "none" else {})) + "\n")
-    (folder / "images" / "metadata.jsonl").write_text("".join(lines))
+    write_images(folder / "images", d)
     code = [standalone.template("load.py")]
     if recipe:
         code += standalone.network_code(recipe["arch"], d.images.shape[-1], d.num_outputs, recipe["width"])
@@ -109,14 +97,30 @@ def write_set(path, folder, name, args):
         images, labels = dd_ranking.converted(d)
         save_tensors(folder / dd_ranking.FILE, {"images": images, "labels": labels})
         sections = dd_ranking.section(d, images, labels)
-    facts = facts_of(d.meta, cards.command_of(path.parent))
-    if target := target_network(path, d.meta):
-        facts["target network"] = target
-    lines = cards.results_below(path.parent)
-    scratch = cards.results_below(path.parents[3] / "scratch") if len(path.parents) > 3 else []
-    card = cards.of_set(folder, name, args.license, d, recipe, facts, lines, scratch, sections)
+    facts = facts_of(d.meta) | {
+        "command": cards.command_of(run),
+        "target network": target_network(path, d.meta),
+        "distance from the initial images": cards.distance(d.meta),
+    }
+    scratch = results_below(path.absolute().parents[3] / "scratch")
+    card = cards.of_set(folder, name, args.license, d, recipe, facts, results_below(run), scratch, sections)
     (folder / "README.md").write_text(card)
     exported.write_sums(folder, last=exported.SET)
+
+
+def write_images(folder, distilled):
+    """Write the images as PNGs, with the targets in metadata.jsonl: what `datasets.load_dataset` reads."""
+    folder.mkdir()
+    digits, lines = max(4, len(str(len(distilled.images) - 1))), []
+    for index, (pixels, target) in enumerate(zip(distilled.pixels(), distilled.targets.numpy(), strict=True)):
+        line = {"file_name": f"{index:0{digits}}.png"}
+        to_pil_image(pixels).save(folder / line["file_name"])
+        if distilled.target_kind == "class":
+            line["target"] = int(target)
+        elif distilled.target_kind != "none":
+            line["target"] = [float(str(value)) for value in target]  # the fewest digits that give the same float32
+        lines.append(json.dumps(line) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def write_network(path, folder, name, args):
@@ -126,31 +130,35 @@ def write_network(path, folder, name, args):
     shape, meta = {key: content[key] for key in ("arch", "image_size", "num_outputs", "width")}, content["meta"]
     header = dict(format=exported.FORMAT, name=name, **shape, meta=meta)
     save_tensors(folder / NETWORK, content["network"], network=header)
-    about = f"{name}: {models.label(content['arch'], content['width'])}, pre-trained. Needs torch and safetensors."
-    standalone.write(
-        folder / "network.py", about, [*standalone.network_code(**shape), standalone.template("network.py")]
-    )
-    facts = {"network": models.label(content["arch"], content["width"]), "outputs": content["num_outputs"]}
-    facts["images"] = f"{content['image_size']} x {content['image_size']} pixels"
-    facts["preprocessing"] = cards.preprocessing(*map(torch.tensor, meta["normalisation"]))
-    own = [line for line in cards.results_below(path.parents[1]) if line.get("name") == path.parent.name]  # fine-tuned
-    lines = cards.results_below(path.parent) or own
-    card = cards.of_network(folder, NETWORK, name, args.license, facts | facts_of(meta, None), lines)
-    (folder / "README.md").write_text(card)
+    label, size = models.label(content["arch"], content["width"]), content["image_size"]
+    code = [*standalone.network_code(**shape), standalone.template("network.py")]
+    standalone.write(folder / "network.py", f"{name}, a trained {label}. Needs torch and safetensors.", code)
+    facts = {"network": label, "outputs": content["num_outputs"], "images": f"{size} x {size} pixels"}
+    if "normalisation" in meta:
+        facts["preprocessing"] = cards.preprocessing(*map(torch.tensor, meta["normalisation"]))
+    facts |= facts_of(meta) | {"fine-tuned on": meta.get("target")}
+    lines = results_below(path.parent)
+    if not lines:  # a fine-tuned network: its result is beside the network that it started from
+        lines = [line for line in results_below(path.absolute().parents[1]) if line.get("name") == path.parent.name]
+    (folder / "README.md").write_text(cards.of_network(folder, NETWORK, name, args.license, facts, lines))
     exported.write_sums(folder, last=NETWORK)
+
+
+def results_below(folder):
+    return [line for path in sorted(folder.rglob("results.jsonl")) for line in results.read(path)]
 
 
 def push(folder, repository, kind):
     """Upload a folder to USER/NAME on the Hub, where a new repository is private. Raises UserError where that fails."""
     hub = optional("huggingface_hub", "--push")
     try:
-        hub.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
-        hub.upload_folder(
+        api = hub.HfApi()
+        api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
+        api.upload_folder(
             repo_id=repository, repo_type=kind, folder_path=folder, delete_patterns="*", commit_message="Export"
         )
     except Exception as error:  # of the Hub, the network, the account: any stops the upload
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"--push {repository}: not uploaded ({reason})") from error
+        raise UserError(f"--push {repository}: not uploaded ({exported.reason(error)})") from error
     print(f"uploaded {folder} to {repository} ({kind}); a new repository is private until you change that on the Hub")
 
 
@@ -181,17 +189,19 @@ def write(args):
     """Write `args.out`, whole or not at all; `dataset` or `model`."""
     if args.out.exists():
         raise UserError(f"{args.out}: is there already; choose another folder, or delete it")
-    path = distilled_file(args.made)
-    content = files.read_data(path, "file") if path.suffix == ".pt" and path.is_file() else {}
+    if args.made.is_dir():
+        raise UserError(f"{args.made}: a folder; give a distilled.pt or a model.pt to write {args.out} from")
+    content = files.read_data(args.made, "file") if args.made.is_file() else None
     kind = "model" if isinstance(content, dict) and content.get("kind") == "model" else "dataset"
     if kind == "model" and args.dd_ranking:
         raise UserError("--dd-ranking: goes with a distilled set")
+    name = args.name or args.out.resolve().name
+    check_name("--name", name, reserved=())
     partial = args.out.with_name(f"{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        name = args.name or args.out.resolve().name
-        {"dataset": write_set, "model": write_network}[kind](path, partial, name, args)
+        {"dataset": write_set, "model": write_network}[kind](args.made, partial, name, args)
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

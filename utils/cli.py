@@ -54,6 +54,10 @@ def parser(docstring):
     shown.add_argument(
         "--log-every", type=positive_int, default=50, metavar="STEPS", help="steps per line of log.jsonl"
     )
+    shown.add_argument(
+        "--tensorboard", action="store_true",
+        help="also log to <run folder>/tensorboard: tensorboard --logdir <run root> (pip install tensorboard)",
+    )  # fmt: skip
     return shown
 
 

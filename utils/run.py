@@ -15,6 +15,7 @@ import torch
 
 from utils import files, progress, ranks
 from utils.errors import UserError
+from utils.optional import optional
 
 CHECKPOINT_SECONDS = 120
 CHECKPOINT_SHARE = 0.02  # of the time of a run that may go into writing checkpoints; a slow disk makes them rarer
@@ -22,7 +23,7 @@ TALK_SECONDS = 1  # after which ranks ask each other whether one of them has bee
 RECENT = 100  # steps over which a limit on a logged value counts
 ELSEWHERE = "choose another --run-root or --seed, or delete that folder"
 # Do not decide the result.
-FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "image_every", "chunk", "name"}
+FREE_SETTINGS = {"device", "data_root", "run_root", "log_every", "tensorboard", "image_every", "chunk", "name"}
 
 
 class Stopped(Exception):
@@ -34,7 +35,8 @@ class Run:
 
     `settings` is a dict of plain values that decide the result; they are kept in config.json. The attribute `limits`
     may hold logged name -> (value, advice): the run stops with that advice when the mean over the last `RECENT` steps
-    is above the value. Until the run has finished, its process alone may work in the folder.
+    is above the value. With `tensorboard` the lines of log.jsonl also go to `TensorBoard`. Until the run has finished,
+    its process alone may work in the folder.
 
     Of several ranks the first alone reads and writes the folder. The others have ended where the run has finished: what
     follows is the first's.
@@ -43,7 +45,7 @@ class Run:
     (naming those that differ), or when its files are damaged.
     """
 
-    def __init__(self, folder, artefact, settings, log_every=50):
+    def __init__(self, folder, artefact, settings, log_every=50, tensorboard=False):
         self.folder, self.artefact, self.log_every = Path(folder), Path(folder) / artefact, log_every
         self.done, self.state, self.device = {}, {}, "cpu"  # phase -> steps taken; name -> object with state_dict()
         self.own, self.phase, self.total, self.limits, self._recent = (), artefact, 0, {}, {}
@@ -51,6 +53,7 @@ class Run:
         self._started = self._saved = time.monotonic()
         self._cost, self._kept = 0.0, {}
         self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        self._board = TensorBoard(self.folder) if tensorboard and ranks.first() else None
         if ranks.from_first(self._open) and not ranks.first():
             raise SystemExit(0)
 
@@ -243,6 +246,8 @@ class Run:
                 return
             with files.named(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if self._board:
+                self._board.add(self.phase, step + 1, means)
 
     def _read(self):
         """Read the scalars that are still on the device. Raises UserError for one that is not finite or beyond its
@@ -299,6 +304,23 @@ def read_log(folder):
             if text.endswith("\n") and line["step"] >= 0 and line["phase"]:
                 lines.append(line)
     return lines
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, in folder/tensorboard/<phase>. Raises UserError where its package is missing."""
+
+    def __init__(self, folder):
+        self.folder, self.phase, self.writer = folder / "tensorboard", None, None
+        self.package = optional("torch.utils.tensorboard", "--tensorboard", package="tensorboard")
+
+    def add(self, phase, step, scalars):
+        """Write name -> value at a step; of a resumed run, what was written at later steps no longer shows."""
+        if phase != self.phase:
+            place = self.folder / phase.replace(" ", "_")
+            self.phase, self.writer = phase, self.package.SummaryWriter(place, purge_step=step)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
 
 class Tensors:
