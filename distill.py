@@ -62,6 +62,8 @@ class RealBatches:
     def __init__(self, source, target, args, randomness, device):
         self.source, self.target = source, target
         self.generator = randomness.device if args.augment_outer else None
+        if args.augment_outer:
+            target.require_network()
         self.order = Batches(len(source), args.outer_batch, randomness.cpu)
         tensors = [source.pixels] if args.augment_outer else [source.pixels, target.features_of(source)]
         self.loader = Loader(tensors, self.order, device)
@@ -91,7 +93,7 @@ def distill(source, chosen, target, args, run, device):
         keep_freed_memory(False)
     real = kind(source, target, args, randomness, device)
     x_init = source.raw(chosen, device) if args.raw_init else source.normalised(chosen, device)  # line 3
-    y_init = target.features(source.normalised(chosen, device))  # line 4
+    y_init = target.features_at(source, chosen)  # line 4
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
     x_init = x_init.contiguous(memory_format=layout)
@@ -136,7 +138,7 @@ def distill(source, chosen, target, args, run, device):
     # A seed of no run: another draw than the images that the set starts as.
     index = random_subset(source, min(args.outer_batch, len(source)), seed=-1)
     x_held = source.normalised(index, device)
-    y_held = target.features(x_held)
+    y_held = target.features_at(source, index)
     with torch.no_grad():
         losses = [
             torch.stack([loss_of(member, x_held, y_held, x, y, args) for member in pool.members]).mean()

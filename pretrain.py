@@ -99,7 +99,7 @@ def of_source(args, device):
     facts = dict(source=source.name, fingerprint=source.fingerprint, target=target.digest)
     meta = dict(source=source.name, method="full", preset=args.preset)
     meta["normalisation"] = [source.mean.tolist(), source.std.tolist()]
-    return Lessons(source.pixels, target.features_of(source), seen, source.image_size, target.network.feature_dim,
+    return Lessons(source.pixels, target.features_of(source), seen, source.image_size, target.feature_dim,
                    "source", home / "full" / "seed0", facts, meta, source.part | target.scale)  # fmt: skip
 
 

@@ -1,21 +1,34 @@
-"""Stage 0: train the target network g_phi on the unlabelled source with Barlow Twins.
+"""Stage 0: the target network g_phi: trained on the unlabelled source with Barlow Twins, or any encoder.
 
     python pretrain_target.py --source tinyimagenet
-    python pretrain_target.py --source imagenette --weights resnet50.pth    # take a network trained elsewhere
+    python pretrain_target.py --source imagenette --weights resnet50.pth        # a backbone for --arch
+    python pretrain_target.py --source photos --encoder timm:vit_small_patch14_dinov2.lvd142m
+    python pretrain_target.py --source photos --features features.npy
 
-Writes runs/<source>/target/seed0/target.pt: the network, its settings, the source's statistics, and the accuracy of
-a nearest-neighbour classifier on its frozen features where the source has labels and a test split (a check only; no
-label is used in training). The paper's setting (1,000 epochs of ResNet18) takes hours to days on one GPU; the digits
-preset takes two minutes on two CPU cores.
+Writes runs/<source>/target/seed0/target.pt. Without --encoder and --features it holds a network of --arch; the paper's
+setting (1,000 epochs of ResNet18) takes hours to days on one GPU, the digits preset two minutes on two CPU cores. With
+them, the features of all images of the source lie beside it in features.npy; docs/encoders.md describes the encoders.
+
+Where the source has labels, a linear probe and a nearest-neighbour classifier compare the target's features with those
+of an untrained student network. This is a check only: no label is used in training.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 
 import models
 from data.augment import barlow_twins_view
 from data.images import load_images, normalise, unit
 from data.loading import Loader
+from data.originals import Originals
+from distillers.method import check_name
+from evaluation import quality
 from models.barlow_twins import barlow_twins_loss, projector
+from models.encoders import FORMS, load_encoder
+from models.features import FeatureTable, compute_features, read_features, reduce_features
+from models.saved import load_matching
 from models.sync_batch_norm import synchronised
 from utils import cli, evaluate, files, optim, ranks
 from utils.errors import UserError
@@ -23,6 +36,7 @@ from utils.presets import differences, preset
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
+COMPONENTS = 256  # principal components that are kept of an encoder's features, unless --pca says otherwise
 HELP = dict(
     arch="network of the target, one of models.ARCHITECTURES",
     width="factor on the network's hidden widths",
@@ -39,8 +53,9 @@ HELP = dict(
     greyscale="probability of greyscale",
     solarise="probability of solarisation in the second view",
     flip="probability of a horizontal flip",
-    weights="take the backbone from this state dict instead of training; 'hub' fetches the ImageNet ResNet50 of "
-    "facebookresearch/barlowtwins; empty trains",
+    weights="state dict that is taken instead of training (keys may begin with backbone., encoder., "
+    "module. or model.); 'hub' fetches the ImageNet ResNet50 of facebookresearch/barlowtwins; empty "
+    "trains. With --encoder: the file that torchvision or timm would download",
 )
 
 
@@ -74,53 +89,28 @@ def train(network, source, args, run, device):
 
 
 def load_backbone(network, weights):
-    """Load a torchvision-style state dict (a file, or 'hub') into `network.features`; a head in it is left out.
+    """Load a state dict (a file, or 'hub') into `network.features`; heads in it are left out.
 
     'hub' runs the code of facebookresearch/barlowtwins on GitHub; a file is read as data only.
     """
-    if weights == "hub":
-        try:
-            state = torch.hub.load("facebookresearch/barlowtwins:main", "resnet50", trust_repo=True).state_dict()
-        except OSError as error:
-            raise UserError(
-                f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its resnet50 "
-                "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
-            ) from error
-    else:
-        state = files.read_data(weights, "state dict")
-        if name := files.not_finite(state):
-            raise UserError(f"{weights}: values that are not finite ({name})")
+    if weights != "hub":
+        load_matching(network.features, weights)
+        return
     try:
-        network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{weights}: does not fit the network ({str(error).splitlines()[-1].strip()[:160]})") from error
+        state = torch.hub.load("facebookresearch/barlowtwins:main", "resnet50", trust_repo=True).state_dict()
+    except OSError as error:
+        raise UserError(
+            f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its resnet50 "
+            "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
+        ) from error
+    network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
 
 
-def labelled_test_split(args):
-    """The test split for the nearest-neighbour check, or None, with a word, where the source has none."""
-    try:
-        return load_images(args.source, "test", args.image_size, args.data_root)
-    except UserError as error:
-        print(f"no nearest-neighbour check: {error}")
-
-
-def main(argv):
-    args = parse_args(argv)
-    device = cli.device(args, several=True)
-    source = load_images(args.source, "train", args.image_size, args.data_root)
-    test = labelled_test_split(args) if source.labels is not None else None
+def make_network_target(source, args, device):
+    """A network of ours, trained on the source by Barlow Twins or filled with `--weights`."""
     if min(len(source), args.batch_size) < 2:
         raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
-    run = Run(
-        args.run_root / source.name / "target" / f"seed{args.seed}",
-        "target.pt",
-        cli.settings(args, source=source.name, fingerprint=source.fingerprint),
-        args.log_every,
-        args.tensorboard,
-    )
-    if run.finished:
-        print(f"{run.artefact} is there already")
-        return
+    run = open_run(source, args, cli.settings(args, source=source.name, fingerprint=source.fingerprint))
     torch.manual_seed(args.seed)
     network = models.build(args.arch, args.image_size, 0, args.width).to(device)
     if args.weights:
@@ -131,27 +121,110 @@ def main(argv):
         arch=args.arch,
         width=args.width,
         image_size=args.image_size,
-        feature_dim=network.feature_dim,
         network={name: value.cpu() for name, value in network.state_dict().items()},
-        source=source.name,
-        fingerprint=source.fingerprint,
-        mean=source.mean,
-        std=source.std,
-        settings=run.settings,
         scale=source.part | differences(cli.preset_name(source.name), "target", vars(args)),
-        knn_accuracy=None,
     )
-    if test is not None:
-        content["knn_accuracy"] = evaluate.knn_accuracy(network.embed, source, test, device, args.precision)
-        print(f"kNN accuracy of the frozen features, {source.name}'s test split: {content['knn_accuracy']:.2f} %")
-    run.finish("target", content)
+    features = lambda index: evaluate.outputs(network, source.subset(index), device, args.precision)  # noqa: E731
+    finish(run, source, args, device, content, network.feature_dim, features)
+
+
+def make_feature_target(source, args, device):
+    """The features of an encoder trained elsewhere, or those in a file."""
+    flags = dict(pca=args.pca, precision=args.precision, image_size=args.image_size, seed=args.seed)
+    if args.features:
+        encoder, name = None, f"features {args.features.name}"
+        flags["features"] = files.digest(args.features) if args.features.is_file() else None
+        array = read_features(args.features, len(source))
+    else:
+        encoder = load_encoder(args.encoder, device, args.weights, args.encoder_size)
+        name = f"encoder {encoder.facts['name']}"
+        flags["encoder"] = encoder.facts
+    facts = dict(source=source.name, fingerprint=source.fingerprint)
+    run = open_run(source, args, flags | facts)
+    encoded = run.folder / "encoded.npy"
+    if encoder:
+        originals = Originals(source, "train", encoder.image_size, args.data_root)
+        compute_features(encoder, originals, FeatureTable(encoded, len(source)), run, device, args.precision)
+        encoder.facts["from_raw"] = originals.from_raw
+        array = np.load(encoded, mmap_mode="r")
+    path = run.folder / "features.npy"
+    components, stored = reduce_features(array, path, args.pca)
+    table = torch.from_numpy(np.load(path, mmap_mode="r+"))
+    print(
+        f"{len(table):,} features of {stored['encoder_dim']} dimensions, {100 * stored['zeros']:.1f} % zeros; "
+        f"kept {table.shape[1]} with {100 * stored['variance_kept']:.1f} % of the variance"
+    )
+    content = stored | dict(
+        features=files.sums(path),
+        encoder=encoder and encoder.facts | dict(what=args.encoder, file=str(args.weights)),
+        components=components,
+        name=name,
+        scale=source.part | {"target.encoder": [name, "Barlow Twins"], "target.pca": [table.shape[1], 0]},
+    )
+    finish(run, source, args, device, content, table.shape[1], lambda index: table[index].to(device))
+    encoded.unlink(missing_ok=True)
+
+
+def open_run(source, args, settings):
+    """The run of this target; the process ends where it has finished."""
+    folder = args.run_root / source.name / args.name / f"seed{args.seed}"
+    run = Run(folder, "target.pt", settings, args.log_every, args.tensorboard)
+    if run.finished:
+        print(f"{run.artefact} is there already")
+        raise SystemExit(0)
+    return run
+
+
+def finish(run, source, args, device, content, feature_dim, features):
+    """Write target.pt, with the check of its `features`, a function of indices (k,), by the source's labels."""
+    student = preset(args.preset, "distill")
+    checked = quality.feature_quality(source, features, student["arch"], student["width"], device)
+    quality.print_quality(checked)
+    facts = dict(feature_dim=feature_dim, source=source.name, fingerprint=source.fingerprint)
+    facts |= dict(mean=source.mean, std=source.std, settings=run.settings, quality=checked)
+    run.finish("target", content | facts)
     print(f"wrote {run.artefact}")
+
+
+def main(argv):
+    args = parse_args(argv)
+    device = cli.device(args, several=not (args.encoder or args.features))
+    source = load_images(args.source, "train", args.image_size, args.data_root)
+    make = make_feature_target if args.encoder or args.features else make_network_target
+    make(source, args, device)
 
 
 def parse_args(argv):
     parser, name = cli.source_parser(__doc__, argv)
+    parser.add_argument("--name", default="target", help="of the run's folder (default: %(default)s)")
     cli.add_settings(parser, preset(name, "target"), HELP)
-    return parser.parse_args(argv)
+    elsewhere = parser.add_argument_group("a target trained elsewhere")
+    which = elsewhere.add_mutually_exclusive_group()
+    which.add_argument(
+        "--encoder", metavar="WHAT", help=f"network whose features are the targets: {FORMS}. hub: and "
+        "FILE.py: run code that is not of this project",
+    )  # fmt: skip
+    which.add_argument(
+        "--features", type=Path, metavar="FILE",
+        help="features (n, d) in a .npy or .safetensors file, in the order of `python -m data.prepare --list`",
+    )  # fmt: skip
+    elsewhere.add_argument(
+        "--encoder-size", type=cli.count, default=0, metavar="PIXELS",
+        help="side of the encoder's input images (default: the encoder's own)",
+    )  # fmt: skip
+    elsewhere.add_argument(
+        "--pca", type=cli.count, default=COMPONENTS, metavar="D",
+        help="principal components to keep of the features; 0 keeps the features (default: %(default)s)",
+    )  # fmt: skip
+    if cli.early("encoder", argv) or cli.early("features", argv):
+        parser.set_defaults(weights="")  # a preset's backbone is no encoder's
+    args = parser.parse_args(argv)
+    check_name("--name", args.name, reserved=("full",))
+    if args.encoder_size and not args.encoder:
+        parser.error("--encoder-size goes with --encoder")
+    if args.features and args.weights:
+        parser.error("--weights does not go with --features")
+    return args
 
 
 if __name__ == "__main__":

@@ -20,34 +20,14 @@ import torch
 import models
 from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise
+from distillers.target import load_target
 from models import saved
 from utils import cli, files, progress, results, start
 from utils.errors import UserError
 from utils.evaluate import evaluating
+from utils.moments import Moments
 
 BATCH = 256
-
-
-class Moments:
-    """Mean and covariance of feature vectors that come in batches, in float64."""
-
-    def __init__(self):
-        self.n, self.total, self.squares = 0, 0.0, 0.0
-
-    def add(self, features):
-        """Take in features (b, d)."""
-        f = features.double().cpu()
-        self.n += len(f)
-        self.total = self.total + f.sum(0)
-        self.squares = self.squares + f.T @ f
-
-    def mean(self):
-        return self.total / self.n  # (d,)
-
-    def covariance(self):
-        """Unbiased: (d, d). It takes two vectors at least."""
-        mean = self.mean()
-        return (self.squares - self.n * torch.outer(mean, mean)) / (self.n - 1)
 
 
 def square_root(c):
@@ -92,6 +72,10 @@ def own_network(path, source, device):
     normalised by the `ImageSet` source. Raises UserError when it is neither, or of another image size."""
     content = files.read_data(path, "network file") if path.is_file() else None
     kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "target" and "features" in content:
+        target = load_target(path, source, device, "fp32")
+        name = f"{target.name}, {target.digest[:6]}"
+        return name, lambda pixels: target.features(normalise(pixels, source.mean, source.std))
     if kind == "model":
         content = saved.load_model(path)
         network, origin = saved.rebuild(content), content["meta"].get("method")

@@ -113,7 +113,7 @@ def images(args):
 def features_of_some(source, target, count):
     """g_phi of `count` random images of the source, the same each time: (count, d_y)."""
     index = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
-    return torch.cat([target.features(source.normalised(part, target.device)) for part in index.split(512)])
+    return torch.cat([target.features_at(source, part) for part in index.split(512)])
 
 
 def tsne_figure(distilled, source, target, real, size=(6.4, 5.6), title=""):

@@ -20,7 +20,7 @@ from data.images import ImageSet
 from distillers import reference
 from distillers.krr import ridge_predict
 from distillers.pool import Member
-from distillers.target import Target
+from distillers.target import NetworkTarget
 from utils import optim, ranks
 from utils.sampling import Randomness
 
@@ -52,7 +52,7 @@ def sparse(path, shape, dtype):
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-class MadeTarget(Target):
+class MadeTarget(NetworkTarget):
     """An untrained target network whose features of the source are what is given."""
 
     def features_of(self, images):
@@ -62,16 +62,14 @@ class MadeTarget(Target):
 def made(args, images, device, folder):
     """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a sparse file."""
     shape = (images, args.image_size, args.image_size, 3)
-    target = MadeTarget(
-        models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval(), Path(), "made",
-        device, args.precision, {},
-    )  # fmt: skip
+    network = models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval()
+    target = MadeTarget(Path(), "made", device, args.precision, {}, network.feature_dim, network=network)
     if np.prod(shape) < 2**29:
         pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        target.table = torch.randn(images, target.network.feature_dim, generator=torch.Generator().manual_seed(1))
+        target.table = torch.randn(images, target.feature_dim, generator=torch.Generator().manual_seed(1))
     else:
         pixels = sparse(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse(folder / "features.npy", (images, target.network.feature_dim), np.float32)
+        target.table = sparse(folder / "features.npy", (images, target.feature_dim), np.float32)
     half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
     return ImageSet("made", pixels, None, [], half, quarter, "made"), target
 

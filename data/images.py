@@ -15,13 +15,14 @@ class ImageSet:
 
     `pixels` (n, S, S, 3) uint8, mapped from disk; `labels` (n,) int64 or None; `classes` their names; `mean` and
     `std` (3,) float32 of the set's training split over [0, 1]; `fingerprint` differs when the raw images do; `part` is
-    {"name split": [n, published count]} where these are a part of a named set, else empty.
+    {"name split": [n, published count]} where these are a part of a named set, else empty. `place` is the name or
+    folder that the set was asked for by, `damaged` the raw files that were left out.
     """
 
-    def __init__(self, name, pixels, labels, classes, mean, std, fingerprint, part=None):
+    def __init__(self, name, pixels, labels, classes, mean, std, fingerprint, part=None, place=None, damaged=()):
         self.name, self.pixels, self.labels, self.classes = name, pixels, labels, classes
         self.mean, self.std, self.fingerprint = mean, std, fingerprint
-        self.part = part or {}
+        self.part, self.place, self.damaged = part or {}, place or name, damaged
 
     def __len__(self):
         return len(self.pixels)
@@ -91,4 +92,6 @@ def _images(kept_as, split, record, train, name):
         torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),  # a channel may be constant
         record["fingerprint"],
         {f"{name} {split}": [record["count"], published(name, split)[0]]} if record["whole"] is False else {},
+        place=name,
+        damaged=record["damaged"],
     )

@@ -138,6 +138,12 @@ def decode(image, size):
         return None
 
 
+def without_damaged(images, damaged):
+    """The raw images (paths or arrays) that were prepared, in order: all but the files in `damaged`."""
+    damaged = set(damaged)
+    return [each for each in images if not (isinstance(each, Path) and str(each) in damaged)]
+
+
 class _Partial:
     """A split while it is decoded: its file, and a note of how far it has come, by which a stopped run goes on."""
 
@@ -275,6 +281,11 @@ def main(argv):
         plain = name not in ARCHIVES and not (top / "train").is_dir() and not args.labels
         for split in ("train",) if plain else ("train", "test"):
             record = prepare(name, split, size, args.data_root, args.labels, args.partial)
+            if args.list:
+                raw = raw_images.read(name, split, args.data_root, args.labels)
+                for row, image in enumerate(without_damaged(raw.images, record["damaged"])):
+                    print(f"{split}\t{row}\t{image if isinstance(image, Path) else ''}")
+                continue
             for file, expected in record["files"].items() if args.verify else ():
                 files.check(record["stem"].parent / file, expected, whole=True)
             print(summary(name, split, record))
@@ -290,6 +301,11 @@ def parse_args(argv):
     cli.add_data_root(parser)
     parser.add_argument("--labels", action="store_true", help="a folder without train/ holds class folders; split them")
     parser.add_argument("--partial", action="store_true", help="accept other counts than the published set's")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the images in the order of the rows: split, row, file (empty for images that are no files)",
+    )
     parser.add_argument("--verify", action="store_true", help="read all of what is prepared and compare its checksums")
     return parser.parse_args(argv)
 

@@ -10,8 +10,8 @@ from distillers.method import Method, packed
 
 
 def distill(source, chosen, target, args, run, device):
-    x = source.normalised(chosen, device)
-    return packed(x, target.features(x), "feature", source)
+    x, y = source.normalised(chosen, device), target.features_at(source, chosen)
+    return packed(x, y, "feature", source)
 
 
 METHOD = Method("random_features", distill, {}, stage="random", doc=__doc__, needs_target=True)

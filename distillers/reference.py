@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.images import normalise, unit
+from distillers.target import NetworkTarget
+from utils.errors import UserError
 from utils.sampling import Batches
 
 FORMAT = torch.contiguous_format
@@ -34,6 +36,8 @@ class RealBatches:
     """As distill.py's, in the same order for the same generator."""
 
     def __init__(self, source, target, args, randomness, device):
+        if not isinstance(target, NetworkTarget):
+            raise UserError("--reference needs a target network of ours, not an encoder's features")
         self.target, self.device = copy.deepcopy(target.network).to(memory_format=FORMAT).eval(), device
         self.order = Batches(len(source), args.outer_batch, randomness.cpu)
         self.images = iter(DataLoader(_Images(source), batch_sampler=self._indices(), generator=torch.Generator()))

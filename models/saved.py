@@ -70,3 +70,53 @@ def fresh(arch, width, image_size):
     """As `load_model`, of a network that nobody has trained: torch's generator initialises it."""
     network = models.build(arch, image_size, 1, width)
     return content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
+
+
+PREFIXES = ("backbone.", "encoder.", "module.", "model.")  # of checkpoints by solo-learn, lightly, DDP
+CONTAINERS = ("state_dict", "model", "network", "model_state_dict", "teacher")  # keys above a state dict
+
+
+def load_matching(network, path):
+    """Load the state dict in a file that other software has written into `network`.
+
+    A state dict under one of `CONTAINERS` is taken from there, and its keys may begin with any of
+    `PREFIXES`. Entries that the network has no place for, such as heads, are left out and named on
+    standard output.
+
+    Raises:
+        UserError: where the file is no state dict, lacks an entry of the network, or has one of
+            another shape or with values that are not finite.
+    """
+    state = files.read_data(path, "state dict")
+    while isinstance(state, dict) and (inner := next((k for k in CONTAINERS if isinstance(state.get(k), dict)), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
+        raise UserError(f"{path}: not a state dict (a dictionary of tensors by name)")
+    if name := files.not_finite(state):
+        raise UserError(f"{path}: values that are not finite ({name})")
+    wanted = network.state_dict()
+    prefix = _best_prefix(state, wanted)
+    found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
+    other = [name for name, value in found.items() if getattr(value, "shape", None) != wanted[name].shape]
+    if missing or other:
+        what = f"lacks {_listed(missing)}" if missing else f"has other shapes of {_listed(other)}"
+        raise UserError(f"{path}: does not fit the network: it {what}")
+    network.load_state_dict(wanted | found)
+    if unused := [name for name in state if name.removeprefix(prefix) not in found or not name.startswith(prefix)]:
+        print(f"{path}: not used: {_listed(unused)}")
+
+
+def _best_prefix(state, wanted):
+    """The prefix, made of `PREFIXES`, under which `state` has most of the keys in `wanted`."""
+    prefixes = {""}
+    for name in state:
+        prefix = ""
+        while step := next((each for each in PREFIXES if name.removeprefix(prefix).startswith(each)), None):
+            prefix += step
+            prefixes.add(prefix)
+    return max(sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in state for name in wanted))
+
+
+def _listed(names, most=4):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -54,11 +54,12 @@ def target_network(path, meta):
     wanted = meta.get("settings", {}).get("target")
     if not wanted:
         return None
-    for each in sorted(path.parents[1].parent.glob("target/*/target.pt")):
+    for each in sorted(path.absolute().parents[2].glob("*/*/target.pt")):
         if files.digest(each) == wanted:
-            content = files.load(each, "target", required=("arch", "width", "source"))
-            return f"{models.label(content['arch'], content['width'])} trained on {content['source']} (file {wanted})"
-    return f"file {wanted}"
+            content = files.load(each, "target", required=("source",))
+            name = content.get("name") or f"{models.label(content['arch'], content['width'])}, Barlow Twins"
+            return f"{name}, on {content['source']} (target.pt {wanted})"
+    return f"target.pt {wanted}"
 
 
 def facts_of(meta):

@@ -389,7 +389,7 @@ def test_the_card_says_what_the_set_is(folder, distilled, weights):
     for said in (
         "| source | digits |", "| method | krr_st |", "| images | 20 of 32 x 32 pixels |", digest, "`cc-by-4.0`",
         "`python distill.py --source digits --num-images 20", "features of the target network, 64 numbers",
-        f"resnet18_target-x0.125 trained on digits (file {target})",
+        f"resnet18_target-x0.125, Barlow Twins, on digits (target.pt {target})",
         f"| convnet3-x0.125 at 32 px | digits | linear | 5 a class | {line['accuracy']:.2f} ± 0.00 (n=1) | ",
     ):  # fmt: skip
         assert said in text

@@ -333,7 +333,7 @@ def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, d
         _, codes = ranked(2, tmp_path / str(number), call, main, [*words, *roots])
         assert codes == [0, 0], outputs(tmp_path / str(number), 2)
     assert "was there already" in (tmp_path / "3" / "out0").read_text()
-    assert files.load(tmp_path / "digits/target/seed0/target.pt", "target")["knn_accuracy"] > 20
+    assert files.load(tmp_path / "digits/target/seed0/target.pt", "target")["quality"]["knn"] > 20
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
     assert len((teacher.parent.parent / "results.jsonl").read_text().splitlines()) == 1
 

@@ -24,7 +24,7 @@ from utils.errors import UserError
 def test_target_file_carries_settings_statistics_and_accuracy(runs):
     target = files.load(runs / "target" / "seed0" / "target.pt", "target")
     assert target["settings"]["epochs"] == 1 and target["source"] == "digits" and target["feature_dim"] == 64
-    assert target["mean"].shape == target["std"].shape == (3,) and 10 < target["knn_accuracy"] <= 100
+    assert target["mean"].shape == target["std"].shape == (3,) and 10 < target["quality"]["knn"] <= 100
     log = [json.loads(line) for line in (runs / "target" / "seed0" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 1437 // 128 and log[-1]["loss"] > 0
 

@@ -62,36 +62,57 @@ def accuracy(network, images, device, precision="fp32", batch_statistics=False):
     return 100 * correct / len(images)
 
 
-def knn_accuracy(embed, train, test, device, precision="fp32", k=20, temperature=0.07):
-    """Accuracy in percent of weighted nearest neighbours by cosine similarity among `train`'s features.
-
-    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4:
-    each of the k neighbours votes with weight exp(similarity / temperature).
-    """
-    bank, queries = (
-        F.normalize(outputs(embed, images, device, precision, train.mean, train.std)) for images in (train, test)
-    )
-    labels, correct = train.labels.to(device), 0
-    for part, truth in zip(queries.split(BATCH), test.labels.to(device).split(BATCH), strict=True):
-        similarity, neighbours = (part @ bank.T).topk(min(k, len(bank)))
-        votes = torch.zeros(len(part), len(train.classes), device=device)
-        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
-        correct += (votes.argmax(1) == truth).sum().item()
-    return 100 * correct / len(test)
+def knn_accuracy(embed, train, test, device, precision="fp32"):
+    """Accuracy in percent of `knn_accuracy_of` the features `embed` of the images of `test` among those of `train`."""
+    return knn_accuracy_of(*_labelled_features(embed, train, test, device, precision))
 
 
 def linear_accuracy(embed, train, test, device, precision="fp32"):
-    """Accuracy in percent of a linear classifier on frozen features, fitted to convergence.
+    """Accuracy in percent of `linear_accuracy_of` the features `embed`, fitted to `train`, on `test`."""
+    return linear_accuracy_of(*_labelled_features(embed, train, test, device, precision))
+
+
+def _labelled_features(embed, train, test, device, precision):
+    """Features and labels of both sets, normalised as `train` is, and the number of classes."""
+    parts = []
+    for images in (train, test):
+        parts += [outputs(embed, images, device, precision, train.mean, train.std), images.labels.to(device)]
+    return *parts, len(train.classes)
+
+
+def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, temperature=0.07):
+    """Accuracy in percent of weighted nearest neighbours by cosine similarity.
+
+    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4:
+    each of the k neighbours votes with weight exp(similarity / temperature).
+
+    Args:
+        features: (n, d), with `labels` (n,) in 0..num_classes-1.
+        tests: (t, d), with `test_labels` (t,).
+    """
+    bank, correct = F.normalize(features), 0
+    for part, truth in zip(F.normalize(tests).split(BATCH), test_labels.split(BATCH), strict=True):
+        similarity, neighbours = (part @ bank.T).topk(min(k, len(bank)))
+        votes = torch.zeros(len(part), num_classes, device=part.device)
+        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == truth).sum().item()
+    return 100 * correct / len(tests)
+
+
+def linear_accuracy_of(features, labels, tests, test_labels, num_classes):
+    """Accuracy in percent of a linear classifier on features, fitted to convergence.
 
     Features are standardised by the training images'; multinomial logistic regression, with half the squared weights
     beside the summed cross-entropy, is minimised by L-BFGS. The minimum is unique: no seed, no rate, no schedule.
+
+    Args:
+        features: (n, d), with `labels` (n,) in 0..num_classes-1.
+        tests: (t, d), with `test_labels` (t,).
     """
-    features, tests = (outputs(embed, images, device, precision, train.mean, train.std) for images in (train, test))
     mean, std = features.mean(0), features.std(0, unbiased=False)
     features, tests = ((f - mean) / std.clamp(min=1e-6) for f in (features, tests))
-    labels = train.labels.to(device)
-    weight = torch.zeros(features.shape[1], len(train.classes), device=device, requires_grad=True)
-    bias = torch.zeros(len(train.classes), device=device, requires_grad=True)
+    weight = torch.zeros(features.shape[1], num_classes, device=features.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
     fit = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
     def closure():
@@ -102,4 +123,4 @@ def linear_accuracy(embed, train, test, device, precision="fp32"):
 
     fit.step(closure)
     predicted = (tests @ weight + bias).argmax(1)
-    return 100 * (predicted == test.labels.to(device)).float().mean().item()
+    return 100 * (predicted == test_labels).float().mean().item()

@@ -88,9 +88,14 @@ def load(path, kind, required=(), mapped=False):
         raise UserError(f"{path}: {kind} file of format {str(number)[:40]}, this version reads format {FORMAT}")
     if not sealed:
         raise Damaged(f"{path}: {kind} file without its checksum (cut, or changed by something else)")
-    if missing := [key for key in required if key not in content]:
-        raise UserError(f"{path}: {kind} file without {', '.join(missing)}")
+    require(content, path, kind, required)
     return content
+
+
+def require(content, path, kind, keys):
+    """Raise UserError unless the dict that was read from `path` has all `keys`."""
+    if missing := [key for key in keys if key not in content]:
+        raise UserError(f"{path}: {kind} file without {', '.join(missing)}")
 
 
 def _sealed(path):
