@@ -31,7 +31,7 @@ from utils.errors import UserError
 
 pytest.importorskip("safetensors")
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 CIFAR10 = {"source": "cifar10", "method": "dm", "seed": 0, "preset": "digits"}
 
@@ -172,8 +172,8 @@ def test_a_recipe_that_is_none_is_refused(name, value):
 
 
 def test_load_py_repeats_the_pretraining_without_this_package(folder, weights, tmp_path):
-    assert without_package(folder / "load.py", cwd=tmp_path) == "wrote network.safetensors\n"
-    trained = load_file(tmp_path / "network.safetensors")
+    assert without_package(folder / "load.py", cwd=tmp_path) == "wrote network.pt, a state dict\n"
+    trained = torch.load(tmp_path / "network.pt", weights_only=True)
     original = load_model(weights)["network"]
     assert trained.keys() == original.keys()
     assert all(torch.equal(trained[name], original[name]) for name in original)
@@ -187,7 +187,7 @@ def test_load_py_repeats_every_recipe(kind, tmp_path):
     distillers(["export", str(path), str(tmp_path / "out")])
     without_package(tmp_path / "out" / "load.py", cwd=tmp_path)
     original = load_model(path.parent / "convnet3-x0.05" / "seed0" / "model.pt")
-    trained = load_file(tmp_path / "network.safetensors")
+    trained = torch.load(tmp_path / "network.pt", weights_only=True)
     assert original["meta"]["settings"]["augment"] and original["meta"]["settings"]["schedule"] != "constant"
     assert all(torch.equal(trained[name], value) for name, value in original["network"].items())
 
@@ -213,13 +213,13 @@ def test_an_exported_network_is_the_same_without_this_package(weights, tmp_path)
     out = tmp_path / "net"
     distillers(["export", str(weights), str(out)])
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    save_file({"x": x}, tmp_path / "x.safetensors")
+    torch.save(x, tmp_path / "x.pt")
     code = (
-        "import network, safetensors.torch as s; n, x = network.load(), s.load_file('../x.safetensors')['x']\n"
-        "s.save_file({'y': n(x).detach(), 'f': n.embed(x).detach()}, '../y.safetensors')"
+        "import network, torch; n, x = network.load(), torch.load('../x.pt')\n"
+        "torch.save({'y': n(x).detach(), 'f': n.embed(x).detach()}, '../y.pt')"
     )
     without_package("-c", code, cwd=out)
-    content, there = load_model(weights), load_file(tmp_path / "y.safetensors")
+    content, there = load_model(weights), torch.load(tmp_path / "y.pt")
     network = models.saved.rebuild(content).eval()
     torch.testing.assert_close(there["y"], network(x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(there["f"], network.embed(x), rtol=1e-5, atol=1e-6)

@@ -4,7 +4,6 @@ import math
 import torch
 from load import load
 from network import build
-from safetensors.torch import save_file
 from torch import nn
 
 LOSSES = {
@@ -54,6 +53,5 @@ def pretrain(dataset, info, seed=0, device="cpu"):
 
 
 if __name__ == "__main__":
-    trained = pretrain(*load())
-    save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, "network.safetensors")
-    print("wrote network.safetensors")
+    torch.save(pretrain(*load()).state_dict(), "network.pt")
+    print("wrote network.pt, a state dict")
