@@ -1,15 +1,18 @@
-"""Stage 3: what a pre-trained network is worth on a labelled target data set.
+"""Stage 3: what a pre-trained network is worth on a labelled data set.
 
-    python finetune.py --weights runs/.../model.pt --target cifar10
-    python finetune.py --weights runs/.../model.pt --target cifar10 --protocol linear --labels-per-class 100
-    python finetune.py --weights none --arch resnet18 --image-size 64 --target cifar10     # from scratch; a KD teacher
+    python finetune.py --weights runs/.../model.pt --dataset cifar10
+    python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear
+    python finetune.py --weights none --arch resnet18 --image-size 64 --dataset cifar10
 
-`full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear classifier to the
-frozen features until it converges, `knn` classifies by nearest neighbours, `head` trains nothing: it asks the head that
-pre-training on a set with class or soft targets has left, where the target is that set's own source. The accuracy on
-the test split, of the last iterate, is printed and added to results.jsonl beside the weights; `full` also writes the
-network to <folder of the weights>/<target>_full_seed<k>/model.pt. From scratch that folder is
-<run root>/scratch/<arch>_<size>px.
+The last command trains from scratch, which also makes the teacher of kd.py.
+
+`full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear
+classifier to the frozen features until it converges, `knn` classifies by nearest neighbours, `head`
+trains nothing: it asks the head that pre-training on a set with class or soft targets has left,
+where the data set is that set's own source. The accuracy on the test split, of the last iterate, is
+printed and added to results.jsonl beside the weights; `full` also writes the network to <folder of
+the weights>/<dataset>_full_seed<k>/model.pt. From scratch that folder is <run
+root>/scratch/<arch>_<size>px.
 """
 
 import time
@@ -18,15 +21,17 @@ import torch
 import torch.nn.functional as F
 
 from data import augment
-from data.images import load_images, normalise, unit
+from data.images import load_images, normalise, to_float
 from data.loading import Loader
 from data.subsets import few_labels
+from evaluation import probes, results, starting_weights
 from models import saved
 from models.sync_batch_norm import synchronised
-from utils import cli, evaluate, optim, ranks, results, start
+from utils import cli, distributed, optim
+from utils.device import autocast, resolve_precision, select_device
 from utils.errors import UserError
-from utils.presets import differences, preset
-from utils.run import Run
+from utils.presets import deviations, preset, preset_name
+from utils.run import Run, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
@@ -44,21 +49,32 @@ def finetune(network, train, args, run, randomness, device):
     sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(sgd, "cosine", args.steps)
     run.resume(
-        device, dict(network=network, optimizer=sgd, scheduler=scheduler, batches=batches, randomness=randomness)
+        device,
+        dict(
+            network=network,
+            optimizer=sgd,
+            scheduler=scheduler,
+            batches=batches,
+            randomness=randomness,
+        ),
     )
     loader = Loader([train.pixels, train.labels], batches, device)
     network.train()
     with synchronised(network):
         for step in run.steps("fine-tune", args.steps):
             pixels, labels = loader.next()
-            randomness.part()
-            x = augment.random_crop(unit(pixels), randomness.device)
+            randomness.reseed_for_rank()
+            x = augment.random_crop(to_float(pixels), randomness.device)
             if args.flip:
                 x = augment.horizontal_flip(x, randomness.device)
-            with cli.autocast(device, args.precision):
+            with autocast(device, args.precision):
                 predicted = network(normalise(x, train.mean, train.std))
             sgd.zero_grad()
-            loss = ranks.backward(F.cross_entropy(predicted.float(), labels), network.parameters(), batches.share)
+            loss = distributed.backward(
+                F.cross_entropy(predicted.float(), labels),
+                network.parameters(),
+                batches.loss_weight,
+            )
             run.log(step, loss=loss, gradient=optim.gradient_norm(network.parameters()))
             sgd.step()
             scheduler.step()
@@ -66,71 +82,103 @@ def finetune(network, train, args, run, randomness, device):
 
 def main(argv):
     args = parse_args(argv)
-    device, started = cli.device(args, several=args.protocol == "full"), time.monotonic()
-    beginning = start.load(args)
-    size = beginning.saved["image_size"]
-    train = load_images(args.target, "train", size, args.data_root, labels=True)
-    test = load_images(args.target, "test", size, args.data_root, labels=True)
-    seen = [train.fingerprint, test.fingerprint]
-    settings = start.settings(args, beginning, target=train.name, fingerprints=seen)
+    device, started = select_device(args, multi_process=args.protocol == "full"), time.monotonic()
+    start = starting_weights.load(args)
+    size = start.saved["image_size"]
+    train = load_images(args.dataset, "train", size, args.data_root, labels=True)
+    test = load_images(args.dataset, "test", size, args.data_root, labels=True)
+    fingerprints = [train.fingerprint, test.fingerprint]
+    settings = starting_weights.run_settings(
+        args, start, dataset=train.name, fingerprints=fingerprints
+    )
     if args.protocol != "full":
         settings = {name: value for name, value in settings.items() if name not in HELP}
-    key = results.digest(settings)
-    if line := ranks.from_first(lambda: results.find(beginning.folder, key)):
-        print(f"{results.show(line)} (was there already)")
+    key = settings_digest(settings)
+    if line := distributed.run_on_main(lambda: results.find(start.folder, key)):
+        print(f"{results.format_line(line)} (was there already)")
         return
     if train.labels is None:
-        raise UserError(f"{args.target}: a target needs labels (class folders)")
+        raise UserError(f"{args.dataset}: a data set to fine-tune on needs labels (class folders)")
 
-    randomness = Randomness(beginning.seed, device)
-    few = few_labels(train, args.labels_per_class, args.label_fraction, torch.Generator().manual_seed(beginning.seed))
-    train = train if len(few) == len(train) else train.subset(few)
-    as_it_is = args.protocol == "head"
-    if as_it_is and beginning.saved["num_outputs"] != len(train.classes):
+    randomness = Randomness(start.seed, device)
+    chosen = few_labels(
+        train, args.labels_per_class, args.label_fraction, torch.Generator().manual_seed(start.seed)
+    )
+    train = train if len(chosen) == len(train) else train.subset(chosen)
+    keep_head = args.protocol == "head"
+    if keep_head and start.saved["num_outputs"] != len(train.classes):
         raise UserError(
-            f"--protocol head: {args.weights} has {beginning.saved['num_outputs']} outputs, "
+            f"--protocol head: {args.weights} has {start.saved['num_outputs']} outputs, "
             f"{train.name} {len(train.classes)} classes"
         )
-    network = saved.rebuild(beginning.saved, None if as_it_is else len(train.classes)).to(device)
+    network = saved.rebuild(start.saved, None if keep_head else len(train.classes)).to(device)
     labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
     labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
-    name = f"{train.name}_{args.protocol}{labels}_seed{beginning.seed}"
-    scale = train.part | test.part
-    if as_it_is:
-        accuracy = evaluate.accuracy(network, test, device, args.precision)
+    name = f"{train.name}_{args.protocol}{labels}_seed{start.seed}"
+    changed = train.deviations | test.deviations
+    if keep_head:
+        accuracy = probes.accuracy(network, test, device, args.precision)
     elif args.protocol == "full":
-        run = Run(beginning.folder / name, "model.pt", settings, args.log_every, args.tensorboard)
+        run = Run(start.folder / name, "model.pt", settings, args.log_every, args.tensorboard)
         used = {name: value for name, value in settings.items() if name in HELP}
-        scale |= differences(cli.preset_name(train.name), "finetune", used)
-        network = start.trained(
-            beginning, run, network, len(train.classes),
+        changed |= deviations(preset_name(train.name), "finetune", used)
+        network = starting_weights.train_or_load(
+            start,
+            run,
+            network,
+            len(train.classes),
             lambda: finetune(network, train, args, run, randomness, device),
-            target=train.name, finetune=run.settings, scale=beginning.scale | scale,
+            dataset=train.name,
+            finetune=run.settings,
+            deviations=start.deviations | changed,
             normalisation=[train.mean.tolist(), train.std.tolist()],
-        )  # fmt: skip
-        accuracy = evaluate.accuracy(network, test, device, args.precision)
+        )
+        accuracy = probes.accuracy(network, test, device, args.precision)
     else:
-        protocol = {"linear": evaluate.linear_accuracy, "knn": evaluate.knn_accuracy}[args.protocol]
+        protocol = {"linear": probes.linear_accuracy, "knn": probes.knn_accuracy}[args.protocol]
         accuracy = protocol(network.embed, train, test, device, args.precision)
-    line = beginning.result(
-        scale, device, started, name=name, target=train.name, protocol=args.protocol, accuracy=round(accuracy, 4),
-        labels_per_class=args.labels_per_class, label_fraction=args.label_fraction, digest=key,
-    )  # fmt: skip
-    results.append(beginning.folder, line)
-    print(results.show(line))
+    line = start.result_line(
+        changed,
+        device,
+        started,
+        name=name,
+        dataset=train.name,
+        protocol=args.protocol,
+        accuracy=round(accuracy, 4),
+        labels_per_class=args.labels_per_class,
+        label_fraction=args.label_fraction,
+        digest=key,
+    )
+    results.append(start.folder, line)
+    print(results.format_line(line))
 
 
 def parse_args(argv):
-    parser = cli.parser(__doc__)
-    start.add_flags(parser, argv)
-    parser.add_argument("--protocol", choices=["full", "linear", "knn", "head"], default="full")
-    few = parser.add_mutually_exclusive_group()
-    few.add_argument("--labels-per-class", type=cli.count, default=0, metavar="N", help="train on N images a class")
-    few.add_argument(
-        "--label-fraction", type=cli.share, default=0.0, metavar="F", help="train on a share of each class"
+    parser = cli.stage_parser(__doc__)
+    starting_weights.add_flags(parser, argv)
+    parser.groups["method"].add_argument(
+        "--protocol",
+        choices=["full", "linear", "knn", "head"],
+        default="full",
+        help="what is trained, see above (default: full)",
     )
-    cli.add_settings(parser, preset(cli.preset_name(cli.early("target", argv)), "finetune"), HELP)
-    return parser.parse_args(argv)
+    few = parser.groups["data"].add_mutually_exclusive_group()
+    few.add_argument(
+        "--labels-per-class",
+        type=cli.non_negative_int,
+        default=0,
+        metavar="N",
+        help="train on N images a class",
+    )
+    few.add_argument(
+        "--label-fraction",
+        type=cli.fraction,
+        default=0.0,
+        metavar="F",
+        help="train on a share of each class",
+    )
+    cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
+    return resolve_precision(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

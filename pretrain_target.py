@@ -1,16 +1,19 @@
-"""Stage 0: the target network g_phi: trained on the unlabelled source with Barlow Twins, or any encoder.
+"""Stage 0: the target network g_phi: trained on the unlabelled source with Barlow Twins, or any
+encoder.
 
     python pretrain_target.py --source tinyimagenet
-    python pretrain_target.py --source imagenette --weights resnet50.pth        # a backbone for --arch
+    python pretrain_target.py --source imagenette --weights resnet50.pth    # a backbone for --arch
     python pretrain_target.py --source photos --encoder timm:vit_small_patch14_dinov2.lvd142m
     python pretrain_target.py --source photos --features features.npy
 
-Writes runs/<source>/target/seed0/target.pt. Without --encoder and --features it holds a network of --arch; the paper's
-setting (1,000 epochs of ResNet18) takes hours to days on one GPU, the digits preset two minutes on two CPU cores. With
-them, the features of all images of the source lie beside it in features.npy; docs/encoders.md describes the encoders.
+Writes runs/<source>/target/seed0/target.pt. Without --encoder and --features it holds a network of
+--arch; the paper's setting (1,000 epochs of ResNet18) takes hours to days on one GPU, the digits
+preset two minutes on two CPU cores. With them, the features of all images of the source lie beside
+it in features.npy; docs/encoders.md describes the encoders.
 
-Where the source has labels, a linear probe and a nearest-neighbour classifier compare the target's features with those
-of an untrained student network. This is a check only: no label is used in training.
+Where the source has labels, a linear probe and a nearest-neighbour classifier compare the target's
+features with those of an untrained student network. This is a check only: no label is used in
+training.
 """
 
 from pathlib import Path
@@ -20,23 +23,24 @@ import torch
 
 import models
 from data.augment import barlow_twins_view
-from data.images import load_images, normalise, unit
+from data.images import load_images, normalise, to_float
 from data.loading import Loader
 from data.originals import Originals
 from distillers.method import check_name
-from evaluation import quality
+from evaluation import probes, quality
 from models.barlow_twins import barlow_twins_loss, projector
 from models.encoders import FORMS, load_encoder
 from models.features import FeatureTable, compute_features, read_features, reduce_features
 from models.saved import load_matching
 from models.sync_batch_norm import synchronised
-from utils import cli, evaluate, files, optim, ranks
+from utils import cli, distributed, files, optim
+from utils.device import autocast, resolve_precision, select_device
 from utils.errors import UserError
-from utils.presets import differences, preset
+from utils.presets import deviations, preset, preset_name
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
-COMPONENTS = 256  # principal components that are kept of an encoder's features, unless --pca says otherwise
+COMPONENTS = 256  # principal components that are kept of an encoder's features (--pca)
 HELP = dict(
     arch="network of the target, one of models.ARCHITECTURES",
     width="factor on the network's hidden widths",
@@ -53,8 +57,10 @@ HELP = dict(
     greyscale="probability of greyscale",
     solarise="probability of solarisation in the second view",
     flip="probability of a horizontal flip",
-    weights="state dict that is taken instead of training (keys may begin with backbone., encoder., "
-    "module. or model.); 'hub' fetches the ImageNet ResNet50 of facebookresearch/barlowtwins; empty "
+    weights="state dict that is taken instead of training (keys may begin with backbone., "
+    "encoder., "
+    "module. or model.); 'hub' fetches the ImageNet ResNet50 of facebookresearch/barlowtwins; "
+    "empty "
     "trains. With --encoder: the file that torchvision or timm would download",
 )
 
@@ -70,19 +76,33 @@ def train(network, source, args, run, device):
     scheduler = optim.schedule(lars, "cosine", total, args.warmup_epochs * batches.per_epoch)
     run.resume(
         device,
-        dict(network=network, head=head, batches=batches, optimizer=lars, scheduler=scheduler, randomness=randomness),
+        dict(
+            network=network,
+            head=head,
+            batches=batches,
+            optimizer=lars,
+            scheduler=scheduler,
+            randomness=randomness,
+        ),
     )
     loader = Loader([source.pixels], batches, device)
     network.train()
     with synchronised(network, head):
         for step in run.steps("train target", total):
-            x = unit(*loader.next())  # (b, 3, S, S)
-            randomness.part()
-            views = [barlow_twins_view(x, randomness.device, args, solarise) for solarise in (0.0, args.solarise)]
-            with cli.autocast(device, args.precision):
-                z1, z2 = (head(network.embed(normalise(seen, source.mean, source.std))) for seen in views)
+            x = to_float(*loader.next())  # (b, 3, S, S)
+            randomness.reseed_for_rank()
+            views = [
+                barlow_twins_view(x, randomness.device, args, solarise)
+                for solarise in (0.0, args.solarise)
+            ]
+            with autocast(device, args.precision):
+                z1, z2 = (
+                    head(network.embed(normalise(seen, source.mean, source.std))) for seen in views
+                )
             lars.zero_grad()
-            loss = ranks.backward(barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale), weights)
+            loss = distributed.backward(
+                barlow_twins_loss(z1, z2, args.off_diagonal, args.loss_scale), weights
+            )
             run.log(step, loss=loss, gradient=optim.gradient_norm(weights))
             lars.step()
             scheduler.step()
@@ -97,20 +117,27 @@ def load_backbone(network, weights):
         load_matching(network.features, weights)
         return
     try:
-        state = torch.hub.load("facebookresearch/barlowtwins:main", "resnet50", trust_repo=True).state_dict()
+        state = torch.hub.load(
+            "facebookresearch/barlowtwins:main", "resnet50", trust_repo=True
+        ).state_dict()
     except OSError as error:
         raise UserError(
-            f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its resnet50 "
+            f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its "
+            "resnet50 "
             "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
         ) from error
-    network.features.load_state_dict({name: v for name, v in state.items() if not name.startswith("fc.")})
+    network.features.load_state_dict(
+        {name: v for name, v in state.items() if not name.startswith("fc.")}
+    )
 
 
 def make_network_target(source, args, device):
     """A network of ours, trained on the source by Barlow Twins or filled with `--weights`."""
     if min(len(source), args.batch_size) < 2:
         raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
-    run = open_run(source, args, cli.settings(args, source=source.name, fingerprint=source.fingerprint))
+    run = open_run(
+        source, args, cli.run_settings(args, source=source.name, fingerprint=source.fingerprint)
+    )
     torch.manual_seed(args.seed)
     network = models.build(args.arch, args.image_size, 0, args.width).to(device)
     if args.weights:
@@ -122,9 +149,9 @@ def make_network_target(source, args, device):
         width=args.width,
         image_size=args.image_size,
         network={name: value.cpu() for name, value in network.state_dict().items()},
-        scale=source.part | differences(cli.preset_name(source.name), "target", vars(args)),
+        deviations=source.deviations | deviations(preset_name(source.name), "target", vars(args)),
     )
-    features = lambda index: evaluate.outputs(network, source.subset(index), device, args.precision)  # noqa: E731
+    features = lambda index: probes.outputs(network, source.subset(index), device, args.precision)  # noqa: E731
     finish(run, source, args, device, content, network.feature_dim, features)
 
 
@@ -144,24 +171,30 @@ def make_feature_target(source, args, device):
     encoded = run.folder / "encoded.npy"
     if encoder:
         originals = Originals(source, "train", encoder.image_size, args.data_root)
-        compute_features(encoder, originals, FeatureTable(encoded, len(source)), run, device, args.precision)
+        compute_features(
+            encoder, originals, FeatureTable(encoded, len(source)), run, device, args.precision
+        )
         encoder.facts["from_raw"] = originals.from_raw
         array = np.load(encoded, mmap_mode="r")
     path = run.folder / "features.npy"
     components, stored = reduce_features(array, path, args.pca)
     table = torch.from_numpy(np.load(path, mmap_mode="r+"))
     print(
-        f"{len(table):,} features of {stored['encoder_dim']} dimensions, {100 * stored['zeros']:.1f} % zeros; "
+        f"{len(table):,} features of {stored['encoder_dim']} dimensions, "
+        f"{100 * stored['zeros']:.1f} % zeros; "
         f"kept {table.shape[1]} with {100 * stored['variance_kept']:.1f} % of the variance"
     )
     content = stored | dict(
-        features=files.sums(path),
+        features=files.checksums(path),
         encoder=encoder and encoder.facts | dict(what=args.encoder, file=str(args.weights)),
         components=components,
         name=name,
-        scale=source.part | {"target.encoder": [name, "Barlow Twins"], "target.pca": [table.shape[1], 0]},
+        deviations=source.deviations
+        | {"target.encoder": [name, "Barlow Twins"], "target.pca": [table.shape[1], 0]},
     )
-    finish(run, source, args, device, content, table.shape[1], lambda index: table[index].to(device))
+    finish(
+        run, source, args, device, content, table.shape[1], lambda index: table[index].to(device)
+    )
     encoded.unlink(missing_ok=True)
 
 
@@ -176,7 +209,8 @@ def open_run(source, args, settings):
 
 
 def finish(run, source, args, device, content, feature_dim, features):
-    """Write target.pt, with the check of its `features`, a function of indices (k,), by the source's labels."""
+    """Write target.pt, with the check of its `features`, a function of indices (k,), by the
+    source's labels."""
     student = preset(args.preset, "distill")
     checked = quality.feature_quality(source, features, student["arch"], student["width"], device)
     quality.print_quality(checked)
@@ -188,7 +222,7 @@ def finish(run, source, args, device, content, feature_dim, features):
 
 def main(argv):
     args = parse_args(argv)
-    device = cli.device(args, several=not (args.encoder or args.features))
+    device = select_device(args, multi_process=not (args.encoder or args.features))
     source = load_images(args.source, "train", args.image_size, args.data_root)
     make = make_feature_target if args.encoder or args.features else make_network_target
     make(source, args, device)
@@ -196,29 +230,43 @@ def main(argv):
 
 def parse_args(argv):
     parser, name = cli.source_parser(__doc__, argv)
-    parser.add_argument("--name", default="target", help="of the run's folder (default: %(default)s)")
-    cli.add_settings(parser, preset(name, "target"), HELP)
+    parser.groups["run"].add_argument(
+        "--name", default="target", help="of the run's folder (default: %(default)s)"
+    )
+    cli.add_settings(parser, preset(name, "target"), HELP, dict(arch=models.ARCHITECTURES))
     elsewhere = parser.add_argument_group("a target trained elsewhere")
     which = elsewhere.add_mutually_exclusive_group()
     which.add_argument(
-        "--encoder", metavar="WHAT", help=f"network whose features are the targets: {FORMS}. hub: and "
+        "--encoder",
+        metavar="WHAT",
+        help=f"network whose features are the targets: {FORMS}. hub: and "
         "FILE.py: run code that is not of this project",
-    )  # fmt: skip
+    )
     which.add_argument(
-        "--features", type=Path, metavar="FILE",
-        help="features (n, d) in a .npy or .safetensors file, in the order of `python -m data.prepare --list`",
-    )  # fmt: skip
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="features (n, d) in a .npy or .safetensors file, in the order of `python -m "
+        "data.prepare --list`",
+    )
     elsewhere.add_argument(
-        "--encoder-size", type=cli.count, default=0, metavar="PIXELS",
+        "--encoder-size",
+        type=cli.non_negative_int,
+        default=0,
+        metavar="PIXELS",
         help="side of the encoder's input images (default: the encoder's own)",
-    )  # fmt: skip
+    )
     elsewhere.add_argument(
-        "--pca", type=cli.count, default=COMPONENTS, metavar="D",
-        help="principal components to keep of the features; 0 keeps the features (default: %(default)s)",
-    )  # fmt: skip
-    if cli.early("encoder", argv) or cli.early("features", argv):
+        "--pca",
+        type=cli.non_negative_int,
+        default=COMPONENTS,
+        metavar="D",
+        help="principal components to keep of the features; 0 keeps the features (default: "
+        "%(default)s)",
+    )
+    if cli.peek_flag("encoder", argv) or cli.peek_flag("features", argv):
         parser.set_defaults(weights="")  # a preset's backbone is no encoder's
-    args = parser.parse_args(argv)
+    args = resolve_precision(parser.parse_args(argv))
     check_name("--name", args.name, reserved=("full",))
     if args.encoder_size and not args.encoder:
         parser.error("--encoder-size goes with --encoder")

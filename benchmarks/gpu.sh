@@ -16,7 +16,7 @@ for run in "cpu fp32" "cuda fp32" "cuda bf16"; do
   "$PYTHON" distill.py --source digits --run-root "$out" --device "$1" --precision "$2" --name "$1_$2" --log-every 1 \
     --outer-steps 100 --pool-steps 20
   "$PYTHON" pretrain.py --distilled "$out/digits/$1_$2/seed0/distilled.pt" --device cpu --run-root "$out"
-  "$PYTHON" finetune.py --weights "$out/digits/$1_$2/seed0/convnet3-x0.25/seed0/model.pt" --target digits \
+  "$PYTHON" finetune.py --weights "$out/digits/$1_$2/seed0/convnet3-x0.25/seed0/model.pt" --dataset digits \
     --protocol linear --labels-per-class 10 --device cpu
 done
 for preset in cifar100 tinyimagenet; do
@@ -24,14 +24,14 @@ for preset in cifar100 tinyimagenet; do
     "$PYTHON" -m benchmarks.speed --preset $preset --precision $precision --device cuda | tee "$out/$preset-$precision.md"
   done
 done
-"$PYTHON" -m benchmarks.growth --device cuda --precision bf16 --width 1 --out "$out/growth.png" | tee "$out/growth.md"
+"$PYTHON" -m benchmarks.scaling --device cuda --precision bf16 --width 1 --out "$out/scaling.png" | tee "$out/scaling.md"
 
 echo
 echo "Losses on the digits, step by step, relative to the CPU's in float32:"
 "$PYTHON" - "$out/digits" <<'END'
 import sys
 from pathlib import Path
-from utils import results
+from evaluation import results
 from utils.run import read_log
 
 losses = {}

@@ -1,89 +1,222 @@
-"""What several processes do at a time on one run of distill.py: `torchrun --nproc-per-node 2 -m benchmarks.speed`.
+"""How an outer step of distill.py grows with m, b, the image size and the source: time, memory,
+what takes most.
 
-Each process takes whole outer steps of the same size, so an ideal machine takes as long for R of them as for one. Three
-times are measured in turn: of the first process while the others wait, of all at once without telling each other
-anything, and of all at once as distill.py does it, with one exchange of the gradients a step. The first ratio shows
-what the machine's shared parts cost (memory, caches, clock), the second what the exchange does.
+    python -m benchmarks.scaling                             # prints Markdown
+    python -m benchmarks.scaling --collect --out scaling.png  # also stores them, and draws them
+
+Starting from CIFAR-100's setting one quantity is changed at a time; each setting is a process of
+its own. The networks have --width (default 0.25, for a CPU). Time is the sum of the step's parts
+(benchmarks/step.py); memory is the largest resident memory that no file backs, on a GPU its peak.
+Sources that take more than half a gigabyte are sparse files of zeros, so that ImageNet's number of
+images can be had on any disk. Linux only.
 """
 
-import statistics
+import argparse
+import json
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 
-import models
-from benchmarks.step import Step, images_for, machine, made, memory, middle, seconds
-from utils import progress, ranks
+from benchmarks import speed
+from benchmarks.step import Step, machine_name, make_inputs, peak_memory, time_parts
+from models import label
+from utils import cli, files, progress
+from utils.device import add_device_flags, resolve_precision, select_device
+from utils.plots import COLOURS, DASHES, label_axis, make_panels, save_figure
 
-LINKS = {"25 GB/s": 25e9, "900 GB/s": 900e9}  # a fast network; a link between GPUs
-NUMBERS = (2, 4, 8, 16)
+RESULTS = Path(__file__).with_name("scaling.jsonl")
+BASE = dict(num_images=1000, outer_batch=1024, image_size=32, source=10_000, chunk=0)
+AXES = dict(
+    num_images=(100, 300, 1000, 3000, 10_000),
+    outer_batch=(256, 1024, 4096),
+    image_size=(32, 64, 96),
+    source=(10_000, 100_000, 1_281_167),
+    chunk=(0, 400, 100),
+)
+NAMES = dict(
+    num_images="distilled images m",
+    outer_batch="real images b",
+    image_size="pixels of a side",
+    source="images in the source",
+    chunk="--chunk",
+)
 
 
-def slowest(took):
-    """The largest of all ranks' seconds."""
-    return ranks.most(round(1e6 * took)) / 1e6
+def anonymous_memory():
+    """Bytes of resident memory that no file backs."""
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
 
 
-def measure(args, device):
-    """The result as a dict of plain values, which `markdown` prints."""
+def shared_flags(args):
+    """Those that every setting shares, as words of a command line."""
+    return ["--width", str(args.width), "--device", args.device, "--precision", args.precision]
+
+
+def measure(setting, args):
+    """One line of the results: `setting` with the parts' seconds and FLOP, and the memory of a step
+    in GiB."""
+    most, done = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, anonymous_memory())
+
+    words = shared_flags(args)
+    for name in ("num_images", "outer_batch", "image_size", "chunk"):
+        words += ["--" + name.replace("_", "-"), str(setting[name])]
+    taken, _ = speed.parse_args(words)
+    device = select_device(taken)
     with tempfile.TemporaryDirectory() as folder:
-        step = Step(False, *made(args, images_for(args), device, Path(folder)), args, device)
-
-        def single():
-            step(exchange=False)
-
-        single()
-        rounds = []
-        for _ in progress.bar(range(args.pairs), desc="rounds"):
-            ranks.most(0)  # waits for all
-            alone = seconds(single, device)[0] if ranks.first() else 0.0
-            took = dict(alone=slowest(alone))
-            took["beside"] = slowest(seconds(single, device)[0])
-            took["together"] = slowest(seconds(step, device)[0])
-            shared = step.exchanged(torch.zeros((), device=device))
-            took["exchange"] = slowest(seconds(lambda shared=shared: ranks.average(shared), device)[0])
-            rounds.append(took)
-        names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
-        return dict(
-            preset=args.preset, **{name: getattr(args, name) for name in names}, machine=machine(device),
-            ranks=ranks.count(), torch=str(torch.__version__), memory_gib=memory(device), rounds=rounds,
-            bytes={"images": step.x_syn.nbytes, "targets": step.y_syn.nbytes},
-        )  # fmt: skip
+        source, target = make_inputs(taken, setting["source"], device, Path(folder))
+        step = Step(False, source, target, taken, device)
+        threading.Thread(target=watch, daemon=True).start()
+        step()
+        done.set()
+        used = peak_memory(device) if device.type == "cuda" else most / 2**30
+        pieces = time_parts(step)
+    return setting | dict(
+        width=args.width,
+        precision=args.precision,
+        arch=taken.arch,
+        machine=machine_name(device),
+        torch=str(torch.__version__),
+        memory_gib=used,
+        parts=pieces,
+    )
 
 
-def markdown(result):
-    """A `measure` as tables and the lines around them."""
-    rounds, count = result["rounds"], result["ranks"]
-    times = {name: middle(each[name] for each in rounds) for name in rounds[0]}
-    images, targets = (result["bytes"][name] for name in ("images", "targets"))
-    network = models.label(result["arch"], result["width"])
-    step = statistics.median(each["together"] for each in rounds)
-    rows = []
-    for number in NUMBERS:
-        sent = 2 * (number - 1) / number * (images + targets + 4)
-        cells = [f"{1e3 * sent / rate:.3g} ms ({sent / rate / step:.2g})" for rate in LINKS.values()]
-        rows.append(f"| {number} | {sent / 1e6:.1f} | " + " | ".join(cells) + " |")
-    return "\n".join([
-        f"Preset {result['preset']} (m = {result['num_images']:,}, b = {result['outer_batch']:,} a process, "
-        f"{result['image_size']} px, {network}, {result['precision']}), {count} processes, each on "
-        f"{result['machine']}, torch {result['torch']}; {len(rounds)} rounds, median, smallest and largest.",
+def all_settings():
+    """(axis, setting) for each row of the tables; the starting point is measured once."""
+    for axis, values in AXES.items():
+        for value in values:
+            yield axis, BASE | {axis: value}
+
+
+def select_rows(lines, axis):
+    """The lines that `axis` alone tells apart, in its order."""
+    others = {name: value for name, value in BASE.items() if name != axis}
+    return sorted(
+        (line for line in lines if others.items() <= line.items()), key=lambda line: line[axis]
+    )
+
+
+def summarise(line):
+    """Seconds of a step, the part that takes most of them, and its share."""
+    total = sum(took for took, _ in line["parts"].values())
+    name, (took, _) = max(line["parts"].items(), key=lambda item: item[1][0])
+    return total, name, took / total
+
+
+def markdown(lines):
+    """A table of all axes."""
+    first = lines[0]
+    text = [
+        f"{label(first['arch'], first['width'])}, {first['precision']}, {first['machine']}, torch "
+        f"{first['torch']}; "
+        f"where nothing else is said, m = {BASE['num_images']:,}, b = {BASE['outer_batch']:,}, "
+        f"{BASE['image_size']} px and {BASE['source']:,} images in the source.",
         "",
-        "| an outer step | s |",
-        "|---|---:|",
-        f"| of one process, the others waiting | {times['alone']} |",
-        f"| of {count} at a time, each for itself | {times['beside']} |",
-        f"| of {count} at a time, with their exchange | {times['together']} |",
-        f"| the exchange alone | {times['exchange']} |",
-        "",
-        f"Efficiency: **{middle(each['alone'] / each['together'] for each in rounds)}**; "
-        f"without the exchange {middle(each['alone'] / each['beside'] for each in rounds)}.",
-        "",
-        f"A step exchanges {images / 1e6:.1f} MB for the images and {targets / 1e6:.1f} MB for the targets, whatever "
-        "the batch, the network and the number of processes. In a ring each of R sends 2 (R - 1) / R of that; worked "
-        f"out, as time and as a share of the {step:.3g} s above:",
-        "",
-        "| R | MB a step | " + " | ".join(f"at {name}" for name in LINKS) + " |",
-        "|---:|---:|" + "---:|" * len(LINKS),
-        *rows,
-    ])  # fmt: skip
+        "| | | s a step | GiB | what takes most |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for axis in AXES:
+        for line in select_rows(lines, axis):
+            total, name, share = summarise(line)
+            text.append(
+                f"| {NAMES[axis]} | {line[axis]:,} | {total:.2f} | {line['memory_gib']:.2f} | "
+                f"{name}, {share:.0%} |"
+            )
+    return "\n".join(text)
+
+
+def collected_tables():
+    """The results in `RESULTS`, as Markdown."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else ()
+    return markdown([json.loads(line) for line in lines]) if lines else "No results yet."
+
+
+def draw(lines, out):
+    """Time and memory against each axis, as a PNG file."""
+    axes_drawn = [axis for axis in AXES if axis != "chunk"]
+    figure, panes = make_panels(len(axes_drawn), most=2)
+    numbers = [number for line in lines for number in (summarise(line)[0], line["memory_gib"])]
+    low, high = min(numbers) / 1.3, max(numbers) * 1.3  # the same for all
+    ticks = [
+        tick for power in range(-3, 5) for tick in (10**power, 3 * 10**power) if low <= tick <= high
+    ]
+    for pane, axis in zip(panes, axes_drawn, strict=True):
+        rows = select_rows(lines, axis)
+        x = [line[axis] for line in rows]
+        label_axis(pane, x=NAMES[axis], y="seconds, GiB")
+        for i, (name, values) in enumerate(
+            (
+                ("seconds a step", [summarise(line)[0] for line in rows]),
+                ("GiB", [line["memory_gib"] for line in rows]),
+            )
+        ):
+            pane.plot(
+                x, values, color=COLOURS[4 * i], linestyle=DASHES[i], marker="os"[i], label=name
+            )
+        pane.set(xscale="log", yscale="log", ylim=(low, high))
+        pane.set_xticks(x, [f"{value:,}" for value in x], minor=False)
+        pane.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        pane.minorticks_off()
+    panes[0].legend(frameon=False, fontsize=8)
+    save_figure(figure, out)
+
+
+def main(argv):
+    args = parse_args(argv)
+    if args.one:
+        print(json.dumps(measure(json.loads(args.one), args)))
+        return
+    wanted = list({json.dumps(setting): setting for _, setting in all_settings()}.values())
+    lines = []
+    for setting in progress.bar(wanted, desc="settings"):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.scaling",
+                "--one",
+                json.dumps(setting),
+                *shared_flags(args),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode == 0:
+            lines.append(json.loads(done.stdout.splitlines()[-1]))
+        else:
+            print(f"left out, since it failed ({done.returncode}): {setting}", file=sys.stderr)
+    if not lines:
+        sys.exit(1)
+    print(markdown(lines))
+    if args.collect:
+        files.write_text(RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
+    if args.out:
+        draw(lines, args.out)
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    add_device_flags(parser)
+    parser.add_argument(
+        "--width", type=cli.non_negative_float, default=0.25, help="of the networks (default: 0.25)"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help=f"put the results into benchmarks/{RESULTS.name}"
+    )
+    parser.add_argument("--out", type=Path, help="PNG file for a figure")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return resolve_precision(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(main)

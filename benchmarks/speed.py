@@ -1,15 +1,17 @@
-"""How fast an outer step of distill.py is: its parts, its share of the machine's peak, and beside the plain step.
+"""How fast an outer step of distill.py is: its parts, its share of the machine's peak, and beside
+the plain step.
 
-    python -m benchmarks.speed                                  # CIFAR-100's setting
+    python -m benchmarks.speed                          # CIFAR-100's setting
     python -m benchmarks.speed --preset tinyimagenet --device cuda
-    python -m benchmarks.speed --collect                        # add the result to benchmarks/speed.jsonl
-    torchrun --nproc-per-node 2 -m benchmarks.speed             # what several processes do at a time (scaling.py)
+    python -m benchmarks.speed --collect                # add the result to benchmarks/speed.jsonl
+    torchrun --nproc-per-node 2 -m benchmarks.speed     # several processes at a time (parallel.py)
 
-Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own, since what a process
-does with freed memory is a part of the difference (utils/allocator.py); their ratio is the figure to quote, since
-machines are shared and change their pace. The loss and gradients of both are compared with the plain step in float64.
-Beside each pair the machine's own peak is measured: the best rate of square matrix products, and that of a
-3x3 convolution. FLOP are those that PyTorch counts. Images are noise (step.py). Prints Markdown.
+Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own,
+since what a process does with freed memory is a part of the difference (utils/allocator.py); their
+ratio is the figure to quote, since machines are shared and change their pace. The loss and
+gradients of both are compared with the plain step in float64. Beside each pair the machine's own
+peak is measured: the best rate of square matrix products, and that of a 3x3 convolution. FLOP are
+those that PyTorch counts. Images are noise (step.py). Prints Markdown.
 """
 
 import argparse
@@ -26,20 +28,43 @@ import torch.nn.functional as F
 
 import distill
 import models
-from benchmarks import scaling
-from benchmarks.step import Step, flop, images_for, machine, made, memory, middle, parts, seconds
+from benchmarks import parallel
+from benchmarks.step import (
+    Step,
+    count_flop,
+    format_median,
+    machine_name,
+    make_inputs,
+    num_source_images,
+    peak_memory,
+    time_call,
+    time_parts,
+)
 from distillers import method
-from utils import cli, files, progress, ranks
+from utils import cli, distributed, files, progress
 from utils.allocator import keep_freed_memory
+from utils.device import select_device
 
 RESULTS = Path(__file__).with_name("speed.jsonl")
 PEAK_SIZES = (1024, 2048, 4096)
-KEY = ("preset", "arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "machine", "ranks")
+KEY = (
+    "preset",
+    "arch",
+    "width",
+    "image_size",
+    "num_images",
+    "outer_batch",
+    "precision",
+    "chunk",
+    "machine",
+    "ranks",
+)
 CHECKED = 200  # images, distilled and real, in the comparison with float64
 
 
-def peak(device, dtype=torch.float32):
-    """Best rate in FLOP/s: {"matmul": of square products, "convolution": of 256 to 512 channels on maps of 8 x 8}."""
+def peak_rates(device, dtype=torch.float32):
+    """Best rate in FLOP/s: {"matmul": of square products, "convolution": of 256 to 512 channels on
+    maps of 8 x 8}."""
     rates = {"matmul": 0.0, "convolution": 0.0}
     enough = 0.2 if device.type == "cpu" else 0.02
     layout = dict(memory_format=torch.channels_last)
@@ -51,17 +76,21 @@ def peak(device, dtype=torch.float32):
         trials.append(("matmul", lambda a=a: a @ a, 2 * n**3))
     with torch.no_grad():
         for name, product, operations in trials:
-            once, _ = min(seconds(product, device) for _ in range(2))
+            once, _ = min(time_call(product, device) for _ in range(2))
             times = max(1, round(enough / once))
-            took, _ = seconds(lambda product=product, times=times: [product() for _ in range(times)], device)
+            took, _ = time_call(
+                lambda product=product, times=times: [product() for _ in range(times)], device
+            )
             rates[name] = max(rates[name], operations * times / took)
     return rates
 
 
-def errors(args, source, target, device):
-    """{"ours": {loss, gradients: relative error}, "plain": ...} in float32, against the plain step in float64, with at
-    most `CHECKED` distilled and real images."""
-    few = vars(args) | {name: min(getattr(args, name), CHECKED) for name in ("num_images", "outer_batch")}
+def relative_errors(args, source, target, device):
+    """{"ours": {loss, gradients: relative error}, "plain": ...} in float32, against the plain step
+    in float64, with at most `CHECKED` distilled and real images."""
+    few = vars(args) | {
+        name: min(getattr(args, name), CHECKED) for name in ("num_images", "outer_batch")
+    }
     named = {
         name: Step(name != "ours", source, target, argparse.Namespace(**few), device)
         for name in ("ours", "plain", "exact")
@@ -72,7 +101,9 @@ def errors(args, source, target, device):
         step.member.network.load_state_dict(named["ours"].member.network.state_dict())
         kind = torch.float64 if name == "exact" else torch.float32
         step.member.network.to(kind)
-        step.x_syn, step.y_syn = (t.detach().to(kind).requires_grad_() for t in (step.x_syn, step.y_syn))
+        step.x_syn, step.y_syn = (
+            t.detach().to(kind).requires_grad_() for t in (step.x_syn, step.y_syn)
+        )
         loss = step.loss(x_real.to(kind), y_real.to(kind))
         loss.backward(inputs=[step.x_syn, step.y_syn])
         found[name] = [each.detach().double() for each in (loss, step.x_syn.grad, step.y_syn.grad)]
@@ -86,29 +117,32 @@ def errors(args, source, target, device):
     }
 
 
-class Plain:
+class ReferenceProcess:
     """The plain step, in the process that `measure` starts."""
 
     step = None
 
     @classmethod
     def start(cls, args, folder):
-        device = cli.device(args)
+        device = select_device(args)
         keep_freed_memory(False)
-        cls.step = Step(True, *made(args, images_for(args), device, folder), args, device)
+        cls.step = Step(
+            True, *make_inputs(args, num_source_images(args), device, folder), args, device
+        )
 
     @classmethod
-    def flop(cls):
-        return flop(cls.step)
+    def count_flop(cls):
+        return count_flop(cls.step)
 
     @classmethod
-    def seconds(cls):
-        return seconds(cls.step, cls.step.device)[0]
+    def time_call(cls):
+        return time_call(cls.step, cls.step.device)[0]
 
 
 @contextlib.contextmanager
-def freed_memory_kept(device):
-    """Memory as distill.py has it on this device (`utils.cli.device`); all of it is given back at the end."""
+def keeping_freed_memory(device):
+    """Memory as distill.py has it on this device (`utils.select_device`); all of it is given back
+    at the end."""
     keep_freed_memory(device.type == "cpu")
     yield
     keep_freed_memory(False)
@@ -118,36 +152,67 @@ def measure(args, device):
     """The result as a dict of plain values, which `markdown` prints."""
     precisely = argparse.Namespace(**vars(args) | dict(precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
-        source, target = made(args, images_for(args), device, Path(folder))
+        source, target = make_inputs(args, num_source_images(args), device, Path(folder))
         ours = Step(False, source, target, args, device)
-        keep_freed_memory(False)  # counting holds more than a step does, and both processes at once may not fit
-        operations = flop(ours)
+        keep_freed_memory(
+            False
+        )  # counting holds more than a step does, and both processes at once may not fit
+        operations = count_flop(ours)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with freed_memory_kept(device):
+        with keeping_freed_memory(device):
             ours()
-            used = memory(device)
-            pieces = parts(ours)
-            wrong = errors(args, source, target, device) if args.precision == "fp32" else {}
+            used = peak_memory(device)
+            pieces = time_parts(ours)
+            wrong = (
+                relative_errors(args, source, target, device) if args.precision == "fp32" else {}
+            )
         rounds = []
         with ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=Plain.start, initargs=(precisely, Path(folder))
+            1,
+            multiprocessing.get_context("spawn"),
+            initializer=ReferenceProcess.start,
+            initargs=(precisely, Path(folder)),
         ) as other:
-            plain_operations = other.submit(Plain.flop).result()
+            plain_operations = other.submit(ReferenceProcess.count_flop).result()
             for _ in progress.bar(range(args.pairs), desc="pairs"):
-                with freed_memory_kept(device):
-                    rates = {"float32": peak(device)}
+                with keeping_freed_memory(device):
+                    rates = {"float32": peak_rates(device)}
                     if args.precision == "bf16":
-                        rates["bfloat16"] = peak(device, torch.bfloat16)
-                    took, _ = seconds(ours, device)
-                rounds.append(dict(ours=took, plain=other.submit(Plain.seconds).result(), peak=rates))
-    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk", "outer_steps",
-             "pool_size", "pool_steps")  # fmt: skip
+                        rates["bfloat16"] = peak_rates(device, torch.bfloat16)
+                    took, _ = time_call(ours, device)
+                rounds.append(
+                    dict(
+                        ours=took,
+                        plain=other.submit(ReferenceProcess.time_call).result(),
+                        peak=rates,
+                    )
+                )
+    names = (
+        "arch",
+        "width",
+        "image_size",
+        "num_images",
+        "outer_batch",
+        "precision",
+        "chunk",
+        "outer_steps",
+        "pool_size",
+        "pool_steps",
+    )
     return dict(
-        preset=args.preset, **{name: getattr(args, name) for name in names}, machine=machine(device), ranks=1,
-        torch=str(torch.__version__), parts=pieces, memory_gib=used, errors=wrong, rounds=rounds,
-        flop=operations, plain_flop=plain_operations,
-    )  # fmt: skip
+        preset=args.preset,
+        **{name: getattr(args, name) for name in names},
+        machine=machine_name(device),
+        ranks=1,
+        torch=str(torch.__version__),
+        parts=pieces,
+        memory_gib=used,
+        errors=wrong,
+        rounds=rounds,
+        flop=operations,
+        plain_flop=plain_operations,
+    )
 
 
 def markdown(result):
@@ -155,11 +220,12 @@ def markdown(result):
     kind = "bfloat16" if result["precision"] == "bf16" else "float32"
     rounds = result["rounds"]
     product, convolution = (
-        statistics.median(r["peak"][kind][name] for r in rounds) for name in ("matmul", "convolution")
+        statistics.median(r["peak"][kind][name] for r in rounds)
+        for name in ("matmul", "convolution")
     )
     ours, plain = (statistics.median(r[name] for r in rounds) for name in ("ours", "plain"))
     share, of_convolution = (
-        middle(100 * result["flop"] / r["ours"] / r["peak"][kind][name] for r in rounds)
+        format_median(100 * result["flop"] / r["ours"] / r["peak"][kind][name] for r in rounds)
         for name in ("matmul", "convolution")
     )
     rows = [
@@ -168,8 +234,11 @@ def markdown(result):
         for name, (took, operations) in result["parts"].items()
     ]
     network = models.label(result["arch"], result["width"])
-    setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, {result['image_size']} px, {network}"
-    setting += f", {result['precision']}" + (f", --chunk {result['chunk']}" if result["chunk"] else "")
+    setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, "
+    setting += f"{result['image_size']} px, {network}"
+    setting += f", {result['precision']}" + (
+        f", --chunk {result['chunk']}" if result["chunk"] else ""
+    )
     lines = [
         f"Preset {result['preset']} ({setting}) on {result['machine']}, torch {result['torch']}.",
         "",
@@ -177,17 +246,22 @@ def markdown(result):
         "|---|---:|---:|---:|---:|",
         *rows,
         "",
-        f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, {share} % of the matrix "
+        f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, "
+        f"{share} % of the matrix "
         f"products' peak, {of_convolution} % of the convolution's; plain step: {plain:.3g} s, "
-        f"{result['plain_flop'] / 1e12:.2f} TFLOP. **{middle(r['plain'] / r['ours'] for r in rounds)} times as fast** "
-        f"(median, smallest and largest of {len(rounds)} pairs). Peak: matrix products {product / 1e9:,.0f} GFLOP/s, "
+        f"{result['plain_flop'] / 1e12:.2f} TFLOP. "
+        f"**{format_median(r['plain'] / r['ours'] for r in rounds)} times as fast** "
+        f"(median, smallest and largest of {len(rounds)} pairs). Peak: matrix products "
+        f"{product / 1e9:,.0f} GFLOP/s, "
         f"convolution {convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
-    ]  # fmt: skip
+    ]
     first = result["pool_size"] * result["pool_steps"] / 2
     pool = result["parts"]["step of the pool's member"][0]
     lines[-1] += (
-        f" At that pace {result['outer_steps']:,} steps are {result['outer_steps'] * ours / 3600:,.1f} hours, after "
-        f"{first * pool / 3600:,.1f} for starting the pool (about {first:,.0f} steps of its members)."
+        f" At that pace {result['outer_steps']:,} steps are "
+        f"{result['outer_steps'] * ours / 3600:,.1f} hours, after "
+        f"{first * pool / 3600:,.1f} for starting the pool (about {first:,.0f} steps of its "
+        "members)."
     )
     for which, named in result["errors"].items():
         lines[-1] += f" Relative error of {which} against float64: "
@@ -195,17 +269,21 @@ def markdown(result):
     return "\n".join(lines)
 
 
-def results():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+def read_results():
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    )
 
 
-def collected():
+def collected_tables():
     """The tables of README by name: Markdown of all results in `RESULTS`."""
     alone, several = (
-        "\n\n".join(show(each) for each in results() if (each["ranks"] > 1) == of_several)
-        for show, of_several in ((markdown, False), (scaling.markdown, True))
+        "\n\n".join(show(each) for each in read_results() if (each["ranks"] > 1) == of_several)
+        for show, of_several in ((markdown, False), (parallel.markdown, True))
     )
-    return {name: text or "No results yet." for name, text in (("speed", alone), ("scaling", several))}
+    return {
+        name: text or "No results yet." for name, text in (("speed", alone), ("parallel", several))
+    }
 
 
 def key(result):
@@ -215,22 +293,25 @@ def key(result):
 
 def main(argv):
     args, collect = parse_args(argv)
-    device = cli.device(args, several=True)
-    several = ranks.count() > 1
-    result = json.loads(json.dumps((scaling.measure if several else measure)(args, device)))
-    print((scaling.markdown if several else markdown)(result))
-    if collect and ranks.first():
-        kept = [each for each in results() if key(each) != key(result)] + [result]
-        files.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in sorted(kept, key=key)))
+    device = select_device(args, multi_process=True)
+    several = distributed.world_size() > 1
+    result = json.loads(json.dumps((parallel.measure if several else measure)(args, device)))
+    print((parallel.markdown if several else markdown)(result))
+    if collect and distributed.is_main_process():
+        kept = [each for each in read_results() if key(each) != key(result)] + [result]
+        files.write_text(
+            RESULTS, "".join(json.dumps(each) + "\n" for each in sorted(kept, key=key))
+        )
 
 
 def parse_args(argv):
     """distill.py's own flags, and those of this benchmark."""
     parser = cli.Parser(__doc__)
-    parser.prog = "python -m benchmarks.speed"
     parser.add_argument("--preset", default="cifar100")
     parser.add_argument("--pairs", type=cli.positive_int, default=5)
-    parser.add_argument("--collect", action="store_true", help=f"put the result into benchmarks/{RESULTS.name}")
+    parser.add_argument(
+        "--collect", action="store_true", help=f"put the result into benchmarks/{RESULTS.name}"
+    )
     mine, others = parser.parse_known_args(argv)
     args = method.parse_args(distill.METHOD, ["--preset", mine.preset, *others])
     args.pairs = mine.pairs

@@ -1,6 +1,8 @@
-"""An outer step of distill.py made for timing: its loop with one member of the pool, and images of noise.
+"""An outer step of distill.py made for timing: its loop with one member of the pool, and images of
+noise.
 
-The target network is untrained; neither changes the time of a step. Shared by the benchmarks of speed.
+The target network is untrained; neither changes the time of a step. Shared by the benchmarks of
+speed.
 """
 
 import platform
@@ -20,56 +22,67 @@ from data.images import ImageSet
 from distillers import reference
 from distillers.krr import ridge_predict
 from distillers.pool import Member
-from distillers.target import NetworkTarget
-from utils import optim, ranks
+from models.target import NetworkTarget
+from utils import distributed, optim
 from utils.sampling import Randomness
 
 
-def wait(device):
+def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(function, device):
+def time_call(function, device):
     """Of one call, and what it returns."""
-    wait(device)
+    synchronize(device)
     started = time.perf_counter()
     result = function()
-    wait(device)
+    synchronize(device)
     return time.perf_counter() - started, result
 
 
-def flop(function):
+def count_flop(function):
     """Floating-point operations of a call, in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
-def sparse(path, shape, dtype):
+def sparse_tensor(path, shape, dtype):
     """A tensor of zeros mapped from a sparse .npy file, which takes no room on disk."""
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-class MadeTarget(NetworkTarget):
+class UntrainedTarget(NetworkTarget):
     """An untrained target network whose features of the source are what is given."""
 
     def features_of(self, images):
         return self.table
 
 
-def made(args, images, device, folder):
-    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a sparse file."""
+def make_inputs(args, images, device, folder):
+    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a
+    sparse file."""
     shape = (images, args.image_size, args.image_size, 3)
-    network = models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval()
-    target = MadeTarget(Path(), "made", device, args.precision, {}, network.feature_dim, network=network)
+    network = (
+        models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval()
+    )
+    target = UntrainedTarget(
+        Path(), "made", device, args.precision, {}, network.feature_dim, network=network
+    )
     if np.prod(shape) < 2**29:
-        pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        target.table = torch.randn(images, target.feature_dim, generator=torch.Generator().manual_seed(1))
+        pixels = torch.randint(
+            0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
+        target.table = torch.randn(
+            images, target.feature_dim, generator=torch.Generator().manual_seed(1)
+        )
     else:
-        pixels = sparse(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse(folder / "features.npy", (images, target.feature_dim), np.float32)
+        pixels = sparse_tensor(folder / "pixels.npy", shape, np.uint8)
+        target.table = sparse_tensor(
+            folder / "features.npy", (images, target.feature_dim), np.float32
+        )
     half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
     return ImageSet("made", pixels, None, [], half, quarter, "made"), target
 
@@ -80,20 +93,27 @@ class Step:
     def __init__(self, plain, source, target, args, device):
         randomness = Randomness(0, device)
         self.args, self.device = args, device
-        layout = reference.FORMAT if plain else torch.channels_last
-        self.loss_of = reference.outer_loss if plain else distill.outer_loss
-        kind = reference.RealBatches if plain else distill.RealBatches
-        self.real = kind(source, target, args, randomness, device)
+        batches, self.loss_of, layout = reference.STEP if plain else distill.STEP
+        self.real = batches(source, target, args, randomness, device)
         chosen = torch.arange(args.num_images) % len(source)
         x = source.normalised(chosen, device).contiguous(memory_format=layout)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)
         self.x_syn = (x + 0.1 * noise).requires_grad_()  # no image twice
         self.y_syn = target.table[chosen].to(device).requires_grad_()
         self.member = Member(
-            args.arch, args.image_size, self.y_syn.shape[1], args.width, device, args.pool_lr, args.pool_weight_decay,
-            "fp32" if plain else args.precision, memory_format=layout,
-        )  # fmt: skip
-        self.adamw = optim.optimizer("adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0)
+            args.arch,
+            args.image_size,
+            self.y_syn.shape[1],
+            args.width,
+            device,
+            args.pool_lr,
+            args.pool_weight_decay,
+            "fp32" if plain else args.precision,
+            memory_format=layout,
+        )
+        self.adamw = optim.optimizer(
+            "adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0
+        )
 
     def batch(self):
         return self.real.next()
@@ -116,12 +136,12 @@ class Step:
         loss = self.loss(*self.batch())
         self.gradient(loss)
         if exchange:
-            ranks.average(self.exchanged(loss))
+            distributed.all_reduce_mean(self.exchanged(loss))
         self.adamw.step()
         self.train()
 
 
-def parts(step):
+def time_parts(step):
     """{name: (seconds, FLOP)} of a step's parts, each timed alone, after a call that counts."""
     x_real, y_real = step.batch()
     args, member = step.args, step.member
@@ -135,7 +155,9 @@ def parts(step):
     f_syn = embed().detach().requires_grad_()
 
     def head():
-        predicted = ridge_predict(f_real, f_syn, step.y_syn, args.ridge, args.ridge_per_image, args.bias_column)
+        predicted = ridge_predict(
+            f_real, f_syn, step.y_syn, args.ridge, args.ridge_per_image, args.bias_column
+        )
         F.mse_loss(predicted, y_real).backward(inputs=[f_syn, step.y_syn])
 
     def nothing():
@@ -149,43 +171,53 @@ def parts(step):
         "batch of real images": (lambda _: step.batch(), nothing),
         "features of the real images": (real, nothing),
         "features of the distilled images": (lambda _: embed(), nothing),
-        "their gradient": (lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]), embed),
+        "their gradient": (
+            lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]),
+            embed,
+        ),
         "kernels and solve, with gradient": (lambda _: head(), nothing),
         "update of images and targets": (lambda _: step.adamw.step(), nothing),
         "step of the pool's member": (lambda _: step.train(), nothing),
     }
     found = {}
     for name, (function, before) in named.items():
-        there = before()
-        operations = flop(lambda function=function, there=there: function(there))
-        there = before()
-        took, _ = seconds(lambda function=function, there=there: function(there), step.device)
+        prepared = before()
+        operations = count_flop(lambda function=function, prepared=prepared: function(prepared))
+        prepared = before()
+        took, _ = time_call(
+            lambda function=function, prepared=prepared: function(prepared), step.device
+        )
         found[name] = (took, operations)
     return found
 
 
-def memory(device):
+def peak_memory(device):
     """Peak memory in GiB: of the GPU, or of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def machine(device):
+def machine_name(device):
     """Its name as a table should say it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    )
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of {name}"
 
 
-def images_for(args):
+def num_source_images(args):
     return max(2 * args.outer_batch, args.num_images)
 
 
-def middle(values):
+def format_median(values):
     """Median, smallest and largest, as text."""
     values = list(values)
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,7 +1,8 @@
-"""The data sets of the paper by name, each read from its public archive's own layout below the data root.
+"""The data sets of the paper by name, each read from its public archive's own layout below the data
+root.
 
-Where torchvision has a reader, that is used, and it downloads and checks what it can. Other archives are fetched here,
-or asked for by name where nobody may or can download them.
+Where torchvision has a reader, that is used, and it downloads and checks what it can. Other
+archives are fetched here, or asked for by name where nobody may or can download them.
 """
 
 from collections.abc import Callable
@@ -11,59 +12,72 @@ from pathlib import Path
 import numpy as np
 import torchvision
 
-from data.download import fetch, missing
-from data.folders import Raw, class_folders, images_in, labelled
+from data.download import download_error, fetch
+from data.folders import Raw, list_images, make_raw, read_class_folders
 from utils.errors import UserError
 
 
 def digits(root, split):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; 1,437 for training, 360 for the test, balanced."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; 1,437 for training, 360 for the test,
+    balanced."""
     from sklearn.datasets import load_digits  # here, since scikit-learn takes a second to import
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), grey values 0..16
-    parts = train_test_split(pixels, bunch.target, test_size=360, random_state=0, stratify=bunch.target)
+    parts = train_test_split(
+        pixels, bunch.target, test_size=360, random_state=0, stratify=bunch.target
+    )
     images, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
     return Raw(list(images), labels.tolist(), [str(digit) for digit in range(10)])
 
 
-def by_torchvision(dataset, archive, url, root, **options):
-    """A torchvision data set, downloaded where it is missing. Raises UserError when that fails."""
+def load_torchvision(dataset, archive, url, root, **options):
+    """A torchvision data set, downloaded where it is missing. Raises UserError when that
+    fails."""
     try:
         return dataset(root, download=True, **options)
     except (OSError, RuntimeError) as error:
-        raise missing(archive, root, url, error) from error
+        raise download_error(archive, root, url, error) from error
 
 
 def cifar(dataset):
     """CIFAR-10 or CIFAR-100."""
 
     def read(root, split):
-        found = by_torchvision(dataset, dataset.url.rsplit("/", 1)[-1], dataset.url, root, train=split == "train")
+        found = load_torchvision(
+            dataset, dataset.url.rsplit("/", 1)[-1], dataset.url, root, train=split == "train"
+        )
         return Raw(list(found.data), list(found.targets), list(found.classes))
 
     return read
 
 
 def aircraft(root, split):
-    """FGVC-Aircraft by variant; training and validation images together train, as in the released code.
+    """FGVC-Aircraft by variant; training and validation images together train, as in the released
+    code.
 
-    torchvision has no checksum of this archive; the counts and the presence of every listed image are checked.
+    torchvision has no checksum of this archive; the counts and the presence of every listed image
+    are checked.
     """
     dataset = torchvision.datasets.FGVCAircraft
     archive = "fgvc-aircraft-2013b.tar.gz"
     part = "trainval" if split == "train" else "test"
-    found = by_torchvision(dataset, archive, dataset._URL, root, split=part)
-    return Raw([Path(path) for path in found._image_files], list(found._labels), list(found.classes))
+    found = load_torchvision(dataset, archive, dataset._URL, root, split=part)
+    return Raw(
+        [Path(path) for path in found._image_files], list(found._labels), list(found.classes)
+    )
 
 
 def flowers(root, split):
-    """Oxford Flowers 102. The 1,020 training and 1,020 validation images together train: README, departure D27."""
+    """Oxford Flowers 102. The 1,020 training and 1,020 validation images together train: README,
+    departure D20."""
     dataset = torchvision.datasets.Flowers102
     images, labels = [], []
     for part in ("train", "val") if split == "train" else ("test",):
-        found = by_torchvision(dataset, "flowers-102/102flowers.tgz", dataset._download_url_prefix, root, split=part)
+        found = load_torchvision(
+            dataset, "flowers-102/102flowers.tgz", dataset._download_url_prefix, root, split=part
+        )
         images += found._image_files
         labels += found._labels
     classes = getattr(dataset, "classes", [str(label) for label in range(102)])
@@ -76,10 +90,13 @@ def cars(root, split):
         found = torchvision.datasets.StanfordCars(root, split=split)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"cars: put into {root / 'stanford_cars'} the folders devkit (car_devkit.tgz), cars_train "
+            f"cars: put into {root / 'stanford_cars'} the folders devkit (car_devkit.tgz), "
+            "cars_train "
             "(cars_train.tgz) and cars_test (cars_test.tgz), and cars_test_annos_withlabels.mat"
         ) from error
-    return labelled([(Path(path), int(label)) for path, label in found._samples], list(found.classes), "cars")
+    return make_raw(
+        [(Path(path), int(label)) for path, label in found._samples], list(found.classes), "cars"
+    )
 
 
 def cub2011(root, split):
@@ -100,7 +117,7 @@ def cub2011(root, split):
         for key, path in paths.items()
         if (training[key] == "1") == (split == "train")
     ]
-    return labelled(pairs, list(column("classes.txt").values()), top)
+    return make_raw(pairs, list(column("classes.txt").values()), top)
 
 
 def dogs(root, split):
@@ -114,39 +131,64 @@ def dogs(root, split):
     fetch(f"{home}/lists.tar", lists, top, "lists.tar", top / "lists")
     fetch(f"{home}/images.tar", images, top, "images.tar", top / "Images")
     found = loadmat(top / "lists" / f"{split}_list.mat", squeeze_me=True)
-    pairs = [(top / "Images" / str(path), int(label) - 1)
-             for path, label in zip(found["file_list"], found["labels"], strict=True)]  # fmt: skip
+    pairs = [
+        (top / "Images" / str(path), int(label) - 1)
+        for path, label in zip(found["file_list"], found["labels"], strict=True)
+    ]
     names = {label: path.parent.name for path, label in pairs}
-    return labelled(pairs, [names[label] for label in sorted(names)], top)
+    return make_raw(pairs, [names[label] for label in sorted(names)], top)
 
 
 def tinyimagenet(root, split):
-    """TinyImageNet: train/<wnid>/images/*.JPEG; the validation set, with its list, serves as the test set."""
+    """TinyImageNet: train/<wnid>/images/*.JPEG; the validation set, with its list, serves as the
+    test set."""
     top = root / "tiny-imagenet-200"
     url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     fetch(url, "md5:90528d7ca1a48142e341f4ef8d21d0de", root, "tiny-imagenet-200.zip", top)
     classes = sorted((top / "wnids.txt").read_text().split())
     index = {wnid: label for label, wnid in enumerate(classes)}
     if split == "train":
-        pairs = [(path, index[wnid]) for wnid in classes for path in images_in(top / "train" / wnid / "images")]
+        pairs = [
+            (path, index[wnid])
+            for wnid in classes
+            for path in list_images(top / "train" / wnid / "images")
+        ]
     else:
-        rows = [line.split("\t") for line in (top / "val" / "val_annotations.txt").read_text().splitlines()]
+        rows = [
+            line.split("\t")
+            for line in (top / "val" / "val_annotations.txt").read_text().splitlines()
+        ]
         pairs = [(top / "val" / "images" / row[0], index[row[1]]) for row in rows]
-    return labelled(pairs, classes, top)
+    return make_raw(pairs, classes, top)
 
 
 def imagenette(root, split):
-    """ImageNette, version 2, in any of its sizes; the full one is downloaded where there is none."""
-    there = [root / name for name in ("imagenette2", "imagenette2-320", "imagenette2-160") if (root / name).is_dir()]
-    if not there:
+    """ImageNette, version 2, in any of its sizes; the full one is downloaded if none exists."""
+    found = [
+        root / name
+        for name in ("imagenette2", "imagenette2-320", "imagenette2-160")
+        if (root / name).is_dir()
+    ]
+    if not found:
         dataset = torchvision.datasets.Imagenette
-        by_torchvision(dataset, "imagenette2.tgz", dataset._ARCHIVES["full"][0], root, split="train", size="full")
-    return class_folders(there[0] if there else root / "imagenette2", split)
+        load_torchvision(
+            dataset,
+            "imagenette2.tgz",
+            dataset._ARCHIVES["full"][0],
+            root,
+            split="train",
+            size="full",
+        )
+    return read_class_folders(found[0] if found else root / "imagenette2", split)
 
 
 def imagenet(root, split):
-    """ImageNet (ILSVRC2012), which only its owners hand out: their archives, or class folders made of them."""
-    top = next((root / name for name in ("imagenet", "ILSVRC2012") if (root / name).is_dir()), root / "imagenet")
+    """ImageNet (ILSVRC2012), which only its owners hand out: their archives, or class folders made
+    of them."""
+    top = next(
+        (root / name for name in ("imagenet", "ILSVRC2012") if (root / name).is_dir()),
+        root / "imagenet",
+    )
     if not (top / ("train" if split == "train" else "val")).is_dir():
         try:  # unpacks the archives, once, after comparing their checksums
             torchvision.datasets.ImageNet(top, split="train" if split == "train" else "val")
@@ -156,12 +198,12 @@ def imagenet(root, split):
                 "ILSVRC2012_devkit_t12.tar.gz (from image-net.org, after registering there), "
                 "or the folders train/<wnid>/ and val/<wnid>/"
             ) from error
-    return class_folders(top, split)
+    return read_class_folders(top, split)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """`read(root, split)` returns a `Raw`; `classes`, `train` and `test` are the published counts."""
+    """`read(root, split)` returns a `Raw`; `classes`, `train`, `test` are the published counts."""
 
     read: Callable
     classes: int

@@ -1,6 +1,8 @@
-"""Augmentation of a whole batch at once: each image its own draw, on the batch's device, from a given generator.
+"""Augmentation of a whole batch at once: each image its own draw, on the batch's device, from a
+given generator.
 
-Batches are (b, 3, S, S) float. Functions of pixels expect values in [0, 1]; `diff_augment` takes normalised images.
+Batches are (b, 3, S, S) float. Functions of pixels expect values in [0, 1]; `diff_augment` takes
+normalised images.
 """
 
 import math
@@ -13,7 +15,11 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
 
 def uniform(x, generator, low=0.0, high=1.0, size=None):
     """Draws from [low, high) for each image of `x`: (b,) or `size`."""
-    return torch.rand(size or (len(x),), generator=generator, device=x.device).to(x.dtype) * (high - low) + low
+    return (
+        torch.rand(size or (len(x),), generator=generator, device=x.device).to(x.dtype)
+        * (high - low)
+        + low
+    )
 
 
 def per_image(values):
@@ -22,7 +28,8 @@ def per_image(values):
 
 
 def shifted_windows(x, top, left, padding):
-    """The S x S window at (`top`, `left`), each (b,) int64 in 0..2*padding, of each image padded with zeros."""
+    """The S x S window at (`top`, `left`), each (b,) int64 in 0..2*padding, of each image padded
+    with zeros."""
     size = x.shape[-1]
     padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # (b, S+2p, S+2p, 3)
     span = torch.arange(size, device=x.device)
@@ -32,7 +39,7 @@ def shifted_windows(x, top, left, padding):
 
 
 def random_crop(x, generator, padding=4):
-    """A random window of each image's own size after padding with zeros (the fine-tuning recipe)."""
+    """A random window of each image's size after padding with zeros (the fine-tuning recipe)."""
     top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), generator=generator, device=x.device)
     return shifted_windows(x, top, left, padding)
 
@@ -42,9 +49,13 @@ def horizontal_flip(x, generator, p=0.5):
 
 
 def crop_boxes(n, size, generator, device, scale, ratio):
-    """Boxes (top, left, height, width), each (n,) whole pixels, of random area and aspect as in Inception training:
-    the first of ten tries that fits, else the whole image."""
-    area = size * size * (torch.rand(n, 10, generator=generator, device=device) * (scale[1] - scale[0]) + scale[0])
+    """Boxes (top, left, height, width), each (n,) whole pixels, of random area and aspect as in
+    Inception training: the first of ten tries that fits, else the whole image."""
+    area = (
+        size
+        * size
+        * (torch.rand(n, 10, generator=generator, device=device) * (scale[1] - scale[0]) + scale[0])
+    )
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (torch.rand(n, 10, generator=generator, device=device) * (high - low) + low).exp()
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -53,20 +64,32 @@ def crop_boxes(n, size, generator, device, scale, ratio):
     width = torch.where(fits.any(1), width.gather(1, first)[:, 0], size)
     height = torch.where(fits.any(1), height.gather(1, first)[:, 0], size)
     place = torch.rand(2, n, generator=generator, device=device)
-    return (place[0] * (size - height + 1)).floor(), (place[1] * (size - width + 1)).floor(), height, width
+    return (
+        (place[0] * (size - height + 1)).floor(),
+        (place[1] * (size - width + 1)).floor(),
+        height,
+        width,
+    )
 
 
 def resize_boxes(x, top, left, height, width):
     """Each image's box brought back to S x S, bilinear."""
     size = x.shape[-1]
-    theta = torch.zeros(len(x), 2, 3, device=x.device, dtype=x.dtype)  # output to input, both in [-1, 1]
+    theta = torch.zeros(
+        len(x), 2, 3, device=x.device, dtype=x.dtype
+    )  # output to input, both in [-1, 1]
     theta[:, 0, 0], theta[:, 0, 2] = width / size, (2 * left + width) / size - 1
     theta[:, 1, 1], theta[:, 1, 2] = height / size, (2 * top + height) / size - 1
-    # A sample outside its box would see the neighbourhood that the crop cut off: hold it at the box's border pixels.
+    # A sample outside its box would see the neighbourhood that the crop cut off: hold it at the
+    # box's border pixels.
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     least = torch.stack([2 * left + 1, 2 * top + 1], 1)[:, None, None] / size - 1
-    most = torch.stack([2 * (left + width) - 1, 2 * (top + height) - 1], 1)[:, None, None] / size - 1
-    return F.grid_sample(x, grid.clamp(least, most), mode="bilinear", padding_mode="border", align_corners=False)
+    most = (
+        torch.stack([2 * (left + width) - 1, 2 * (top + height) - 1], 1)[:, None, None] / size - 1
+    )
+    return F.grid_sample(
+        x, grid.clamp(least, most), mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 def random_resized_crop(x, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -75,7 +98,9 @@ def random_resized_crop(x, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 def to_grey(x):
     """(b, 3, S, S) to (b, 1, S, S)."""
-    return (x * torch.tensor(GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(1, keepdim=True)
+    return (x * torch.tensor(GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(
+        1, keepdim=True
+    )
 
 
 def blend(x, y, factor):
@@ -84,23 +109,29 @@ def blend(x, y, factor):
 
 
 def shift_hue(x, turn):
-    """Turn each image's hue by `turn` (b,) of the full circle, keeping saturation and value of the HSV cone."""
+    """Turn each image's hue by `turn` (b,) of the full circle, keeping saturation and value of the
+    HSV cone."""
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # (b, S, S)
     red, green, blue = x.unbind(1)
-    divisor = torch.where(chroma > 0, chroma, 1)  # grey has no hue; 0 / 0 would spoil the gradient, too
+    divisor = torch.where(
+        chroma > 0, chroma, 1
+    )  # grey has no hue; 0 / 0 would spoil the gradient, too
     sixth = torch.where(
         value == red,
         (green - blue) / divisor,
         torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
     )
     sixth = sixth + 6 * turn[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[:, None, None]  # red, green, blue
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[
+        :, None, None
+    ]  # red, green, blue
     k = (sixth[:, None] + offsets) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
-    """Brightness, contrast, saturation and hue by random factors of each image, in an order drawn for the batch."""
+    """Brightness, contrast, saturation and hue by random factors of each image, in an order drawn
+    for the batch."""
     jittered = x
     for operation in torch.randperm(4, generator=generator, device=x.device).tolist():
         if operation == 0:
@@ -110,7 +141,9 @@ def color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.2, hue
             mean = to_grey(jittered).mean((1, 2, 3), keepdim=True)
             jittered = blend(jittered, mean, uniform(x, generator, 1 - contrast, 1 + contrast))
         elif operation == 2:
-            jittered = blend(jittered, to_grey(jittered), uniform(x, generator, 1 - saturation, 1 + saturation))
+            jittered = blend(
+                jittered, to_grey(jittered), uniform(x, generator, 1 - saturation, 1 + saturation)
+            )
         else:
             jittered = shift_hue(jittered, uniform(x, generator, -hue, hue))
     return torch.where(per_image(uniform(x, generator) < p), jittered, x)
@@ -125,8 +158,8 @@ def solarise(x, generator, p):
     return torch.where(per_image(uniform(x, generator) < p) & (x >= 0.5), 1 - x, x)
 
 
-# Differentiable augmentation (Zhao and Bilen, 2021), strategy color_crop_cutout_flip_scale_rotate. Each function takes
-# `u` (4, b): four numbers in [0, 1) for each image.
+# Differentiable augmentation (Zhao and Bilen, 2021), strategy color_crop_cutout_flip_scale_rotate.
+# Each function takes `u` (4, b): four numbers in [0, 1) for each image.
 
 
 def _color(x, u):
@@ -146,7 +179,9 @@ def _crop(x, u):
 def _cutout(x, u):
     size = x.shape[-1]
     side = int(size * 0.5 + 0.5)
-    centre = (u[:2] * (size + 1 - side % 2)).floor()[:, :, None]  # (2, b, 1), may lie so that the square is cut off
+    centre = (u[:2] * (size + 1 - side % 2)).floor()[
+        :, :, None
+    ]  # (2, b, 1), may lie so that the square is cut off
     span = torch.arange(size, device=x.device)
     rows, columns = (span >= centre - side // 2) & (span < centre - side // 2 + side)
     return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
@@ -182,8 +217,8 @@ DIFF_AUGMENTATIONS = (_color, _crop, _cutout, _flip, _scale, _rotate)
 def diff_augment(x, generator, siamese=False):
     """One of six differentiable augmentations, drawn for the batch, with each image's own strength.
 
-    With `siamese` all images share one draw, so that two batches augmented from equal generator states are
-    transformed alike. Differentiable in x.
+    With `siamese` all images share one draw, so that two batches augmented from equal generator
+    states are transformed alike. Differentiable in x.
     """
     which = int(torch.randint(len(DIFF_AUGMENTATIONS), (1,), generator=generator, device=x.device))
     u = torch.rand(4, 1 if siamese else len(x), generator=generator, device=x.device)
@@ -191,7 +226,8 @@ def diff_augment(x, generator, siamese=False):
 
 
 def diff_augment_alike(generator, *batches):
-    """Each of `batches` under the very same siamese draw, as real and distilled images are compared."""
+    """Each of `batches` under the very same siamese draw, as real and distilled images are
+    compared."""
     state, augmented = generator.get_state(), []
     for x in batches:
         generator.set_state(state)
@@ -200,7 +236,8 @@ def diff_augment_alike(generator, *batches):
 
 
 def barlow_twins_view(x, generator, settings, p_solarise):
-    """One random view of pixels (b, 3, S, S); `settings` has `crop_min`, `jitter`, `greyscale` and `flip`."""
+    """One random view of pixels (b, 3, S, S); `settings` has `crop_min`, `jitter`, `greyscale` and
+    `flip`."""
     x = random_resized_crop(x, generator, scale=(settings.crop_min, 1.0))
     x = color_jitter(x, generator, p=settings.jitter)
     x = greyscale(x, generator, p=settings.greyscale)

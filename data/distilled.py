@@ -1,4 +1,4 @@
-"""The one file between every distillation method and every later stage, and how a command line names it."""
+"""The one file between every distillation method and every later stage."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,12 @@ TARGET_KINDS = {
     "class": (torch.int64, 1),  # (m,): class indices (the rest)
     "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
 }
-META = {"source": str, "method": str, "preset": str, "seed": int}  # what later stages take from there
+META = {
+    "source": str,
+    "method": str,
+    "preset": str,
+    "seed": int,
+}  # what later stages take from there
 DISTILLED_HELP = "distilled.pt, exported folder, or hf:USER/NAME[@REVISION]"
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
@@ -25,11 +30,12 @@ MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 class Distilled:
     """m distilled images with their targets.
 
-    `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and `std` (3,);
-    `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset, settings, versions, `scale`
-    (`presets.differences` of all stages so far), `initial` (the source's images that it started from, by index),
-    `distance_from_initial` (`distillers.method.distance_from`), and `fresh_noise` where the images are noise that kd.py
-    draws anew at each step.
+    `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and
+    `std` (3,); `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset,
+    settings, versions, `deviations` (`presets.deviations` of all stages so far), `initial` (the
+    source's images that it started from, by index), `distance_from_initial`
+    (`distillers.method.distance_from_initial`), and `fresh_noise` where the images are noise that
+    kd.py draws anew at each step.
     """
 
     images: torch.Tensor
@@ -45,10 +51,11 @@ class Distilled:
 
     @property
     def num_outputs(self):
-        """Outputs of a network that is fitted to the targets; classes that have no image may be missing at the end."""
+        """Outputs of a network that is fitted to the targets; classes that have no image may be
+        missing at the end."""
         return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
 
-    def fault(self):
+    def find_fault(self):
         """What makes this no distilled set, in words, or None."""
         dtype, dims = TARGET_KINDS.get(str(self.target_kind), (None, None))
         tensors = (self.images, self.targets, self.mean, self.std)
@@ -64,27 +71,40 @@ class Distilled:
             return "images or targets that are a single number"
         faults = {
             f"target_kind {str(self.target_kind)[:40]}": dtype is None,
-            f"images of shape {shape}": len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape,
+            f"images of shape {shape}": len(shape) != 4
+            or shape[1] != 3
+            or shape[2] != shape[3]
+            or 0 in shape,
             f"images of {images.dtype}": images.dtype != torch.float32,
             "mean or std that are not 3 numbers": self.mean.shape != (3,) or self.std.shape != (3,),
             f"{len(targets)} targets for {len(images)} images": len(targets) != len(images),
-            f"targets of {targets.dtype}, {targets.ndim}-d": (targets.dtype, targets.ndim) != (dtype, dims),
+            f"targets of {targets.dtype}, {targets.ndim}-d": (targets.dtype, targets.ndim)
+            != (dtype, dims),
             "targets without a value": (targets.numel() == 0) != (self.target_kind == "none"),
             "values that are not finite": not all(each.isfinite().all() for each in tensors),
         }
-        if fault := next((fault for fault, there in faults.items() if there), None):
+        if fault := next((fault for fault, present in faults.items() if present), None):
             return fault
-        if self.target_kind == "class" and not (targets.min() >= 0 and targets.max() < MOST_CLASSES):
-            return f"class indices from {targets.min()} to {targets.max()}, not within 0 to {MOST_CLASSES - 1}"
+        if self.target_kind == "class" and not (
+            targets.min() >= 0 and targets.max() < MOST_CLASSES
+        ):
+            found = f"class indices from {targets.min()} to {targets.max()}"
+            return f"{found}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
         """What `files.save(path, "distilled", ...)` writes."""
-        return {key: value.cpu() if torch.is_tensor(value) else value for key, value in vars(self).items()}
+        return {
+            key: value.cpu() if torch.is_tensor(value) else value
+            for key, value in vars(self).items()
+        }
 
 
 def distilled_file(name):
-    """The path of the file that `name` stands for on a command line: a distilled.pt, an exported folder, or
-    hf:USER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded. Raises UserError where that fails."""
+    """The path of the file that a command line names: a distilled.pt, the file in an exported
+    folder, or hf:USER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded.
+
+    Raises UserError where that fails.
+    """
     if str(name).startswith(exported.HUB):
         return exported.download(str(name))
     path = Path(name)
@@ -92,15 +112,15 @@ def distilled_file(name):
 
 
 def load_distilled(name):
-    """Read what `distilled_file` finds. Raises UserError when it is no distilled set, when it is damaged, or when its
-    parts do not fit each other."""
+    """Read what `distilled_file` finds. Raises UserError where it is no distilled set, is damaged,
+    or has parts that do not fit."""
     path = distilled_file(name)
     if path.suffix == ".safetensors":
         content = exported.read(path)
     else:
         content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
     d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
-    if fault := d.fault():
+    if fault := d.find_fault():
         raise UserError(f"{path}: {fault}")
     return d
 
@@ -110,6 +130,8 @@ def results_folder(path, distilled, run_root):
     <run root>/<source>/<name>/seed<k> for an exported set."""
     if path.suffix != ".safetensors":
         return path.parent
-    meta = distilled.meta
-    source, name = (re.sub(r"[^\w.+-]", "_", str(meta.get(key))).lstrip(".") or "set" for key in ("source", "name"))
-    return run_root / source / name / f"seed{meta.get('seed') or 0}"
+    source, name = (
+        re.sub(r"[^\w.+-]", "_", str(distilled.meta.get(key))).lstrip(".") or "set"
+        for key in ("source", "name")
+    )
+    return run_root / source / name / f"seed{distilled.meta.get('seed') or 0}"

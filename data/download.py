@@ -1,4 +1,5 @@
-"""Public archives: fetched once, checked against their published checksum, and unpacked whole or not at all."""
+"""Public archives: fetched once, checked against their published checksum, and unpacked whole or
+not at all."""
 
 import hashlib
 import os
@@ -13,8 +14,9 @@ from utils.errors import UserError
 def fetch(url, checksum, root, name, top):
     """Make sure that the folder `top` is there: what the archive at `url` holds under that name.
 
-    `checksum`: "md5:..." or "sha256:..." of the archive, which is looked for in `root` under `name` before it is
-    downloaded there. Raises UserError when it cannot be downloaded or is not the published file.
+    `checksum`: "md5:..." or "sha256:..." of the archive, which is looked for in `root` under `name`
+    before it is downloaded there. Raises UserError when it cannot be downloaded or is not the
+    published file.
     """
     if top.exists():
         return
@@ -25,7 +27,7 @@ def fetch(url, checksum, root, name, top):
             download_url(url, str(root), partial)
         except (OSError, RuntimeError) as error:
             (root / partial).unlink(missing_ok=True)
-            raise missing(name, root, url, error) from error
+            raise download_error(name, root, url, error) from error
         os.replace(root / partial, archive)
     verify(archive, checksum)
     aside = top.with_name(f"{top.name}.{os.getpid()}.partial")
@@ -46,10 +48,16 @@ def verify(archive, checksum):
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise UserError(f"{archive}: its {kind} is {digest.hexdigest()}, not the published {expected}; delete it")
+        raise UserError(
+            f"{archive}: its {kind} is {digest.hexdigest()}, not the published {expected}; delete "
+            "it"
+        )
 
 
-def missing(name, root, url, error):
+def download_error(name, root, url, error):
     """The UserError for an archive that could not be downloaded."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{name} is not in {Path(root)} and could not be downloaded from {url} ({reason}); put it there")
+    return UserError(
+        f"{name} is not in {Path(root)} and could not be downloaded from {url} ({reason}); put it "
+        "there"
+    )

@@ -1,4 +1,5 @@
-"""Mini-batches from tensors that may be far larger than memory, the next batch copied while the present one is used."""
+"""Mini-batches from tensors that may be far larger than memory, the next batch copied while the
+present one is used."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,8 +8,9 @@ import torch
 ROOM = 0.5  # share of a GPU's free memory that a source may take
 
 
-def placed(tensor, device):
-    """`tensor` on the GPU as a whole where it takes at most half of the free memory there, else where it is."""
+def move_if_fits(tensor, device):
+    """`tensor` on the GPU as a whole where it takes at most half of the free memory there, else
+    where it is."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor
     free, _ = torch.cuda.mem_get_info(device)
@@ -18,12 +20,17 @@ def placed(tensor, device):
 class Loader:
     """Rows of several tensors of equal length, at the indices that a `Batches` draws.
 
-    `next()` returns one tensor per tensor, on `device`. Tensors that stay on disk or in memory are gathered
-    by a thread, a batch ahead; the order of draws is that of `batches` alone, so a resumed run sees the same batches.
+    `next()` returns one tensor per tensor, on `device`. Tensors that stay on disk or in memory are
+    gathered by a thread, a batch ahead; the order of draws is that of `batches` alone, so a resumed
+    run sees the same batches.
     """
 
     def __init__(self, tensors, batches, device):
-        self.tensors, self.batches, self.device = [placed(each, device) for each in tensors], batches, device
+        self.tensors, self.batches, self.device = (
+            [move_if_fits(each, device) for each in tensors],
+            batches,
+            device,
+        )
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None  # (index, future)
 
@@ -34,7 +41,9 @@ class Loader:
         else:
             rows = self._gather(index)
         following = self.batches.peek()
-        self.ahead = None if following is None else (following, self.worker.submit(self._gather, following))
+        self.ahead = (
+            None if following is None else (following, self.worker.submit(self._gather, following))
+        )
         return [each.to(self.device, non_blocking=True) for each in rows]
 
     def _gather(self, index):
@@ -42,8 +51,8 @@ class Loader:
 
 
 def gather(tensor, index, pin=False):
-    """Rows of `tensor` at `index` (b,) int64 on the CPU; in page-locked memory if `pin` and the tensor is on the CPU,
-    so that the copy to a GPU need not be waited for."""
+    """Rows of `tensor` at `index` (b,) int64 on the CPU; in page-locked memory if `pin` and the
+    tensor is on the CPU, so that the copy to a GPU need not be waited for."""
     if tensor.is_cuda:
         return tensor[index.to(tensor.device, non_blocking=True)]
     rows = tensor[index]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data import raw as raw_images
-from data.images import unit
+from data.images import to_float
 from data.prepare import decode, without_damaged
 from utils.errors import UserError
 
@@ -35,7 +35,7 @@ class Originals:
         self.from_raw = self.raw is not None or images.image_size == size
 
     def batches(self, starts, batch_size):
-        """Yield pixels (b, 3, size, size) in [0, 1] from each of `starts`, decoded a batch ahead."""
+        """Yield pixels (b, 3, size, size) in [0, 1] from each of `starts`, a batch ahead."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ahead = None
             for start, following in zip(starts, [*starts[1:], None], strict=True):
@@ -49,16 +49,16 @@ class Originals:
 
     def _pixels(self, batch, start, batch_size):
         if self.raw is None:
-            return resize(unit(self.images.pixels[start : start + batch_size]), self.size)
+            return resize(to_float(self.images.pixels[start : start + batch_size]), self.size)
         decoded = [each.result() for each in batch]
         if any(each is None for each in decoded):
             row = start + next(i for i, each in enumerate(decoded) if each is None)
             raise UserError(f"{self.raw[row]}: cannot be decoded any more")
-        return unit(torch.from_numpy(np.stack(decoded)))
+        return to_float(torch.from_numpy(np.stack(decoded)))
 
 
 def _raw_images(images, split, root):
-    """Paths or arrays of the images that were prepared, in order; None where they are not at hand."""
+    """Paths or arrays of the images that were prepared, in order; None where they are missing."""
     try:
         raw = raw_images.read(images.place, split, root)
     except (UserError, OSError) as error:

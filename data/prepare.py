@@ -1,13 +1,16 @@
-"""Decode a data set once into one uint8 file per (data set, size, split), which later runs map into memory.
+"""Decode a data set once into one uint8 file per (data set, size, split), which later runs map into
+memory.
 
     python -m data.prepare cifar100 cifar10 aircraft --size 32
     python -m data.prepare ~/photos --size 64
 
-Writes <data root>/prepared/<set>-<size>px/<split>.npy (n, size, size, 3) with labels and statistics beside it, and
-prints counts, size on disk and statistics. Stopped, the same command goes on where it was. Every other script does
-this by itself at the first use of a set; here several sets are prepared ahead.
+Writes <data root>/prepared/<set>-<size>px/<split>.npy (n, size, size, 3) with labels and statistics
+beside it, and prints counts, size on disk and statistics. Stopped, the same command goes on where
+it was. Every other script does this by itself at the first use of a set; here several sets are
+prepared ahead.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -22,50 +25,91 @@ from data.archives import ARCHIVES
 from data.folders import Raw
 from utils import cli, files, progress
 from utils.errors import UserError
-from utils.presets import image_size
+from utils.presets import image_size, preset_name
 
 FORMAT = 3
-MOST_DAMAGED = 0.01  # share of unreadable images above which preparation stops
+MAX_DAMAGED_SHARE = 0.01  # share of unreadable images above which preparation stops
 CHUNK = 512  # images decoded at a time
-NOTE_SECONDS = 5  # between notes of how far the partial file has come
+PROGRESS_SECONDS = 5  # between notes of how far the partial file has come
 
 
 def prepare(name, split, size, root, labels=False, partial=False):
-    """Make sure that a split is decoded under <root>/prepared; return its record, with the file's `stem` in it.
+    """Make sure that a split is decoded under <root>/prepared; return its record.
 
-    <stem>.npy holds (n, size, size, 3) uint8; <stem>.labels.npy int64 labels where there are any; <stem>.json, written
-    last, the record: `count`, `classes`, `whole` (whether a named set has its published counts, else None), `damaged`
-    files, `mean` and `std` of each channel over [0, 1], and `files`: name -> `files.sums`. A folder of the user's is
-    decoded again when its files have changed. `labels` and `partial`: as in `raw.read` and `--partial`.
+    <stem>.npy holds (n, size, size, 3) uint8, <stem>.labels.npy int64 labels where there are any.
+    <stem>.json, written last, is the record: `count`, `classes`, `whole` (whether a named set has
+    its published counts, else None), `damaged` files, `mean` and `std` of each channel over [0, 1],
+    `folders` (`_folder_times`), and `files`, name -> `files.checksums`. The returned record also
+    has the `stem`. A set is decoded again when its raw files change; those of a complete named set
+    are looked at only when one of their folders has changed. `labels` and `partial`: as in
+    `raw.read` and `--partial`.
 
-    Raises UserError when the raw images are missing, fewer than published, or more than 1 % of them damaged.
+    Raises UserError when the raw images are missing, fewer than published, or more than 1 % of them
+    damaged.
     """
     stem = root / "prepared" / f"{folder_name(name, root)}-{size}px" / split
-    if name in ARCHIVES and (known := _record(stem)) and known["whole"]:
+    replaced = raw_images.in_data_root(name, root)  # class folders stand in for an archive
+    known = _record(stem) if name in ARCHIVES else None
+    if known and known["whole"] and known.get("replaced") == replaced and _same_folders(known):
         return known
     raw = raw_images.read(name, split, root, labels)
     if raw.made_split:
         stem = stem.parent.with_name(f"{folder_name(name, root)}-split-{size}px") / split
-    whole = raw_images.is_whole(name, split, raw)
+    whole = raw_images.is_complete(name, split, raw)
     fingerprint = _fingerprint(raw, whole)
-    if not _is(known := _record(stem), fingerprint):
+    facts = dict(fingerprint=fingerprint, whole=whole, replaced=replaced)
+    if not _matches(known := _record(stem), fingerprint):
         if not partial:
             raw_images.check_counts(name, split, size, root, raw)
         if raw.made_split and split == "train":
-            print(f"{name}: no test split there; a fifth of each class, drawn with seed 0, is kept for the test")
+            print(
+                f"{name}: no test split found; a fifth of each class, drawn with seed 0, is held "
+                "out for the test"
+            )
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with files.locked(stem.with_suffix(".lock")):
-            if not _is(known := _record(stem), fingerprint):  # another process may have done it meanwhile
-                for left in stem.parent.glob(f"{split}.*.*.partial"):  # by a process that was killed
+        with files.wait_for_lock(stem.with_suffix(".lock")):
+            # Another process may have decoded it in the meantime.
+            if not _matches(known := _record(stem), fingerprint):
+                for left in stem.parent.glob(f"{split}.*.*.partial"):  # of a killed process
                     left.unlink()
-                _write(raw, stem, size, fingerprint, f"{name} {split} {size}px", whole)
+                _write(raw, stem, size, f"{name} {split} {size}px", facts)
                 known = _record(stem)
+    elif whole:
+        with contextlib.suppress(OSError):  # a read-only disk
+            content = {key: value for key, value in known.items() if key != "stem"}
+            folders = _folder_times(raw)
+            files.write_json(stem.with_suffix(".json"), content | facts | dict(folders=folders))
     return known
 
 
-def prepared(name, split, size, root):
-    """The record of what is decoded already, by the name under which the set is kept, without a look at the raw images.
-    Raises UserError where that is nothing."""
+def _folder_times(raw):
+    """Folder -> time of its last change, of all folders with images and those above, up to the one
+    that they have in common. Adding, removing and replacing files changes them."""
+    folders = {image.parent for image in raw.images if isinstance(image, Path)}
+    if not folders:
+        return {}
+    top = Path(os.path.commonpath(folders))
+    for folder in [*folders]:
+        while folder != top:
+            folder = folder.parent
+            folders.add(folder)
+    present = sorted(folder for folder in folders if folder.is_dir())
+    return {str(folder.resolve()): folder.stat().st_mtime_ns for folder in present}
+
+
+def _same_folders(record):
+    """Whether no folder of the raw images has changed since the record was written."""
+    try:
+        return "folders" in record and all(
+            os.stat(folder).st_mtime_ns == changed for folder, changed in record["folders"].items()
+        )
+    except OSError:
+        return False
+
+
+def find_prepared(name, split, size, root):
+    """The record of what is decoded already, by the name under which the set is kept, without a
+    look at the raw images. Raises UserError where that is nothing."""
     known = _record(root / "prepared" / f"{name}-{size}px" / split)
     if known is None:
         raise UserError(f"{name} at {size} px is not prepared in {root}")
@@ -73,7 +117,8 @@ def prepared(name, split, size, root):
 
 
 def _record(stem):
-    """The record of a split, with its `stem`; None where it is not prepared. Raises UserError for a damaged one."""
+    """The record of a split, with its `stem`; None where it is not prepared. Raises UserError for a
+    damaged one."""
     path = stem.with_suffix(".json")
     record = files.read_json(path, "record of prepared images", FORMAT) if path.is_file() else None
     if record and record["name"] != _name(stem):
@@ -86,21 +131,21 @@ def _name(stem):
     return f"{stem.parent.name}/{stem.name}"
 
 
-def _is(record, fingerprint):
+def _matches(record, fingerprint):
     return record is not None and record["fingerprint"] == fingerprint
 
 
 def folder_name(name, root):
     """The name under which a set is kept; a path gets its last part and a digest of the whole."""
-    if name in ARCHIVES or raw_images.in_root(name, root):
+    if name in ARCHIVES or raw_images.in_data_root(name, root):
         return name
     path = Path(name).resolve()
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _fingerprint(raw: Raw, whole):
-    """A digest of the list of files below their common folder, with their sizes and, unless they are the `whole` of a
-    named set, their times; of the number of images where they are arrays."""
+    """A digest of the list of files below their common folder, with their sizes and, unless they
+    are the `whole` of a named set, their times; of the number of images where they are arrays."""
     sha = hashlib.sha256(f"{len(raw.images)} {raw.made_split}".encode())
     paths = [image for image in raw.images if isinstance(image, Path)]
     common = os.path.commonpath(paths) if paths else ""
@@ -109,7 +154,9 @@ def _fingerprint(raw: Raw, whole):
             try:
                 stat = image.stat()
                 size, changed = stat.st_size, stat.st_mtime_ns
-            except FileNotFoundError:  # a list may name a file that is not there: it counts as damaged
+            except (
+                FileNotFoundError
+            ):  # a list may name a file that is not there: it counts as damaged
                 size, changed = -1, 0
             changed = "" if whole else changed
             name = str(image).removeprefix(common)
@@ -118,7 +165,8 @@ def _fingerprint(raw: Raw, whole):
 
 
 def decode(image, size):
-    """A path or uint8 array to (size, size, 3) uint8: RGB, resized without cropping by Lanczos' filter.
+    """A path or uint8 array to (size, size, 3) uint8: RGB, resized without cropping by Lanczos'
+    filter.
 
     What is transparent becomes white. Returns None where the file cannot be decoded.
     """
@@ -132,36 +180,45 @@ def decode(image, size):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
             if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.LANCZOS)  # as the released statistics: D25
+                picture = picture.resize(
+                    (size, size), Image.Resampling.LANCZOS
+                )  # as the released statistics: D18
             return np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
 def without_damaged(images, damaged):
-    """The raw images (paths or arrays) that were prepared, in order: all but the files in `damaged`."""
+    """The raw images (paths or arrays) that were prepared, in order: all but the files in
+    `damaged`."""
     damaged = set(damaged)
     return [each for each in images if not (isinstance(each, Path) and str(each) in damaged)]
 
 
-class _Partial:
-    """A split while it is decoded: its file, and a note of how far it has come, by which a stopped run goes on."""
+class _PartialFile:
+    """A split while it is decoded: its file, and a note of how far it has come, by which a stopped
+    run goes on."""
 
     def __init__(self, stem, shape, fingerprint):
-        self.path, self.note = stem.with_suffix(".partial"), stem.with_suffix(".partial.json")
+        self.path, self.progress = stem.with_suffix(".partial"), stem.with_suffix(".partial.json")
         self.shape, self.gaps, self.damaged = shape, [], []  # gaps: where the damaged ones stood
-        self.total, self.squares = np.zeros(3, np.int64), np.zeros(3, np.int64)  # exact: below 2^63 for any set
-        self.fingerprint, self.done, self.noted = fingerprint, 0, time.monotonic()
-        known = _note(self.note) if self.path.is_file() else {}
-        fits = known.get("fingerprint") == fingerprint and self.path.stat().st_size == known["bytes"]
+        self.total, self.squares = (
+            np.zeros(3, np.int64),
+            np.zeros(3, np.int64),
+        )  # exact: below 2^63 for any set
+        self.fingerprint, self.done, self.written_at = fingerprint, 0, time.monotonic()
+        known = _read_progress(self.progress) if self.path.is_file() else {}
+        fits = (
+            known.get("fingerprint") == fingerprint and self.path.stat().st_size == known["bytes"]
+        )
         if fits:
             self.done, self.damaged, self.gaps = known["done"], known["damaged"], known["gaps"]
             self.total, self.squares = np.array(known["total"]), np.array(known["squares"])
             self.pixels = np.lib.format.open_memmap(self.path, mode="r+")
         else:
-            self.note.unlink(missing_ok=True)
+            self.progress.unlink(missing_ok=True)
             try:
-                self.pixels = files.new_array(self.path, np.uint8, shape)
+                self.pixels = files.create_array(self.path, np.uint8, shape)
             except OSError:
                 self.path.unlink(missing_ok=True)
                 raise
@@ -183,16 +240,23 @@ class _Partial:
         self.total += flat.sum(0)
         self.squares += np.square(flat).sum(0)
 
-    def write_note(self, force=False):
+    def write_progress(self, force=False):
         """What a later run needs to go on, not before the pixels it speaks of are on disk."""
-        if force or time.monotonic() - self.noted > NOTE_SECONDS:
+        if force or time.monotonic() - self.written_at > PROGRESS_SECONDS:
             self.pixels.flush()
             files.write_json(
-                self.note,
-                dict(fingerprint=self.fingerprint, done=self.done, damaged=self.damaged, gaps=self.gaps,
-                     total=self.total.tolist(), squares=self.squares.tolist(), bytes=self.path.stat().st_size),
-            )  # fmt: skip
-            self.noted = time.monotonic()
+                self.progress,
+                dict(
+                    fingerprint=self.fingerprint,
+                    done=self.done,
+                    damaged=self.damaged,
+                    gaps=self.gaps,
+                    total=self.total.tolist(),
+                    squares=self.squares.tolist(),
+                    bytes=self.path.stat().st_size,
+                ),
+            )
+            self.written_at = time.monotonic()
 
     def finish(self, path):
         """The file without the room of the damaged images, under its own name."""
@@ -201,63 +265,83 @@ class _Partial:
         del self.pixels
         if self.damaged:
             with open(self.path, "r+b") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape[1:])}
+                header = {
+                    "descr": "|u1",
+                    "fortran_order": False,
+                    "shape": (self.count, *self.shape[1:]),
+                }
                 np.lib.format.write_array_header_1_0(file, header)
                 if file.tell() != offset:
                     raise RuntimeError("the header of a .npy file has changed its length")
                 file.truncate(offset + self.count * size)
-        with files.aside(path) as partial:
+        with files.atomic_write(path) as partial:
             os.replace(self.path, partial)
 
     def delete(self):
         self.path.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
+        self.progress.unlink(missing_ok=True)
 
 
-def _note(path):
+def _read_progress(path):
     """What a stopped preparation has noted; nothing where that is damaged: then it begins again."""
     try:
         return files.read_json(path, "note") if path.is_file() else {}
-    except files.Damaged:
+    except files.DamagedFile:
         return {}
 
 
-def _write(raw, stem, size, fingerprint, title, whole):
+def _write(raw, stem, size, title, facts):
+    """Decode a split; `facts` are added to its record."""
     n = len(raw.images)
-    out = _Partial(stem, (n, size, size, 3), fingerprint)
-    with ThreadPoolExecutor(os.cpu_count()) as workers, progress.bar(total=n, initial=out.done, desc=title) as bar:
+    out = _PartialFile(stem, (n, size, size, 3), facts["fingerprint"])
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as workers,
+        progress.bar(total=n, initial=out.done, desc=title) as bar,
+    ):
         try:
             for start in range(out.done, n, CHUNK):
                 part = range(start, min(start + CHUNK, n))
                 decoded = workers.map(lambda index: decode(raw.images[index], size), part)
                 for index, image in zip(part, decoded, strict=True):
                     out.add(index, image, raw.images[index])
-                if len(out.damaged) > MOST_DAMAGED * n:
+                if len(out.damaged) > MAX_DAMAGED_SHARE * n:
                     out.delete()
                     raise UserError(
-                        f"{title}: {len(out.damaged)} of {n} images cannot be decoded, such as {out.damaged[0]}"
+                        f"{title}: {len(out.damaged)} of {n} images cannot be decoded, such as "
+                        f"{out.damaged[0]}"
                     )
                 bar.update(len(part))
-                out.write_note()
+                out.write_progress()
         except KeyboardInterrupt:
-            out.write_note(force=True)
+            out.write_progress(force=True)
             raise
     if out.damaged:
         print(f"{title}: skipped {len(out.damaged)} unreadable: {', '.join(out.damaged[:5])}")
-    stem.with_suffix(".json").unlink(missing_ok=True)  # from here to the new one the split counts as not prepared
+    stem.with_suffix(".json").unlink(
+        missing_ok=True
+    )  # from here to the new one the split counts as not prepared
     out.finish(stem.with_suffix(".npy"))
     stem.with_suffix(".labels.npy").unlink(missing_ok=True)
     paths = [stem.with_suffix(".npy")]
     if raw.labels is not None:
         paths.append(stem.with_suffix(".labels.npy"))
-        with files.aside(paths[-1]) as partial, open(partial, "wb") as file:
+        with files.atomic_write(paths[-1]) as partial, open(partial, "wb") as file:
             np.save(file, np.delete(np.asarray(raw.labels, dtype=np.int64), out.gaps))
     count = out.count * size * size * 255
     mean = out.total / count
     std = np.sqrt(np.maximum(out.squares / (count * 255) - mean**2, 0))
-    record = dict(format=FORMAT, name=_name(stem), fingerprint=fingerprint, count=out.count, classes=raw.classes,
-                  whole=whole, damaged=out.damaged, mean=mean.tolist(), std=std.tolist(),
-                  files={path.name: files.sums(path) for path in paths})  # fmt: skip
+    record = dict(
+        format=FORMAT,
+        name=_name(stem),
+        **facts,
+        folders=_folder_times(raw),
+        count=out.count,
+        classes=raw.classes,
+        damaged=out.damaged,
+        mean=mean.tolist(),
+        std=std.tolist(),
+        files={path.name: files.checksums(path) for path in paths},
+    )
     files.write_json(stem.with_suffix(".json"), record)
     out.delete()
 
@@ -266,18 +350,21 @@ def summary(name, split, record):
     """One line for the terminal."""
     stem = record["stem"]
     size = sum(path.stat().st_size for path in stem.parent.glob(f"{split}.*"))
-    counts = f"{record['count']:,} images" + (f" of {len(record['classes'])} classes" if record["classes"] else "")
+    counts = f"{record['count']:,} images" + (
+        f" of {len(record['classes'])} classes" if record["classes"] else ""
+    )
     part = " (a part of the published set)" if record["whole"] is False else ""
     damaged = f", {len(record['damaged'])} damaged ones left out" if record["damaged"] else ""
     mean, std = (" ".join(f"{value:.4f}" for value in record[key]) for key in ("mean", "std"))
-    return f"{name} {split}: {counts}{part}{damaged}, {size / 1e6:,.1f} MB, mean {mean}, std {std}\n  {stem}.npy"
+    facts = f"{counts}{part}{damaged}, {size / 1e6:,.1f} MB, mean {mean}, std {std}"
+    return f"{name} {split}: {facts}\n  {stem}.npy"
 
 
 def main(argv):
     args = parse_args(argv)
     for name in args.names:
-        size = args.size or image_size(cli.preset_name(name))
-        top = args.data_root / name if raw_images.in_root(name, args.data_root) else Path(name)
+        size = args.size or image_size(preset_name(name))
+        top = args.data_root / name if raw_images.in_data_root(name, args.data_root) else Path(name)
         plain = name not in ARCHIVES and not (top / "train").is_dir() and not args.labels
         for split in ("train",) if plain else ("train", "test"):
             record = prepare(name, split, size, args.data_root, args.labels, args.partial)
@@ -287,26 +374,43 @@ def main(argv):
                     print(f"{split}\t{row}\t{image if isinstance(image, Path) else ''}")
                 continue
             for file, expected in record["files"].items() if args.verify else ():
-                files.check(record["stem"].parent / file, expected, whole=True)
+                files.verify(record["stem"].parent / file, expected, full=True)
             print(summary(name, split, record))
 
 
 def parse_args(argv):
     parser = cli.Parser(__doc__)
-    parser.prog = "python -m data.prepare"
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(ARCHIVES)}, class folders, or a folder")
     parser.add_argument(
-        "--size", type=cli.pixels, help="pixels of a side, such as 32, 64 or 224 (default: the preset's)"
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(ARCHIVES)}, class folders, or a folder",
+    )
+    parser.add_argument(
+        "--size",
+        type=cli.pixels,
+        help="pixels of a side, such as 32, 64 or 224 (default: the preset's)",
     )
     cli.add_data_root(parser)
-    parser.add_argument("--labels", action="store_true", help="a folder without train/ holds class folders; split them")
-    parser.add_argument("--partial", action="store_true", help="accept other counts than the published set's")
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="a folder without train/ holds class folders; split them",
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="accept other counts than the published set's"
+    )
     parser.add_argument(
         "--list",
         action="store_true",
-        help="print the images in the order of the rows: split, row, file (empty for images that are no files)",
+        help="print the images in the order of the rows: split, row, file (empty for images that "
+        "are no files)",
     )
-    parser.add_argument("--verify", action="store_true", help="read all of what is prepared and compare its checksums")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all of what is prepared and compare its checksums",
+    )
     return parser.parse_args(argv)
 
 

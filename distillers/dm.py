@@ -1,14 +1,17 @@
-"""DM: images whose mean features equal those of the real images of their class, under random networks.
+"""DM: images whose mean features equal those of the real images of their class, under random
+networks.
 
     python -m distillers dm --source cifar100
 
-Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023, equation 5. Each step draws an untrained
-network psi and, for each class c, an augmentation A_c; the images of the set follow the gradient of
+Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023, equation 5. Each step
+draws an untrained network psi and, for each class c, an augmentation A_c; the images of the set
+follow the gradient of
 
     sum_c || mean psi(A_c(real images of c)) - mean psi(A_c(distilled images of c)) ||^2.
 
-Needs labels; starts from the images of `random` under the same seed. The cheapest of the methods that learn images: no
-network is ever trained. A step passes 256 real images of each class through the network.
+Needs labels; starts from the images of `random` under the same seed. The cheapest of the methods
+that learn images: no network is ever trained. A step passes 256 real images of each class through
+the network.
 """
 
 import torch
@@ -17,9 +20,10 @@ import torch.nn.functional as F
 from data.augment import diff_augment_alike
 from data.subsets import balanced_subset
 from distillers import method
-from distillers.labelled import MEASURE, ClassBatches, fresh_network
+from distillers.labelled import MEASUREMENT_SEED, ClassBatches, build_untrained
 from distillers.method import Method
-from utils import cli, optim
+from utils import optim
+from utils.device import autocast
 from utils.run import Tensors
 from utils.sampling import Randomness
 
@@ -31,26 +35,32 @@ HELP = dict(
     real_batch="real images of each class in a step",
 )
 PASS = 4096  # images in one pass: as many whole classes as fit
-MEASURED_NETWORKS = 10
+MEASUREMENT_NETWORKS = 10
 
 
 def class_means(features, labels, num_classes):
-    """Mean of the `features` (n, d) of each class: (num_classes, d); `labels` (n,) int64, each class at least once."""
+    """Mean of the `features` (n, d) of each class: (num_classes, d); `labels` (n,) int64, each
+    class at least once."""
     members = F.one_hot(labels, num_classes).to(features.dtype).T  # (c, n)
     return (members / members.sum(1, keepdim=True)) @ features
 
 
 def mean_distance(f_real, y_real, f_syn, y_syn, num_classes):
-    """Equation 5 under one network: the squared distances of the class means of f_real (b, d) and f_syn (m, d), summed
-    over the classes. `y_real` (b,) and `y_syn` (m,) are labels in 0..num_classes-1."""
-    return (class_means(f_real, y_real, num_classes) - class_means(f_syn, y_syn, num_classes)).square().sum()
+    """Equation 5 under one network: the squared distances of the class means of f_real (b, d) and
+    f_syn (m, d), summed over the classes. `y_real` (b,) and `y_syn` (m,) are labels in
+    0..num_classes-1."""
+    return (
+        (class_means(f_real, y_real, num_classes) - class_means(f_syn, y_syn, num_classes))
+        .square()
+        .sum()
+    )
 
 
 def losses(network, x_syn, real, randomness, precision):
     """Yield the objective in parts, each the sum over as many classes as one pass takes.
 
-    `x_syn` (m, 3, S, S) holds equally many images of each class of `real`, in order. The parts depend on different
-    images, so a gradient taken part by part is that of the sum, in less memory.
+    `x_syn` (m, 3, S, S) holds equally many images of each class of `real`, in order. The parts
+    depend on different images, so a gradient taken part by part is that of the sum, in less memory.
     """
     syn = x_syn.split(len(x_syn) // len(real.members))  # one (m/c, 3, S, S) for each class
     for classes in torch.arange(len(syn)).split(max(1, PASS // max(real.batch_size, len(syn[0])))):
@@ -58,14 +68,16 @@ def losses(network, x_syn, real, randomness, precision):
             diff_augment_alike(randomness.device, real.draw(label, randomness.cpu), syn[label])
             for label in classes.tolist()
         ]
-        (f_real, y_real), (f_syn, y_syn) = (_features(network, parts, precision) for parts in zip(*pairs, strict=True))
+        (f_real, y_real), (f_syn, y_syn) = (
+            _features(network, parts, precision) for parts in zip(*pairs, strict=True)
+        )
         yield mean_distance(f_real.detach(), y_real, f_syn, y_syn, len(classes))
 
 
 def _features(network, parts, precision):
     """Features of the images in `parts`, one tensor for each class, and which part each is of."""
     device, counts = parts[0].device, torch.tensor([len(x) for x in parts])
-    with cli.autocast(device, precision), torch.set_grad_enabled(parts[0].requires_grad):
+    with autocast(device, precision), torch.set_grad_enabled(parts[0].requires_grad):
         features = network.embed(torch.cat(parts)).float()
     return features, torch.arange(len(parts)).repeat_interleave(counts).to(device)
 
@@ -79,7 +91,7 @@ def distill(source, chosen, target, args, run, device):
     run.resume(device, dict(learned=Tensors(x_syn=x_syn), optimizer=sgd, randomness=randomness))
 
     for step in run.steps("distil", args.outer_steps):
-        network = fresh_network(args, source, 0, device).requires_grad_(False)
+        network = build_untrained(args, source, 0, device).requires_grad_(False)
         sgd.zero_grad()
         loss = torch.zeros((), device=device)
         for part in losses(network, x_syn, real, randomness, args.precision):
@@ -87,23 +99,31 @@ def distill(source, chosen, target, args, run, device):
             loss += part.detach()
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt())
         sgd.step()
-        method.renew_picture(run, args, step, lambda: method.packed(x_syn, y_syn, "class", source))
+        method.update_picture(
+            run, args, step, lambda: method.make_distilled(x_syn, y_syn, "class", source)
+        )
 
-    before, after = (measured(x, real, source, args, device) for x in (x_init, x_syn))
+    before, after = (measure_objective(x, real, source, args, device) for x in (x_init, x_syn))
     print(f"distance of the class means: initial images {before:.4f}, distilled images {after:.4f}")
-    return method.packed(
-        x_syn, y_syn, "class", source, objective_initial=before.item(), objective_distilled=after.item()
+    return method.make_distilled(
+        x_syn,
+        y_syn,
+        "class",
+        source,
+        objective_initial=before.item(),
+        objective_distilled=after.item(),
     )
 
 
 @torch.no_grad()
-def measured(x, real, source, args, device):
-    """The objective of images `x`, as a mean over networks and draws that are the same at every call."""
-    randomness, total = Randomness(MEASURE, device), 0.0
-    for _ in range(MEASURED_NETWORKS):
-        network = fresh_network(args, source, 0, device)
+def measure_objective(x, real, source, args, device):
+    """The objective of images `x`, as a mean over networks and draws that are the same at every
+    call."""
+    randomness, total = Randomness(MEASUREMENT_SEED, device), 0.0
+    for _ in range(MEASUREMENT_NETWORKS):
+        network = build_untrained(args, source, 0, device)
         total += sum(losses(network, x, real, randomness, args.precision))
-    return total / MEASURED_NETWORKS
+    return total / MEASUREMENT_NETWORKS
 
 
-METHOD = Method("dm", distill, HELP, stage="dm", doc=__doc__, choose=balanced_subset)
+METHOD = Method("dm", distill, HELP, doc=__doc__, choose=balanced_subset)

@@ -2,17 +2,20 @@
 
     python -m distillers dsa --source cifar100
 
-Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, equation 7 and algorithm 1.
-A network starts afresh and is then trained on the distilled set; on its way the images follow the gradient of
+Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, equation
+7 and algorithm 1. A network starts afresh and is then trained on the distilled set; on its way the
+images follow the gradient of
 
-    sum_c D(grad of the loss on A_c(real images of c), grad of the loss on A_c(distilled images of c)),
+    sum_c D(grad of the loss on A_c(real images of c),
+            grad of the loss on A_c(distilled images of c)),
 
-where A_c is one augmentation for both and D sums 1 - cosine over the rows of each weight matrix (a row for each output
-of a layer; biases and norms are left out). How often the images are updated under one network, and how long it is
-trained in between, follows from the images per class.
+where A_c is one augmentation for both and D sums 1 - cosine over the rows of each weight matrix (a
+row for each output of a layer; biases and norms are left out). How often the images are updated
+under one network, and how long it is trained in between, follows from the images per class.
 
-Needs labels; starts from the images of `random` under the same seed. Among the slowest methods: an update takes a
-gradient of a gradient for each class in turn, and there are 1,000 networks times the images per class of them.
+Needs labels; starts from the images of `random` under the same seed. Among the slowest methods: an
+update takes a gradient of a gradient for each class in turn, and there are 1,000 networks times the
+images per class of them.
 """
 
 import torch
@@ -21,9 +24,10 @@ import torch.nn.functional as F
 from data.augment import diff_augment, diff_augment_alike
 from data.subsets import balanced_subset
 from distillers import method
-from distillers.labelled import MEASURE, ClassBatches, fresh_network
+from distillers.labelled import MEASUREMENT_SEED, ClassBatches, build_untrained
 from distillers.method import Method
-from utils import cli, optim
+from utils import optim
+from utils.device import autocast
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -38,23 +42,33 @@ HELP = dict(
     inner_lr="SGD learning rate of the networks",
     inner_batch="distilled images in a batch of theirs",
 )
-INNER_EPOCHS = {1: 1, 10: 50, 20: 25, 30: 20, 40: 15, 50: 10}  # by images per class, beside as many updates
-MEASURED_NETWORKS = 5
+INNER_EPOCHS = {
+    1: 1,
+    10: 50,
+    20: 25,
+    30: 20,
+    40: 15,
+    50: 10,
+}  # by images per class, beside as many updates
+MEASUREMENT_NETWORKS = 5
 
 
-def loops(per_class):
-    """(updates, epochs between them) under one network, as the authors set them for 1, 10, 20, ... 50 images per class.
+def loop_counts(per_class):
+    """(updates, epochs between them) under one network, as the authors set them for 1, 10, 20, ...
+    50 images per class.
 
     Between those the epochs are the next larger number's; above 50 both stay as for 50.
     """
-    return min(per_class, 50), next((epochs for most, epochs in INNER_EPOCHS.items() if per_class <= most), 10)
+    return min(per_class, 50), next(
+        (epochs for most, epochs in INNER_EPOCHS.items() if per_class <= most), 10
+    )
 
 
 def gradient_distance(real, syn):
     """D of equation 7: 1 - cosine of each pair of rows, summed over the rows of all tensors.
 
-    `real` and `syn` are gradients of the same weights, each (out, ...): its rows are flattened. A row of zeros has the
-    cosine 0 with any other.
+    `real` and `syn` are gradients of the same weights, each (out, ...): its rows are flattened. A
+    row of zeros has the cosine 0 with any other.
     """
     total = 0.0
     for a, b in zip(real, syn, strict=True):
@@ -64,33 +78,41 @@ def gradient_distance(real, syn):
 
 
 def weight_gradients(network, x, label, precision, create_graph=False):
-    """Gradients, by each layer's weights but not by biases and norms, of the mean cross-entropy on images `x` (b, 3, S,
-    S) of class `label`."""
-    with cli.autocast(x.device, precision):
+    """Gradients, by each layer's weights but not by biases and norms, of the mean cross-entropy on
+    images `x` (b, 3, S, S) of class `label`."""
+    with autocast(x.device, precision):
         predicted = network(x)
     y = torch.full((len(x),), label, device=x.device)
     weights = [p for p in network.parameters() if p.ndim > 1]
-    return torch.autograd.grad(F.cross_entropy(predicted.float(), y), weights, create_graph=create_graph)
+    return torch.autograd.grad(
+        F.cross_entropy(predicted.float(), y), weights, create_graph=create_graph
+    )
 
 
 def losses(network, x_syn, real, randomness, precision):
-    """Yield the distance of each class in turn; `x_syn` (m, 3, S, S) holds equally many images of each, in order.
+    """Yield the distance of each class in turn; `x_syn` (m, 3, S, S) holds equally many images of
+    each, in order.
 
-    The classes' images are different ones, so a gradient taken class by class is that of the sum, in less memory.
+    The classes' images are different ones, so a gradient taken class by class is that of the sum,
+    in less memory.
     """
     for label, syn in enumerate(x_syn.split(len(x_syn) // len(real.members))):
         x_real, syn = diff_augment_alike(randomness.device, real.draw(label, randomness.cpu), syn)
         g_real = weight_gradients(network, x_real, label, precision)
-        yield gradient_distance(g_real, weight_gradients(network, syn, label, precision, create_graph=True))
+        yield gradient_distance(
+            g_real, weight_gradients(network, syn, label, precision, create_graph=True)
+        )
 
 
 def train(network, x_syn, y_syn, epochs, args, randomness):
     """Epochs of SGD on the distilled set, augmented."""
-    sgd = optim.optimizer("sgd", network.parameters(), args.inner_lr, weight_decay=0.0, momentum=0.0)
+    sgd = optim.optimizer(
+        "sgd", network.parameters(), args.inner_lr, weight_decay=0.0, momentum=0.0
+    )
     batches = Batches(len(x_syn), args.inner_batch, randomness.cpu)
     for _ in range(epochs * batches.per_epoch):
         index = batches.next().to(x_syn.device)
-        with cli.autocast(x_syn.device, args.precision):
+        with autocast(x_syn.device, args.precision):
             predicted = network(diff_augment(x_syn[index], randomness.device))
         loss = F.cross_entropy(predicted.float(), y_syn[index])
         sgd.zero_grad()
@@ -104,16 +126,16 @@ def distill(source, chosen, target, args, run, device):
     num_classes = len(source.classes)
     x_init, y_syn = source.normalised(chosen, device), source.labels[chosen].to(device)
     x_syn = x_init.clone().requires_grad_()
-    outer, inner = loops(len(chosen) // num_classes)
+    outer, inner = loop_counts(len(chosen) // num_classes)
     outer, inner = args.outer_loops or outer, args.inner_epochs or inner
-    network = fresh_network(args, source, num_classes, device)
+    network = build_untrained(args, source, num_classes, device)
     sgd = optim.optimizer("sgd", [x_syn], args.outer_lr, weight_decay=0.0, momentum=0.5)
     learned = Tensors(x_syn=x_syn)
     run.resume(device, dict(learned=learned, optimizer=sgd, network=network, randomness=randomness))
 
     for step in run.steps("distil", args.networks * outer):
         if step % outer == 0:
-            network.load_state_dict(fresh_network(args, source, num_classes, device).state_dict())
+            network.load_state_dict(build_untrained(args, source, num_classes, device).state_dict())
         else:
             train(network, x_syn.detach(), y_syn, inner, args, randomness)
         sgd.zero_grad()
@@ -123,22 +145,35 @@ def distill(source, chosen, target, args, run, device):
             loss += part.detach()
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt())
         sgd.step()
-        method.renew_picture(run, args, step, lambda: method.packed(x_syn, y_syn, "class", source))
+        method.update_picture(
+            run, args, step, lambda: method.make_distilled(x_syn, y_syn, "class", source)
+        )
 
-    before, after = (measured(x, real, source, args, device) for x in (x_init, x_syn.detach()))
-    print(f"distance of gradients under untrained networks: initial images {before:.4f}, distilled images {after:.4f}")
-    return method.packed(
-        x_syn, y_syn, "class", source, objective_initial=before.item(), objective_distilled=after.item()
+    before, after = (
+        measure_objective(x, real, source, args, device) for x in (x_init, x_syn.detach())
+    )
+    print(
+        f"distance of gradients under untrained networks: initial images {before:.4f}, distilled "
+        f"images {after:.4f}"
+    )
+    return method.make_distilled(
+        x_syn,
+        y_syn,
+        "class",
+        source,
+        objective_initial=before.item(),
+        objective_distilled=after.item(),
     )
 
 
-def measured(x, real, source, args, device):
-    """The objective of images `x`, as a mean over untrained networks and draws that are the same at every call."""
-    randomness, total = Randomness(MEASURE, device), 0.0
-    for _ in range(MEASURED_NETWORKS):
-        network = fresh_network(args, source, len(source.classes), device)
+def measure_objective(x, real, source, args, device):
+    """The objective of images `x`, as a mean over untrained networks and draws that are the same at
+    every call."""
+    randomness, total = Randomness(MEASUREMENT_SEED, device), 0.0
+    for _ in range(MEASUREMENT_NETWORKS):
+        network = build_untrained(args, source, len(source.classes), device)
         total += sum(part.detach() for part in losses(network, x, real, randomness, args.precision))
-    return total / MEASURED_NETWORKS
+    return total / MEASUREMENT_NETWORKS
 
 
-METHOD = Method("dsa", distill, HELP, stage="dsa", doc=__doc__, choose=balanced_subset)
+METHOD = Method("dsa", distill, HELP, doc=__doc__, choose=balanced_subset)

@@ -1,31 +1,35 @@
-"""FRePo: images and soft labels on which a ridge head over a pool of networks' features predicts the real labels.
+"""FRePo: images and soft labels on which a ridge head over a pool of networks' features predicts
+the real labels.
 
     python -m distillers frepo --source cifar100
 
-Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022. KRR-ST has its head and
-its pool from there; here the targets are labels. With features f of a network of the pool, k_rs = f(X_t) f(X_s)^T,
-k_ss = f(X_s) f(X_s)^T and C classes, each step lowers
+Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022.
+KRR-ST has its head and its pool from there; here the targets are labels. With features f of a
+network of the pool, k_rs = f(X_t) f(X_s)^T, k_ss = f(X_s) f(X_s)^T and C classes, each step lowers
 
-    mean_i 1/2 || y_i - [k_rs (k_ss + lambda I)^-1 Y_s]_i ||^2  -  mean_j min(top1(y_j) - top2(y_j), 1/C)
+    mean_i 1/2 || y_i - [k_rs (k_ss + lambda I)^-1 Y_s]_i ||^2
+        - mean_j min(top1(y_j) - top2(y_j), 1/C)
 
-over the images X_s (m, 3, S, S) and labels Y_s (m, C). Here i runs over b real images with centred one-hot labels
-y_i (1 - 1/C and -1/C), lambda = 1e-6 trace(k_ss) / m, and the second term keeps the two largest entries of each
-learned label y_j apart. X_s starts as real images, Y_s as their centred one-hot labels divided by sqrt(C / 10). The
-pool's networks differ in age; the one drawn then takes one Adam step on (X_s, Y_s), or starts afresh after 100.
+over the images X_s (m, 3, S, S) and labels Y_s (m, C). Here i runs over b real images with centred
+one-hot labels y_i (1 - 1/C and -1/C), lambda = 1e-6 trace(k_ss) / m, and the second term keeps the
+two largest entries of each learned label y_j apart. X_s starts as real images, Y_s as their centred
+one-hot labels divided by sqrt(C / 10). The pool's networks differ in age; the one drawn then takes
+one Adam step on (X_s, Y_s), or starts afresh after 100.
 
-Needs labels, no target network. A step costs as much as one of distill.py. Differs from the published recipe in the
-networks (those of KRR-ST: batch norm after each convolution, and its running statistics in the objective), in the
-images' normalisation (no ZCA, as KRR-ST re-ran it), and in that no image is mirrored or augmented.
+Needs labels, no target network. A step costs as much as one of distill.py. Differs from the
+published recipe in the networks (those of KRR-ST: batch norm after each convolution, and its
+running statistics in the objective), in the images' normalisation (no ZCA, as KRR-ST re-ran it),
+and in that no image is mirrored or augmented.
 """
 
 import math
 
 import torch
 
-from data.subsets import balanced_subset, random_subset
+from data.subsets import balanced_subset, held_out_subset
 from distillers import method
-from distillers.krr import LIMITS, centred_one_hot, larger_ridges, ridge_predict
-from distillers.method import Method, packed
+from distillers.krr import LIMITS, centred_one_hot, ridge_predict
+from distillers.method import Method, make_distilled
 from distillers.pool import Pool
 from utils import cli, optim
 from utils.run import Tensors
@@ -46,28 +50,34 @@ HELP = dict(
 
 
 def label_margin(y_syn):
-    """Minus the mean over labels (m, C) of how far the largest entry exceeds the second, at most 1/C each."""
+    """Minus the mean over labels (m, C) of how far the largest entry exceeds the second, at most
+    1/C each."""
     first, second = y_syn.topk(2).values.unbind(1)
     return -(first - second).clamp(max=1 / y_syn.shape[1]).mean()
 
 
-def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0):
-    """The two terms above, for real images (b, 3, S, S) with targets (b, C) and a distilled set of m."""
+def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0, fallbacks=None):
+    """The two terms above, for real images (b, 3, S, S) with targets (b, C) and a distilled set of
+    m."""
     with torch.no_grad():
         f_real = member.embed(x_real, chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, chunk)  # (m, d_h)
-    predicted = ridge_predict(f_real, f_syn, y_syn, ridge, per_image=True, bias=False)  # (b, C)
+    predicted = ridge_predict(  # (b, C)
+        f_real, f_syn, y_syn, ridge, per_image=True, bias=False, fallbacks=fallbacks
+    )
     return 0.5 * (predicted - y_real).square().sum(1).mean() + label_margin(y_syn)
 
 
 def distill(source, chosen, target, args, run, device):
-    """From the images at `chosen` (m,): the learned images (m, 3, S, S) and labels (m, C) as a `Distilled`, with the
-    objective under the final pool before and after in its meta."""
+    """From the images at `chosen` (m,): the learned images (m, 3, S, S) and labels (m, C) as a
+    `Distilled`, with the objective under the final pool before and after in its meta."""
     randomness, classes = Randomness(args.seed, device), len(source.classes)
 
     def batch_of(index):
         """x (b, 3, S, S) normalised and y (b, C) centred."""
-        return source.normalised(index, device), centred_one_hot(source.labels[index], classes).to(device)
+        return source.normalised(index, device), centred_one_hot(source.labels[index], classes).to(
+            device
+        )
 
     order = Batches(len(source), args.outer_batch, randomness.cpu)
     x_init, y_init = batch_of(chosen)
@@ -75,20 +85,37 @@ def distill(source, chosen, target, args, run, device):
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
 
     pool = Pool(
-        args.pool_size, args.pool_steps, randomness.cpu,
-        arch=args.arch, image_size=source.image_size, num_outputs=classes, width=args.width, device=device,
-        lr=args.pool_lr, weight_decay=0.0, precision=args.precision, optimizer="adam",
-    )  # fmt: skip
+        args.pool_size,
+        args.pool_steps,
+        randomness.cpu,
+        arch=args.arch,
+        image_size=source.image_size,
+        num_outputs=classes,
+        width=args.width,
+        device=device,
+        lr=args.pool_lr,
+        weight_decay=0.0,
+        precision=args.precision,
+        optimizer="adam",
+    )
     lamb = optim.optimizer("lamb", [x_syn, y_syn], args.outer_lr)
     scheduler = optim.schedule(lamb, "cosine_to_tenth", args.outer_steps)
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
     run.resume(
-        device, dict(learned=learned, pool=pool, optimizer=lamb, scheduler=scheduler, real=order, randomness=randomness)
+        device,
+        dict(
+            learned=learned,
+            pool=pool,
+            optimizer=lamb,
+            scheduler=scheduler,
+            real=order,
+            randomness=randomness,
+        ),
     )
 
     def some_of(x, y):
-        """What a member's step sees of the set. Its mean squared error is FRePo's half sum of squares times 2 / C, and
-        Adam's step does not depend on a factor."""
+        """What a member's step sees of the set. Its mean squared error is FRePo's half sum of
+        squares times 2 / C, and Adam's step does not depend on a factor."""
         if len(x) <= args.pool_batch:
             return x.detach(), y.detach()
         index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch].to(device)
@@ -96,32 +123,45 @@ def distill(source, chosen, target, args, run, device):
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", sum(pool.ages)):
-        pool.below_age().train_step(*some_of(x_init, y_init))
+        pool.first_below_initial_age().train_step(*some_of(x_init, y_init))
 
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = batch_of(order.next())
-        member = pool.draw(randomness.cpu)
-        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge, args.chunk)
+        member, fallbacks = pool.draw(randomness.cpu), []
+        loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge, args.chunk, fallbacks)
         lamb.zero_grad()
         loss.backward()
         run.log(
-            step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), larger_ridge=larger_ridges(device),
+            step,
+            loss=loss,
+            gradient=x_syn.grad.square().mean().sqrt(),
+            larger_ridge=sum(fallbacks),
             lr=scheduler.get_last_lr()[0],
-        )  # fmt: skip
+        )
         lamb.step()
         pool.advance(member, *some_of(x_syn, y_syn))
         scheduler.step()
-        method.renew_picture(run, args, step, lambda: packed(x_syn, y_syn, "soft", source))
+        method.update_picture(run, args, step, lambda: make_distilled(x_syn, y_syn, "soft", source))
 
-    # A seed of no run: another draw than the images that the set starts as.
-    held = batch_of(random_subset(source, min(args.outer_batch, len(source)), seed=-1))
-    with torch.no_grad():
-        before, after = (
-            torch.stack([objective(each, *held, x, y, args.ridge, args.chunk) for each in pool.members]).mean().item()
-            for x, y in ((x_init, y_init), (x_syn, y_syn))
-        )
-    print(f"objective under the final pool: initial images {before:.4f}, distilled images {after:.4f}")
-    return packed(x_syn, y_syn, "soft", source, objective_initial=before, objective_distilled=after)
+    x_held, y_held = batch_of(held_out_subset(source, args.outer_batch))
+    before, after = pool.mean_losses(
+        lambda each, x, y: objective(each, x_held, y_held, x, y, args.ridge, args.chunk),
+        (x_init, y_init),
+        (x_syn, y_syn),
+    )
+    print(
+        f"objective under the final pool: initial images {before:.4f}, distilled images {after:.4f}"
+    )
+    return make_distilled(
+        x_syn, y_syn, "soft", source, objective_initial=before, objective_distilled=after
+    )
 
 
-METHOD = Method("frepo", distill, HELP, stage="frepo", doc=__doc__, choose=balanced_subset, add_flags=cli.add_chunk)
+METHOD = Method(
+    "frepo",
+    distill,
+    HELP,
+    doc=__doc__,
+    choose=balanced_subset,
+    add_flags=cli.add_chunk_flag,
+)

@@ -1,19 +1,21 @@
-"""MTT: images on which a few steps of training lead where epochs of training on the real images have led.
+"""MTT: images on which a few steps of training lead where epochs of training on the real images
+have led.
 
     python -m distillers mtt --source cifar100
 
-Cazenavette, Wang, Torralba, Efros and Zhu, "Dataset Distillation by Matching Training Trajectories", CVPR 2022,
-equation 2. Experts, networks trained on the source, have left their parameters theta*_t after each epoch t. A step
-draws an expert and an epoch t below --max-start, goes on from theta*_t by N steps of SGD on the distilled images, at a
-rate that is learned with them, and follows the gradient of
+Cazenavette, Wang, Torralba, Efros and Zhu, "Dataset Distillation by Matching Training
+Trajectories", CVPR 2022, equation 2. Experts, networks trained on the source, have left their
+parameters theta*_t after each epoch t. A step draws an expert and an epoch t below --max-start,
+goes on from theta*_t by N steps of SGD on the distilled images, at a rate that is learned with
+them, and follows the gradient of
 
     || theta_N - theta*_{t+M} ||^2 / || theta*_t - theta*_{t+M} ||^2.
 
-Needs labels; starts from the images of `random` under the same seed. The first run on a source trains the experts into
-runs/<source>/mtt_experts/<network and settings>/seed<k>/expert.pt: 100 of them take 4.4 GB for CIFAR-100 and 14 GB
-for TinyImageNet. Later runs with the same settings of the experts, whatever their seed, find them there. Images are
-normalised by the source's mean and deviation, without ZCA whitening; the last ones are kept, none is chosen by test
-accuracy.
+Needs labels; starts from the images of `random` under the same seed. The first run on a source
+trains the experts into runs/<source>/mtt_experts/<network and settings>/seed<k>/expert.pt: 100 of
+them take 4.4 GB for CIFAR-100 and 14 GB for TinyImageNet. Later runs with the same settings of the
+experts, whatever their seed, find them there. Images are normalised by the source's mean and
+deviation, without ZCA whitening; the last ones are kept, none is chosen by test accuracy.
 """
 
 import torch
@@ -24,11 +26,12 @@ import models
 from data.augment import diff_augment
 from data.subsets import balanced_subset
 from distillers import method
-from distillers.labelled import MEASURE, fresh_network
+from distillers.labelled import MEASUREMENT_SEED, build_untrained
 from distillers.method import Method
-from distillers.unroll import back, descend, flat, unflat
-from utils import cli, files, optim, results
-from utils.run import Run, Tensors
+from distillers.unroll import backpropagate, descend, flatten_parameters, unflatten_parameters
+from utils import files, optim
+from utils.device import autocast
+from utils.run import Run, Tensors, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
@@ -45,22 +48,26 @@ HELP = dict(
     expert_lr="SGD learning rate of the experts, and the first one of the inner steps",
     expert_batch="real images in a batch of theirs",
 )
-LEAST_RATE = 1e-3  # of its first value: the learned rate is held above that share, so it stays positive
-MEASURED_STARTS = 10
+# The learned rate stays above this share of its first value, so that it stays positive.
+LEAST_RATE = 1e-3
+MEASUREMENT_STARTS = 10
 
 
 def inner_gradient(network, theta, x, y, precision="fp32", create_graph=False):
-    """Gradient (p,) of the cross-entropy on x (b, 3, S, S), y (b,) by the parameters, at `theta` (p,)."""
-    with cli.autocast(x.device, precision):
-        predicted = functional_call(network, unflat(theta, network), (x,))
-    return torch.autograd.grad(F.cross_entropy(predicted.to(theta.dtype), y), theta, create_graph=create_graph)[0]
+    """Gradient (p,) of the cross-entropy on x (b, 3, S, S), y (b,) by the parameters, at `theta`
+    (p,)."""
+    with autocast(x.device, precision):
+        predicted = functional_call(network, unflatten_parameters(theta, network), (x,))
+    return torch.autograd.grad(
+        F.cross_entropy(predicted.to(theta.dtype), y), theta, create_graph=create_graph
+    )[0]
 
 
-def matching(network, start, goal, batches, rate, precision="fp32"):
+def matching_loss(network, start, goal, batches, rate, precision="fp32"):
     """Equation 2 after one inner step on each of `batches`, and its gradients.
 
-    `start` theta*_t and `goal` theta*_{t+M} (p,); `batches` a list of x (b, 3, S, S) and y (b,); `rate` (). Returns the
-    loss (), a list of its gradients by each x, and that by the rate.
+    `start` theta*_t and `goal` theta*_{t+M} (p,); `batches` a list of x (b, 3, S, S) and y (b,);
+    `rate` (). Returns the loss (), a list of its gradients by each x, and that by the rate.
     """
     rate = rate.detach()
 
@@ -69,12 +76,13 @@ def matching(network, start, goal, batches, rate, precision="fp32"):
 
     thetas = descend(gradient, start, batches, rate)
     scale, error = (start - goal).square().sum(), thetas[-1] - goal
-    by_batch, by_rate = back(gradient, thetas, batches, rate, 2 * error / scale)
+    by_batch, by_rate = backpropagate(gradient, thetas, batches, rate, 2 * error / scale)
     return error.square().sum() / scale, [by_x for (by_x,) in by_batch], by_rate
 
 
-def expert(k, folder, source, args, device):
-    """Expert k's parameters after 0, 1, 2, ... epochs: (epochs + 1, p) float32, mapped from its file.
+def load_or_train_expert(k, folder, source, args, device):
+    """Expert k's parameters after 0, 1, 2, ... epochs: (epochs + 1, p) float32, mapped from its
+    file.
 
     It is trained if the file is not there, for as many epochs as a matching can reach.
     """
@@ -82,28 +90,34 @@ def expert(k, folder, source, args, device):
     names = ("arch", "width", "image_size", "precision", "expert_lr", "expert_batch")
     settings = {name: getattr(args, name) for name in names}
     settings |= dict(epochs=epochs, source=source.name, fingerprint=source.fingerprint)
-    folder = folder / f"{models.label(args.arch, args.width)}-{results.digest(settings)}" / f"seed{k}"
+    folder = (
+        folder / f"{models.label(args.arch, args.width)}-{settings_digest(settings)}" / f"seed{k}"
+    )
     run = Run(folder, "expert.pt", settings, args.log_every, args.tensorboard)
     if not run.finished:
         randomness = Randomness(k, device)
-        network = fresh_network(args, source, len(source.classes), device)
-        sgd = optim.optimizer("sgd", network.parameters(), args.expert_lr, weight_decay=0.0, momentum=0.0)
+        network = build_untrained(args, source, len(source.classes), device)
+        sgd = optim.optimizer(
+            "sgd", network.parameters(), args.expert_lr, weight_decay=0.0, momentum=0.0
+        )
         batches = Batches(len(source), args.expert_batch, randomness.cpu)
-        trajectory = torch.zeros(epochs + 1, flat(network).numel())
-        trajectory[0] = flat(network)
+        trajectory = torch.zeros(epochs + 1, flatten_parameters(network).numel())
+        trajectory[0] = flatten_parameters(network)
         kept = Tensors(trajectory=trajectory)
         run.resume(device, dict(network=network, batches=batches, randomness=randomness, kept=kept))
         for step in run.steps(f"expert {k}", epochs * batches.per_epoch):
             index = batches.next()
-            with cli.autocast(device, args.precision):
-                predicted = network(diff_augment(source.normalised(index, device), randomness.device))
+            with autocast(device, args.precision):
+                predicted = network(
+                    diff_augment(source.normalised(index, device), randomness.device)
+                )
             loss = F.cross_entropy(predicted.float(), source.labels[index].to(device))
             sgd.zero_grad()
             loss.backward()
             run.log(step, loss=loss)
             sgd.step()
             if (step + 1) % batches.per_epoch == 0:
-                trajectory[(step + 1) // batches.per_epoch] = flat(network)
+                trajectory[(step + 1) // batches.per_epoch] = flatten_parameters(network)
         run.finish("expert", {"trajectory": trajectory})
     return files.load(run.artefact, "expert", required=("trajectory",), mapped=True)["trajectory"]
 
@@ -116,7 +130,8 @@ class Draws:
         self.order = Batches(len(y_syn), args.inner_batch or len(y_syn), randomness.cpu)
 
     def next(self, x_syn):
-        """theta*_t, theta*_{t+M} and the batches of `matching`, whose images are augmented from `x_syn`."""
+        """theta*_t, theta*_{t+M} and the batches of `matching_loss`, whose images are augmented
+        from `x_syn`."""
         cpu, device = self.randomness.cpu, x_syn.device
         trajectory = self.experts[int(torch.randint(len(self.experts), (), generator=cpu))]
         epoch = int(torch.randint(self.args.max_start, (), generator=cpu))
@@ -130,46 +145,61 @@ class Draws:
 
 def distill(source, chosen, target, args, run, device):
     folder = run.folder.parents[1] / "mtt_experts"
-    experts = [expert(k, folder, source, args, device) for k in range(args.experts)]
+    experts = [load_or_train_expert(k, folder, source, args, device) for k in range(args.experts)]
 
     randomness = Randomness(args.seed, device)
     x_init, y_syn = source.normalised(chosen, device), source.labels[chosen].to(device)
-    x_syn, rate = x_init.clone().requires_grad_(), torch.tensor(args.expert_lr, device=device, requires_grad=True)
-    network = fresh_network(args, source, len(source.classes), device)
+    x_syn, rate = (
+        x_init.clone().requires_grad_(),
+        torch.tensor(args.expert_lr, device=device, requires_grad=True),
+    )
+    network = build_untrained(args, source, len(source.classes), device)
     draws = Draws(experts, y_syn, args, randomness)
     groups = [dict(params=[x_syn]), dict(params=[rate], lr=args.rate_lr)]
     sgd = optim.optimizer("sgd", groups, args.outer_lr, weight_decay=0.0, momentum=0.5)
     learned = Tensors(x_syn=x_syn, rate=rate)
-    run.resume(device, dict(learned=learned, optimizer=sgd, order=draws.order, randomness=randomness))
+    run.resume(
+        device, dict(learned=learned, optimizer=sgd, order=draws.order, randomness=randomness)
+    )
 
     for step in run.steps("distil", args.outer_steps):
         start, goal, batches = draws.next(x_syn)
-        loss, by_x, rate.grad = matching(network, start, goal, batches, rate, args.precision)
+        loss, by_x, rate.grad = matching_loss(network, start, goal, batches, rate, args.precision)
         x_syn.grad = None
         torch.autograd.backward([x for x, _ in batches], by_x)
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), rate=rate)
         sgd.step()
         with torch.no_grad():
             rate.clamp_(min=LEAST_RATE * args.expert_lr)
-        method.renew_picture(run, args, step, lambda: method.packed(x_syn, y_syn, "class", source))
+        method.update_picture(
+            run, args, step, lambda: method.make_distilled(x_syn, y_syn, "class", source)
+        )
 
     first = torch.tensor(args.expert_lr, device=device)
     before, after = (
-        measured(experts, network, x, y_syn, each, args, device)
+        measure_objective(experts, network, x, y_syn, each, args, device)
         for x, each in ((x_init, first), (x_syn.detach(), rate.detach()))
     )
     print(f"distance to the experts: initial images {before:.4f}, distilled images {after:.4f}")
-    return method.packed(
-        x_syn, y_syn, "class", source,
-        objective_initial=before.item(), objective_distilled=after.item(), learned_rate=rate.item(),
-    )  # fmt: skip
+    return method.make_distilled(
+        x_syn,
+        y_syn,
+        "class",
+        source,
+        objective_initial=before.item(),
+        objective_distilled=after.item(),
+        learned_rate=rate.item(),
+    )
 
 
-def measured(experts, network, x, y_syn, rate, args, device):
-    """The objective of images `x` at `rate`, as a mean over draws that are the same at every call."""
-    draws = Draws(experts, y_syn, args, Randomness(MEASURE, device))
-    starts = [draws.next(x) for _ in range(MEASURED_STARTS)]
-    return sum(matching(network, *start, rate, args.precision)[0] for start in starts) / MEASURED_STARTS
+def measure_objective(experts, network, x, y_syn, rate, args, device):
+    """The objective of images `x` at `rate`: a mean over draws that are the same at each call."""
+    draws = Draws(experts, y_syn, args, Randomness(MEASUREMENT_SEED, device))
+    starts = [draws.next(x) for _ in range(MEASUREMENT_STARTS)]
+    return (
+        sum(matching_loss(network, *start, rate, args.precision)[0] for start in starts)
+        / MEASUREMENT_STARTS
+    )
 
 
-METHOD = Method("mtt", distill, HELP, stage="mtt", doc=__doc__, choose=balanced_subset)
+METHOD = Method("mtt", distill, HELP, doc=__doc__, choose=balanced_subset)

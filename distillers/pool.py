@@ -1,26 +1,43 @@
-"""The model pool of Algorithm 1: networks of different ages that the distilled set is fitted under."""
+"""The model pool of Algorithm 1: networks of different ages that the set is distilled with."""
 
 import torch
 import torch.nn.functional as F
 
 import models
 from models.frozen import Frozen
-from utils import cli, optim
+from utils import distributed, optim
+from utils.device import autocast
 
 
 class Member:
-    """One (omega, W, t): a network, the optimiser of its weights, and `steps`, how often it was trained since it was
-    initialised."""
+    """One (omega, W, t): a network, the optimiser of its weights, and `steps`, how often it was
+    trained since it was initialised."""
 
-    def __init__(self, arch, image_size, num_outputs, width, device, lr, weight_decay, precision="fp32",
-                 optimizer="sgd", memory_format=torch.channels_last):  # fmt: skip
-        self._build = lambda: models.build(arch, image_size, num_outputs, width).to(device, memory_format=memory_format)
-        self._optimizer = lambda network: optim.optimizer(optimizer, network.parameters(), lr, weight_decay)
+    def __init__(
+        self,
+        arch,
+        image_size,
+        num_outputs,
+        width,
+        device,
+        lr,
+        weight_decay,
+        precision="fp32",
+        optimizer="sgd",
+        memory_format=torch.channels_last,
+    ):
+        self._build = lambda: models.build(arch, image_size, num_outputs, width).to(
+            device, memory_format=memory_format
+        )
+        self._optimizer = lambda network: optim.optimizer(
+            optimizer, network.parameters(), lr, weight_decay
+        )
         self.device, self.precision = device, precision
         self.reset()
 
     def reset(self, keep_count=False):
-        """Start afresh: new weights, new optimiser, no steps (line 15). `keep_count` leaves the count (D5)."""
+        """Start afresh: new weights, new optimiser, no steps (line 15). `keep_count` leaves the
+        count (D5 pool-reset)."""
         self.network = self._build()
         self.frozen = Frozen(self.network)
         self.optimizer = self._optimizer(self.network)
@@ -28,10 +45,11 @@ class Member:
             self.steps = 0
 
     def train_step(self, x_syn, y_syn):
-        """One full-batch step on the mean squared error (lines 12 and 13), batch norm in train mode."""
+        """One full-batch step on the mean squared error (lines 12 and 13), batch norm in train
+        mode."""
         self.steps += 1
         self.network.train()
-        with cli.autocast(self.device, self.precision):
+        with autocast(self.device, self.precision):
             predicted = self.network(x_syn)
         loss = F.mse_loss(predicted.float(), y_syn)
         self.optimizer.zero_grad()
@@ -39,12 +57,17 @@ class Member:
         self.optimizer.step()
 
     def embed(self, x, chunk=0):
-        """Features f_omega(x) (b, d_h) in eval mode, differentiable in x but not in the weights (`Frozen`)."""
-        with cli.autocast(self.device, self.precision):
+        """Features f_omega(x) (b, d_h) in eval mode, differentiable in x but not in the weights
+        (`Frozen`)."""
+        with autocast(self.device, self.precision):
             return self.frozen(x, chunk).float()
 
     def state_dict(self):
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state):
         self.network.load_state_dict(state["network"])
@@ -60,20 +83,32 @@ class Pool:
         self.max_steps = max_steps
         self.ages = torch.randint(1, max(2, max_steps), (size,), generator=generator).tolist()
 
-    def below_age(self):
+    def first_below_initial_age(self):
         """The first member that has not reached its initial age yet, or None."""
-        return next((each for each, age in zip(self.members, self.ages, strict=True) if each.steps < age), None)
+        return next(
+            (each for each, age in zip(self.members, self.ages, strict=True) if each.steps < age),
+            None,
+        )
 
     def draw(self, generator):
         """A member, uniformly at random (line 8)."""
         return self.members[int(torch.randint(len(self.members), (), generator=generator))]
 
     def advance(self, member, x_syn, y_syn, keep_count=False):
-        """Lines 11 to 16: train a member for a step, or start it afresh when it has had its T steps."""
+        """Lines 11 to 16: train a member for a step, or start it afresh when it has had its T
+        steps."""
         if member.steps < self.max_steps:
             member.train_step(x_syn, y_syn)
         else:
             member.reset(keep_count)
+
+    @torch.no_grad()
+    def mean_losses(self, loss, *sets):
+        """For each of `sets`, (x, y) each, the mean of `loss(member, x, y)` over all members of all
+        ranks, as a list of numbers."""
+        means = [torch.stack([loss(each, x, y) for each in self.members]).mean() for x, y in sets]
+        distributed.all_reduce_mean(means)
+        return [each.item() for each in means]
 
     def state_dict(self):
         return {"ages": self.ages, "members": [member.state_dict() for member in self.members]}

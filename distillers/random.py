@@ -2,15 +2,16 @@
 
     python -m distillers random --source cifar100
 
-Needs labels. The labelled methods (dsa, dm, mtt, frepo, kip) start from these very images under the same seed.
+Needs labels. The labelled methods (dsa, dm, mtt, frepo, kip) start from these very images under the
+same seed.
 """
 
 from data.subsets import balanced_subset
-from distillers.method import Method, packed
+from distillers.method import Method, make_distilled
 
 
 def distill(source, chosen, target, args, run, device):
-    return packed(source.normalised(chosen, device), source.labels[chosen], "class", source)
+    return make_distilled(source.normalised(chosen, device), source.labels[chosen], "class", source)
 
 
-METHOD = Method("random", distill, {}, stage="random", doc=__doc__, choose=balanced_subset)
+METHOD = Method("random", distill, {}, doc=__doc__, choose=balanced_subset)

@@ -1,22 +1,35 @@
 """KRR-ST's outer step as plainly as it can be written, from the paper: `distill.py --reference`.
 
-The target network is evaluated on every batch, images come one by one from a `DataLoader`, tensors lie as
-(b, 3, S, S) in memory, and the ridge system is solved by LU in float32. What is faster must give the same losses
-(tests/test_speed.py), and `python -m benchmarks.speed` says how much faster it is.
+The target network is evaluated on every batch, images come one by one from a `DataLoader`, tensors
+lie as (b, 3, S, S) in memory, and the ridge system is solved by LU in float32. What is faster must
+give the same losses (tests/test_speed.py), and `python -m benchmarks.speed` says how much faster it
+is.
 """
 
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from data.images import normalise, unit
-from distillers.target import NetworkTarget
+from data.images import normalise, to_float
+from models.target import NetworkTarget
+from utils.allocator import keep_freed_memory
 from utils.errors import UserError
 from utils.sampling import Batches
 
 FORMAT = torch.contiguous_format
+
+
+class Step(NamedTuple):
+    """The parts of an outer step that `--reference` replaces: the class of the real batches, the
+    loss, and the memory format of images and networks."""
+
+    batches: type
+    loss: Callable
+    memory_format: torch.memory_format
 
 
 class _Images(Dataset):
@@ -29,7 +42,9 @@ class _Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, index):
-        return normalise(unit(self.source.pixels[index : index + 1]), self.source.mean, self.source.std)[0]
+        return normalise(
+            to_float(self.source.pixels[index : index + 1]), self.source.mean, self.source.std
+        )[0]
 
 
 class RealBatches:
@@ -38,9 +53,15 @@ class RealBatches:
     def __init__(self, source, target, args, randomness, device):
         if not isinstance(target, NetworkTarget):
             raise UserError("--reference needs a target network of ours, not an encoder's features")
-        self.target, self.device = copy.deepcopy(target.network).to(memory_format=FORMAT).eval(), device
+        keep_freed_memory(False)  # as a plain script
+        self.target, self.device = (
+            copy.deepcopy(target.network).to(memory_format=FORMAT).eval(),
+            device,
+        )
         self.order = Batches(len(source), args.outer_batch, randomness.cpu)
-        self.images = iter(DataLoader(_Images(source), batch_sampler=self._indices(), generator=torch.Generator()))
+        self.images = iter(
+            DataLoader(_Images(source), batch_sampler=self._indices(), generator=torch.Generator())
+        )
 
     def _indices(self):
         while True:
@@ -53,15 +74,22 @@ class RealBatches:
             return x_real, self.target.embed(x_real)
 
 
-def outer_loss(member, x_real, y_real, x_syn, y_syn, args):
+def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
     """Equation 4, as a mean over all entries."""
     member.network.eval()
     with torch.no_grad():
         f_real = member.network.embed(x_real)  # (b, d_h)
     f_syn = member.network.embed(x_syn)  # (m, d_h)
     if args.bias_column:
-        f_real, f_syn = (torch.cat([f, torch.ones(len(f), 1, device=f.device)], 1) for f in (f_real, f_syn))
+        f_real, f_syn = (
+            torch.cat([f, torch.ones(len(f), 1, device=f.device)], 1) for f in (f_real, f_syn)
+        )
     k_rs, k_ss = f_real @ f_syn.T, f_syn @ f_syn.T  # (b, m), (m, m)
     damping = args.ridge * k_ss.trace().detach() / (len(k_ss) if args.ridge_per_image else 1)
-    dual = torch.linalg.solve(k_ss + damping * torch.eye(len(k_ss), device=k_ss.device), y_syn)  # (m, d_y)
+    dual = torch.linalg.solve(
+        k_ss + damping * torch.eye(len(k_ss), device=k_ss.device), y_syn
+    )  # (m, d_y)
     return F.mse_loss(k_rs @ dual, y_real)
+
+
+STEP = Step(RealBatches, outer_loss, FORMAT)

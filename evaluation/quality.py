@@ -6,8 +6,8 @@ import sys
 import torch
 
 import models
-from utils import ranks
-from utils.evaluate import knn_accuracy_of, linear_accuracy_of, outputs
+from evaluation.probes import knn_accuracy_of, linear_accuracy_of, outputs
+from utils import distributed
 
 MOST = 10_000  # images of the training split that take part, half of them held out
 
@@ -36,9 +36,13 @@ def feature_quality(source, target_features, arch, width, device):
     torch.manual_seed(0)
     student = models.build(arch, source.image_size, 0, width).to(device)
     torch.set_rng_state(state)
-    labels, untrained = source.labels[chosen].to(device), outputs(student, source.subset(chosen), device)
+    labels, untrained = (
+        source.labels[chosen].to(device),
+        outputs(student, source.subset(chosen), device),
+    )
     accuracies = [
-        _accuracies(features, labels, len(source.classes)) for features in (target_features(chosen), untrained)
+        _accuracies(features, labels, len(source.classes))
+        for features in (target_features(chosen), untrained)
     ]
     names = dict(student=models.label(arch, width), n=len(chosen) - len(chosen) // 2)
     return accuracies[0] | dict(untrained=accuracies[1]) | names
@@ -56,13 +60,14 @@ def _accuracies(features, labels, num_classes):
 
 
 def is_better(quality):
-    """Whether the linear probe of the target is above the untrained student's by two standard errors."""
+    """Whether the linear probe of the target is above the untrained student's by two standard
+    errors."""
     p, q = (each["linear"] / 100 for each in (quality, quality["untrained"]))
     return p - q > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / quality["n"])
 
 
 def print_quality(quality):
-    """Print the accuracies, and a warning where the target is no better than an untrained student."""
+    """Print the accuracies, and a warning where the target does not beat an untrained student."""
     if quality is None:
         print("target features: the source has no labels to check them by")
         return
@@ -72,9 +77,10 @@ def print_quality(quality):
         f"{quality['knn']:.1f} %; untrained {student}: {untrained['linear']:.1f} %, "
         f"{untrained['knn']:.1f} % ({quality['n']:,} held-out training images)"
     )
-    if ranks.first() and not is_better(quality):
+    if distributed.is_main_process() and not is_better(quality):
         print(
-            f"warning: a linear probe of the target is no better than one of an untrained {student}: "
+            "warning: a linear probe of the target is no better than one of an untrained "
+            f"{student}: "
             "distilling this target cannot help (docs/encoders.md)",
             file=sys.stderr,
         )

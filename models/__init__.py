@@ -12,7 +12,8 @@ from utils.errors import UserError
 
 
 class Network(nn.Module):
-    """A feature extractor f_omega and a linear head h_W: `embed(x)` is (b, d_h), `forward(x)` (b, num_outputs).
+    """A feature extractor f_omega and a linear head h_W: `embed(x)` is (b, d_h), `forward(x)` (b,
+    num_outputs).
 
     With `num_outputs=0` there is no head and `forward` is `embed`.
     """
@@ -36,14 +37,25 @@ def _scaled(width, *channels):
 
 
 def _mobilenet(size, w):
-    stages = ((1, 16, 1, 1), (2, 24, 2, 1), (2, 32, 3, 2), (2, 64, 4, 2), (2, 96, 3, 1), (2, 160, 3, 2), (2, 320, 1, 1))
-    stages = [(expansion, *_scaled(w, c), blocks, stride) for expansion, c, blocks, stride in stages]
+    stages = (
+        (1, 16, 1, 1),
+        (2, 24, 2, 1),
+        (2, 32, 3, 2),
+        (2, 64, 4, 2),
+        (2, 96, 3, 1),
+        (2, 160, 3, 2),
+        (2, 320, 1, 1),
+    )
+    stages = [
+        (expansion, *_scaled(w, c), blocks, stride) for expansion, c, blocks, stride in stages
+    ]
     return (*_scaled(w, 32), stages, *_scaled(w, 1280))
 
 
 _VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
 
-# name -> function that returns (features, feature width), and (image size, relative width) -> its arguments
+# name -> function that returns (features, feature width), and (image size, relative width) -> its
+# arguments
 ARCHITECTURES = {
     "convnet3": (convnet, lambda size, w: (_scaled(w, 128, 256, 512), size)),
     "convnet4": (convnet, lambda size, w: (_scaled(w, 64, 128, 256, 512), size)),
@@ -56,17 +68,19 @@ ARCHITECTURES = {
     "mobilenet": (mobilenet, _mobilenet),
     "resnet10": (resnet, lambda size, w: ((1, 1, 1, 1), _scaled(w, 64, 128, 256, 512))),
     "resnet18": (resnet, lambda size, w: ((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512))),
-    "resnet18_target": (resnet, lambda size, w: ((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512), False)),
+    "resnet18_target": (
+        resnet,
+        lambda size, w: ((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512), False),
+    ),
     "resnet50_target": (resnet50, lambda size, w: ()),
 }
-SMALLEST_SIZE = 32  # VGG11 and ConvNet5 halve the image five times
 
 
 def build(arch, image_size, num_outputs, width=1.0):
     """A freshly initialised `Network` (torch's global generator) in channels-last memory format.
 
-    `arch`: a name of `ARCHITECTURES`; `image_size`: pixels of a side, at least 32; `width`: a factor on every
-    hidden width. Raises UserError for a width that `arch` does not come in.
+    `arch`: a name of `ARCHITECTURES`; `image_size`: pixels of a side, at least 32; `width`: a
+    factor on every hidden width. Raises UserError for a width that `arch` does not come in.
     """
     if arch == "resnet50_target" and width != 1.0:
         raise UserError("resnet50_target comes at width 1 only")
@@ -76,5 +90,6 @@ def build(arch, image_size, num_outputs, width=1.0):
 
 
 def label(arch, width=1.0):
-    """The name of an architecture at a width, as run folders and tables show it: convnet3, convnet3-x0.25."""
+    """The name of an architecture at a width, as run folders and tables show it: convnet3,
+    convnet3-x0.25."""
     return arch if width == 1.0 else f"{arch}-x{width:g}"

@@ -1,22 +1,25 @@
-"""What Barlow Twins puts on top of a network: the projector and the loss (Zbontar et al., ICML 2021)."""
+"""What Barlow Twins puts on top of a network: the projector and the loss (Zbontar et al., ICML
+2021)."""
 
 import torch
 from torch import nn
 
 from models.sync_batch_norm import standardise
-from utils import ranks
+from utils import distributed
 
 
 def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):
     """Distance of the cross-correlation of two views' embeddings, each (b, d), from the identity.
 
-    Zbontar et al., "Barlow Twins", ICML 2021, equations 1 and 2: with C (d, d) of the embeddings standardised over the
-    batch, scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2). Of several ranks the batch is what all of
-    them have.
+    Zbontar et al., "Barlow Twins", ICML 2021, equations 1 and 2: with C (d, d) of the embeddings
+    standardised over the batch, scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2).
+    Of several ranks the batch is what all of them have.
     """
-    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))  # bf16 is too coarse
+    z1, z2 = (
+        z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2)
+    )  # bf16 is too coarse
     (z1, n), (z2, n) = (standardise(z) for z in (z1, z2))
-    c = ranks.total(z1.T @ z2) / n  # (d, d)
+    c = distributed.all_reduce_sum(z1.T @ z2) / n  # (d, d)
     on = (c.diagonal() - 1).square().sum()
     return scale * (on + off_diagonal * (c.square().sum() - c.diagonal().square().sum()))
 
@@ -24,5 +27,10 @@ def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):
 def projector(d_in, d):
     """Three linear layers of width d, batch norm and ReLU between them."""
     layers = [nn.Linear(d_in, d, bias=False), nn.BatchNorm1d(d), nn.ReLU()]
-    layers += [nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d, bias=False)]
+    layers += [
+        nn.Linear(d, d, bias=False),
+        nn.BatchNorm1d(d),
+        nn.ReLU(),
+        nn.Linear(d, d, bias=False),
+    ]
     return nn.Sequential(*layers)

@@ -1,4 +1,5 @@
-"""Networks trained elsewhere, as target networks: torchvision, timm, torch.hub, or a function of the user's."""
+"""Networks trained elsewhere, as target networks: torchvision, timm, torch.hub, or a function of
+the user's."""
 
 import hashlib
 import importlib.util
@@ -14,7 +15,10 @@ from models.saved import load_matching
 from utils import files
 from utils.errors import UserError
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the statistics most weights are trained with
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # the statistics most weights are trained with
 DEFAULT_SIZE = 224  # pixels, of encoders that do not say
 FORMS = "torchvision:NAME[:WEIGHTS], timm:NAME, hub:OWNER/REPO:ENTRY or FILE.py:FUNCTION"
 
@@ -133,10 +137,14 @@ def _from_torchvision(rest, weights, size):
         chosen = known[entry] if entry else known.DEFAULT
     except KeyError:
         listed = ", ".join(each.name for each in known)
-        raise UserError(f"--encoder torchvision:{name}: has no weights {entry}, but {listed}") from None
+        raise UserError(
+            f"--encoder torchvision:{name}: has no weights {entry}, but {listed}"
+        ) from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"--encoder torchvision:{name}: {_reason(error)}") from error
-    network = _download(lambda: torchvision.models.get_model(name, weights=None if weights else chosen), rest)
+    network = _download(
+        lambda: torchvision.models.get_model(name, weights=None if weights else chosen), rest
+    )
     network = _without_classifier(network, name)
     if weights:
         load_matching(network, weights)
@@ -152,7 +160,9 @@ def _from_timm(name, weights, size):
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"--encoder timm:{name}: needs the package timm (pip install timm)") from error
+        raise UserError(
+            f"--encoder timm:{name}: needs the package timm (pip install timm)"
+        ) from error
     if not timm.is_model(name):
         raise UserError(f"--encoder timm:{name}: timm {timm.__version__} has no such model")
     options = dict(pretrained=not weights, num_classes=0)
@@ -170,7 +180,8 @@ def _from_timm(name, weights, size):
 
 
 def _from_hub(rest, weights, size):
-    """OWNER/REPO[/BRANCH]:ENTRY or FOLDER:ENTRY, through torch.hub: this runs the repository's code."""
+    """OWNER/REPO[/BRANCH]:ENTRY or FOLDER:ENTRY, through torch.hub: this runs the repository's
+    code."""
     repository, _, entry = rest.rpartition(":")
     if not repository:
         raise UserError(f"--encoder hub:{rest}: must be hub:OWNER/REPO:ENTRY")
@@ -179,7 +190,9 @@ def _from_hub(rest, weights, size):
     network = _download(lambda: torch.hub.load(repository, entry, **options), f"hub:{rest}")
     if not isinstance(network, nn.Module):
         raise UserError(f"--encoder hub:{rest}: must be a network, not {type(network).__name__}")
-    return Encoder(network, size or DEFAULT_SIZE, *IMAGENET, dict(version=f"torch.hub {repository}"))
+    return Encoder(
+        network, size or DEFAULT_SIZE, *IMAGENET, dict(version=f"torch.hub {repository}")
+    )
 
 
 def _from_file(what, weights, size):
@@ -213,7 +226,8 @@ def _download(build, what):
         return build()
     except OSError as error:
         raise UserError(
-            f"--encoder {what}: cannot be downloaded ({_reason(error)}); where weights are at hand, "
+            f"--encoder {what}: cannot be downloaded ({_reason(error)}); where weights are at "
+            "hand, "
             "name their file with --weights"
         ) from error
     except Exception as error:  # of the hub's code, or of a library that refuses a name or a size

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import cli, files
+from utils import files
+from utils.device import autocast
 from utils.errors import UserError
 from utils.moments import Moments
 
@@ -14,7 +15,7 @@ ROWS = 2048  # rows of a table at a time
 
 
 class FeatureTable:
-    """Features (n, d) float32 in a .npy file while they are computed; part of a run's checkpoint."""
+    """Features (n, d) float32 in a .npy file while they are computed; part of a checkpoint."""
 
     def __init__(self, path, n):
         self.path, self.n, self.array = Path(path), n, None
@@ -22,7 +23,7 @@ class FeatureTable:
     def write(self, start, features):
         """Set the rows from `start` to `features` (b, d); the first call makes the file."""
         if self.array is None:
-            self.array = files.new_array(self.path, np.float32, (self.n, features.shape[1]))
+            self.array = files.create_array(self.path, np.float32, (self.n, features.shape[1]))
         self.array[start : start + len(features)] = features.float().cpu().numpy()
 
     def state_dict(self):
@@ -56,7 +57,7 @@ def compute_features(encoder, originals, table, run, device, precision):
     first = run.done.get("features", 0)
     batches = originals.batches([step * BATCH for step in range(first, steps)], BATCH)
     for step in run.steps("features", steps):
-        with cli.autocast(device, precision):
+        with autocast(device, precision):
             features = encoder(next(batches).to(device)).float()  # (b, d)
         if not features.isfinite().all():
             raise UserError(f"{encoder.facts['name']}: features that are not finite (batch {step})")
@@ -95,7 +96,9 @@ def _read_safetensors(path):
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise UserError(f"--features {path}: needs the package safetensors (pip install safetensors)") from error
+        raise UserError(
+            f"--features {path}: needs the package safetensors (pip install safetensors)"
+        ) from error
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -132,8 +135,8 @@ def reduce_features(array, path, count):
     if 0 < count < width:
         mean, components, facts["variance_kept"] = moments.principal_components(count)
         mean, components = mean.float(), components.float()
-    with files.aside(path) as partial:
-        out = files.new_array(partial, np.float32, (n, width if components is None else count))
+    with files.atomic_write(path) as partial:
+        out = files.create_array(partial, np.float32, (n, width if components is None else count))
         for start in range(0, n, ROWS):
             rows = torch.from_numpy(np.array(array[start : start + ROWS], dtype=np.float32))
             out[start : start + len(rows)] = project(rows, mean, components).numpy()
@@ -142,5 +145,6 @@ def reduce_features(array, path, count):
 
 
 def project(features, mean, components):
-    """Features (b, d) as coordinates (b, D) along `components` (D, d); unchanged where that is None."""
+    """Features (b, d) as coordinates (b, D) along `components` (D, d); unchanged where that is
+    None."""
     return features if components is None else (features - mean) @ components.T

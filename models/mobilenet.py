@@ -1,18 +1,23 @@
-"""MobileNet: inverted residual blocks with expansion 2 (Sandler et al., 2018, with a smaller expansion).
+"""MobileNet: inverted residual blocks with expansion 2 (Sandler et al., 2018, with a smaller
+expansion).
 
-The paper cites MobileNetV1; the network its numbers come from is this V2 (departure D14 of README).
+The paper cites MobileNetV1; the network its numbers come from is this V2 (departure D14
+network-variants).
 """
 
 from torch import nn
 
 
 def conv_bn(c_in, c_out, kernel, stride=1, groups=1):
-    convolution = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    convolution = nn.Conv2d(
+        c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+    )
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, 1x1 projection; a shortcut (1x1 where channels differ) when stride is 1."""
+    """1x1 expansion, depthwise 3x3, 1x1 projection; a shortcut (1x1 where channels differ) when
+    stride is 1."""
 
     def __init__(self, c_in, c_out, expansion, stride):
         super().__init__()
@@ -33,7 +38,8 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet(stem, stages, last):
-    """`stages` holds (expansion, output width, blocks, stride of the first block); `stem` and `last` are widths.
+    """`stages` holds (expansion, output width, blocks, stride of the first block); `stem` and
+    `last` are widths.
 
     Returns (features, feature width); the features map (b, 3, S, S) to (b, last, 1, 1) at any S.
     """

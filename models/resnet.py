@@ -1,4 +1,5 @@
-"""ResNets for small images: 3x3 stem with padding 2, no max-pool, pooled features; and the ResNet50 for 224 px.
+"""ResNets for small images: 3x3 stem with padding 2, no max-pool, pooled features; and the ResNet50
+for 224 px.
 
 Module names are torchvision's, so that backbones trained elsewhere with the same stem load here.
 """
@@ -9,11 +10,11 @@ from torchvision.models.resnet import BasicBlock
 
 
 class Subsampling1x1(nn.Conv2d):
-    """A 1x1 convolution of every `step`-th pixel: `nn.Conv2d(c_in, c_out, 1, stride=step)`, computed as a slice and a
-    convolution of stride 1.
+    """A 1x1 convolution of every `step`-th pixel: `nn.Conv2d(c_in, c_out, 1, stride=step)`,
+    computed as a slice and a convolution of stride 1.
 
-    PyTorch 2.15's backward pass of the strided one (oneDNN 3.13, AVX-512, channels-last) writes outside its buffers
-    when c_in is below 16, which ends the process with a corrupted heap.
+    PyTorch 2.15's backward pass of the strided one (oneDNN 3.13, AVX-512, channels-last) writes
+    outside its buffers when c_in is below 16, which ends the process with a corrupted heap.
     """
 
     def __init__(self, c_in, c_out, step):
@@ -25,11 +26,12 @@ class Subsampling1x1(nn.Conv2d):
 
 
 class SmallImageResNet(nn.Module):
-    """torchvision's basic blocks behind a stem that keeps the resolution: (b, 3, S, S) -> (b, widths[3], 1, 1).
+    """torchvision's basic blocks behind a stem that keeps the resolution: (b, 3, S, S) -> (b,
+    widths[3], 1, 1).
 
-    The stem's padding of 2 makes maps of S + 2 pixels, as in the paper's networks. `zero_init_residual` sets the
-    last batch norm of each block to 0, so that a block starts as the identity (the paper's ResNet10 and ResNet18;
-    not its self-supervised target).
+    The stem's padding of 2 makes maps of S + 2 pixels, as in the paper's networks.
+    `zero_init_residual` sets the last batch norm of each block to 0, so that a block starts as the
+    identity (the paper's ResNet10 and ResNet18; not its self-supervised target).
     """
 
     def __init__(self, blocks, widths, zero_init_residual):
@@ -44,7 +46,9 @@ class SmallImageResNet(nn.Module):
                 stride = 2 if stage > 1 and block == 0 else 1
                 downsample = None
                 if stride != 1 or c_in != c_out:
-                    downsample = nn.Sequential(Subsampling1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out))
+                    downsample = nn.Sequential(
+                        Subsampling1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out)
+                    )
                 layers.append(BasicBlock(c_in, c_out, stride, downsample))
                 c_in = c_out
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
@@ -66,7 +70,8 @@ def resnet(blocks, widths, zero_init_residual=True):
 
 
 def resnet50():
-    """torchvision's ResNet50 without its head: (b, 3, S, S) -> (b, 2048); the target of the paper's appendix D."""
+    """torchvision's ResNet50 without its head: (b, 3, S, S) -> (b, 2048); the target of the paper's
+    appendix D."""
     network = torchvision.models.resnet50()
     network.fc = nn.Identity()
     return network, 2048

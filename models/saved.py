@@ -7,73 +7,106 @@ import torch
 import models
 from utils import files
 from utils.errors import UserError
+from utils.presets import SMALLEST_IMAGE_SIZE
 
 
 def content(network, arch, width, image_size, num_outputs, meta):
-    """What `files.save(path, "model", ...)` writes; `meta` are plain values: source, method, seed, settings."""
+    """What `files.save(path, "model", ...)` writes; `meta` are plain values: source, method, seed,
+    settings."""
     state = {name: value.cpu() for name, value in network.state_dict().items()}
-    return dict(network=state, arch=arch, width=width, image_size=image_size, num_outputs=num_outputs, meta=meta)
+    return dict(
+        network=state,
+        arch=arch,
+        width=width,
+        image_size=image_size,
+        num_outputs=num_outputs,
+        meta=meta,
+    )
 
 
 def load_model(path):
     """The dict that `content` made, with its `path`. Raises UserError when it is not one."""
-    saved = files.load(path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta"))
+    saved = files.load(
+        path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta")
+    )
     outputs = saved["num_outputs"]
     wrong = None if isinstance(outputs, int) and outputs > 0 else f"num_outputs {str(outputs)[:40]}"
     wrong = wrong or (None if isinstance(saved["meta"], dict) else "meta that is no dictionary")
-    if fault := fault_of(saved) or wrong:
+    if fault := find_fault(saved) or wrong:
         raise UserError(f"{path}: {fault}")
     return saved | {"path": str(path)}
 
 
-def fault_of(saved):
-    """What makes `network`, `arch`, `width` and `image_size` in a file no network, in words, or None."""
-    arch, width, size, network = (saved[name] for name in ("arch", "width", "image_size", "network"))
+def find_fault(saved):
+    """What makes `network`, `arch`, `width` and `image_size` in a file no network, in words, or
+    None."""
+    arch, width, size, network = (
+        saved[name] for name in ("arch", "width", "image_size", "network")
+    )
     if not isinstance(arch, str) or arch not in models.ARCHITECTURES:
         return f"unknown network {str(arch)[:40]}"
     if not isinstance(width, (int, float)) or not 0 < width < math.inf:
         return f"width {str(width)[:40]}"
-    if not isinstance(size, int) or size < models.SMALLEST_SIZE:
+    if not isinstance(size, int) or size < SMALLEST_IMAGE_SIZE:
         return f"image size {str(size)[:40]}"
-    if not isinstance(network, dict) or not all(torch.is_tensor(value) for value in network.values()):
+    if not isinstance(network, dict) or not all(
+        torch.is_tensor(value) for value in network.values()
+    ):
         return "weights that are not tensors by name"
-    if name := files.not_finite(network):
+    if name := files.find_non_finite(network):
         return f"values that are not finite ({name})"
 
 
 def rebuild(saved, num_outputs=None):
-    """The network of a model.pt; with `num_outputs`, its feature extractor under a new head of that many outputs.
+    """The network of a model.pt; with `num_outputs`, its feature extractor under a new head of that
+    many outputs.
 
     Raises UserError when the weights do not fit the network that the file names.
     """
     new_head = num_outputs is not None
     network = models.build(
-        saved["arch"], saved["image_size"], num_outputs if new_head else saved["num_outputs"], saved["width"]
+        saved["arch"],
+        saved["image_size"],
+        num_outputs if new_head else saved["num_outputs"],
+        saved["width"],
     )
     state = saved["network"]
     if new_head:
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         state |= {f"fc.{name}": value for name, value in network.fc.state_dict().items()}
-    fill(network, state, saved["arch"], saved.get("path", "model file"))
+    load_weights(network, state, saved["arch"], saved.get("path", "model file"))
     return network
 
 
-def fill(network, state, arch, path):
+def load_weights(network, state, arch, path):
     """Load `state` into `network`. Raises UserError, naming `path`, when it does not fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path}: weights do not fit {arch} ({str(error).splitlines()[-1].strip()[:160]})") from error
+        raise UserError(
+            f"{path}: weights do not fit {arch} ({str(error).splitlines()[-1].strip()[:160]})"
+        ) from error
 
 
-def fresh(arch, width, image_size):
+def untrained(arch, width, image_size):
     """As `load_model`, of a network that nobody has trained: torch's generator initialises it."""
     network = models.build(arch, image_size, 1, width)
     return content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
 
 
-PREFIXES = ("backbone.", "encoder.", "module.", "model.")  # of checkpoints by solo-learn, lightly, DDP
-CONTAINERS = ("state_dict", "model", "network", "model_state_dict", "teacher")  # keys above a state dict
+PREFIXES = (
+    "backbone.",
+    "encoder.",
+    "module.",
+    "model.",
+)  # of checkpoints by solo-learn, lightly, DDP
+CONTAINERS = (
+    "state_dict",
+    "model",
+    "network",
+    "model_state_dict",
+    "teacher",
+)  # keys above a state dict
 
 
 def load_matching(network, path):
@@ -88,22 +121,32 @@ def load_matching(network, path):
             another shape or with values that are not finite.
     """
     state = files.read_data(path, "state dict")
-    while isinstance(state, dict) and (inner := next((k for k in CONTAINERS if isinstance(state.get(k), dict)), None)):
+    while isinstance(state, dict) and (
+        inner := next((k for k in CONTAINERS if isinstance(state.get(k), dict)), None)
+    ):
         state = state[inner]
     if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
         raise UserError(f"{path}: not a state dict (a dictionary of tensors by name)")
-    if name := files.not_finite(state):
+    if name := files.find_non_finite(state):
         raise UserError(f"{path}: values that are not finite ({name})")
     wanted = network.state_dict()
     prefix = _best_prefix(state, wanted)
     found = {name: state[prefix + name] for name in wanted if prefix + name in state}
-    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    other = [name for name, value in found.items() if getattr(value, "shape", None) != wanted[name].shape]
+    missing = [
+        name for name in wanted if name not in found and not name.endswith("num_batches_tracked")
+    ]
+    other = [
+        name for name, value in found.items() if getattr(value, "shape", None) != wanted[name].shape
+    ]
     if missing or other:
         what = f"lacks {_listed(missing)}" if missing else f"has other shapes of {_listed(other)}"
         raise UserError(f"{path}: does not fit the network: it {what}")
     network.load_state_dict(wanted | found)
-    if unused := [name for name in state if name.removeprefix(prefix) not in found or not name.startswith(prefix)]:
+    if unused := [
+        name
+        for name in state
+        if name.removeprefix(prefix) not in found or not name.startswith(prefix)
+    ]:
         print(f"{path}: not used: {_listed(unused)}")
 
 
@@ -112,10 +155,14 @@ def _best_prefix(state, wanted):
     prefixes = {""}
     for name in state:
         prefix = ""
-        while step := next((each for each in PREFIXES if name.removeprefix(prefix).startswith(each)), None):
+        while step := next(
+            (each for each in PREFIXES if name.removeprefix(prefix).startswith(each)), None
+        ):
             prefix += step
             prefixes.add(prefix)
-    return max(sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in state for name in wanted))
+    return max(
+        sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in state for name in wanted)
+    )
 
 
 def _listed(names, most=4):

@@ -1,4 +1,5 @@
-"""Batch norm over the images of all ranks, so that several processes compute what one would on the whole batch.
+"""Batch norm over the images of all ranks, so that several processes compute what one would on the
+whole batch.
 
 PyTorch's own SyncBatchNorm needs a GPU.
 """
@@ -10,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils import ranks
+from utils import distributed
 
 
 def _sums(*parts):
     """Sums of `parts` (each (c,)) over all ranks, in one collective."""
-    return ranks.total(torch.cat(parts)).split([len(part) for part in parts])
+    return distributed.all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
 
 
 class _Standardise(torch.autograd.Function):
-    """x (n, c, ...) less its mean, over its deviation; both over all ranks. Also returns mean, variance (c,), and how
-    many values a channel has over all ranks ()."""
+    """x (n, c, ...) less its mean, over its deviation; both over all ranks. Also returns mean,
+    variance (c,), and how many values a channel has over all ranks ()."""
 
     @staticmethod
     def forward(ctx, x, eps):
@@ -45,8 +46,9 @@ class _Standardise(torch.autograd.Function):
 
 
 def standardise(x, eps=1e-5):
-    """x (b, d) with zero mean and unit variance in each column over all ranks, and how many rows they have together."""
-    if ranks.count() == 1:
+    """x (b, d) with zero mean and unit variance in each column over all ranks, and how many rows
+    they have together."""
+    if distributed.world_size() == 1:
         return F.batch_norm(x, None, None, training=True, eps=eps), len(x)
     x, _, _, n = _Standardise.apply(x, eps)
     return x, n
@@ -69,8 +71,10 @@ def _forward(layer, x):
 @contextlib.contextmanager
 def synchronised(*networks):
     """Within: in train mode, the batch norm of `networks` takes its statistics over all ranks."""
-    found = [each for network in networks for each in network.modules() if isinstance(each, _BatchNorm)]
-    found = found if ranks.count() > 1 else []
+    found = [
+        each for network in networks for each in network.modules() if isinstance(each, _BatchNorm)
+    ]
+    found = found if distributed.world_size() > 1 else []
     for layer in found:
         layer.forward = functools.partial(_forward, layer)
     try:

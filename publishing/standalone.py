@@ -1,4 +1,4 @@
-"""Python files that work without this package: a template with the code of one network put in."""
+"""Python files that work without this package: templates with the code of one network in them."""
 
 import ast
 import inspect
@@ -7,25 +7,22 @@ from pathlib import Path
 import models
 
 TEMPLATES = Path(__file__).parent / "templates"
+PIECES = ("load", "network")  # what a template imports from other pieces of the same file
 
 
 def network_code(arch, image_size, num_outputs, width):
-    """The source of a network's classes and functions, and of `build()`, which makes it; a list of pieces."""
+    """The source of a network's functions and classes, and of `build()`; a list of pieces."""
     function, arguments = models.ARCHITECTURES[arch]
-    given = [each.__name__ if callable(each) else repr(each) for each in arguments(image_size, width)]
-    build = (
-        "def build():\n"
-        f'    """A new {models.label(arch, width)} for images of {image_size} x {image_size} pixels."""\n'
-        f"    network = Network(*{function.__name__}({', '.join(given)}), {num_outputs})\n"
-        "    return network.to(memory_format=torch.channels_last)\n"
-    )
-    return [inspect.getsource(inspect.getmodule(function)), inspect.getsource(models.Network), build]
-
-
-def import_order(line):
-    """First `import`, then `from`; torch and what builds on it after Python's own."""
-    word, module = line.split()[:2]
-    return word == "from", module.startswith(("torch", "safetensors")), line
+    arguments = arguments(image_size, width)
+    given = ", ".join(each.__name__ if callable(each) else repr(each) for each in arguments)
+    label, size = models.label(arch, width), f"{image_size} x {image_size}"
+    build = f'''def build():
+    """An untrained {label} for images of {size} pixels."""
+    network = Network(*{function.__name__}({given}), {num_outputs})
+    return network.to(memory_format=torch.channels_last)
+'''
+    module = inspect.getmodule(function)
+    return [inspect.getsource(module), inspect.getsource(models.Network), build]
 
 
 def template(name):
@@ -33,17 +30,23 @@ def template(name):
 
 
 def write(path, docstring, pieces):
-    """Write pieces of code to one file; all imports come first, each once."""
+    """Write pieces of code to one file, with all imports at its beginning."""
     imports, bodies = {"import torch"}, []
     for piece in pieces:
         lines = piece.splitlines()
         for node in ast.parse(piece).body:
             imported = isinstance(node, (ast.Import, ast.ImportFrom))
-            if imported and getattr(node, "module", None) not in ("load", "network"):  # these are other pieces
+            if imported and getattr(node, "module", None) not in PIECES:
                 imports.add(ast.unparse(node))
-            if imported or isinstance(node, ast.Expr):  # of expressions there are docstrings only
-                lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+            if imported or isinstance(node, ast.Expr):  # an expression is a module's docstring
+                lines[node.lineno - 1 : node.end_lineno] = [None] * (
+                    node.end_lineno - node.lineno + 1
+                )
         bodies.append("\n".join(line for line in lines if line is not None).strip("\n"))
-    path.write_text(
-        "\n\n\n".join([f'"""{docstring}"""\n\n' + "\n".join(sorted(imports, key=import_order)), *bodies]) + "\n"
-    )
+    head = f'"""{docstring}"""\n\n' + "\n".join(sorted(imports, key=import_order))
+    path.write_text("\n\n\n".join([head, *bodies]) + "\n")
+
+
+def import_order(line):
+    """A sort key: `import` before `from`."""
+    return line.startswith("from"), line

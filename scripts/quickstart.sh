@@ -23,17 +23,17 @@ done | side_by_side
 
 for seed in 0 1 2; do
   for start in "none --seed $seed" {$digits/random_features,$digits/krr_st}/seed0/$arch/seed$seed/model.pt; do
-    echo "finetune.py --weights $start --target digits --labels-per-class 10 --protocol linear"
-    echo "finetune.py --weights $start --target digits --labels-per-class 2 --protocol linear"
-    echo "finetune.py --weights $start --target digits --labels-per-class 2"
+    echo "finetune.py --weights $start --dataset digits --labels-per-class 10 --protocol linear"
+    echo "finetune.py --weights $start --dataset digits --labels-per-class 2 --protocol linear"
+    echo "finetune.py --weights $start --dataset digits --labels-per-class 2"
   done
 done | side_by_side
 
-run finetune.py --weights none --arch convnet4 --width 0.25 --target digits --steps 60
+run finetune.py --weights none --arch convnet4 --width 0.25 --dataset digits --steps 60
 run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt --distilled $digits/krr_st/seed0/distilled.pt \
-  --teacher runs/scratch/convnet4-x0.25_32px/digits_full_seed0/model.pt --target digits
+  --teacher runs/scratch/convnet4-x0.25_32px/digits_full_seed0/model.pt --dataset digits
 
 echo
-"$PYTHON" -m benchmarks.tables runs
+"$PYTHON" -m analysis.tables runs
 echo
 echo "The distilled images: $digits/krr_st/seed0/images.png"

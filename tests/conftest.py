@@ -13,8 +13,20 @@ from utils import run
 
 ROOT = Path(__file__).parent.parent
 TARGET = ["--width", "0.125", "--epochs", "1", "--warmup-epochs", "0", "--projector-dim", "32"]
-DISTILL = ["--num-images", "20", "--width", "0.125", "--outer-steps", "4", "--outer-batch", "64", "--pool-size", "2",
-           "--pool-steps", "3"]  # fmt: skip
+DISTILL = [
+    "--num-images",
+    "20",
+    "--width",
+    "0.125",
+    "--outer-steps",
+    "4",
+    "--outer-batch",
+    "64",
+    "--pool-size",
+    "2",
+    "--pool-steps",
+    "3",
+]
 PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 
 
@@ -49,19 +61,25 @@ def offline(monkeypatch):
 
     monkeypatch.setattr(download, "download_url", refuse)
     for module in ("cifar", "fgvc_aircraft", "flowers102", "imagenette"):
-        monkeypatch.setattr(getattr(torchvision.datasets, module), "download_and_extract_archive", refuse)
+        monkeypatch.setattr(
+            getattr(torchvision.datasets, module), "download_and_extract_archive", refuse
+        )
 
 
 def command(*words, check=True):
-    """Run `python <words>` from the repository's root; the finished process, with its output as text."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """Run `python <words>` from the repository's root; the finished process, with its output as
+    text."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
 @pytest.fixture(scope="session")
 def roots(tmp_path_factory):
-    """The flags that keep a test's data and runs in a folder of their own, with a toy target on digits in it."""
+    """The flags that keep a test's data and runs in a folder of their own, with a toy target on
+    digits in it."""
     top = tmp_path_factory.mktemp("toy")
     flags = ["--data-root", str(top / "data"), "--run-root", str(top / "runs")]
     command("pretrain_target.py", "--source", "digits", *TARGET, *flags)

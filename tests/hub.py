@@ -1,5 +1,5 @@
-"""A stand-in for the Hugging Face Hub on this machine: as much of its interface as uploading and downloading a folder
-takes. What it holds is in memory."""
+"""A stand-in for the Hugging Face Hub, in memory: as much of its interface as uploading and
+downloading a folder takes."""
 
 import base64
 import hashlib
@@ -11,8 +11,11 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """`repositories`: "<datasets or models>/USER/NAME" -> {"private": bool, "commits": [{path: bytes}]}; `requests`:
-    those that came; `cards`: what was sent to be validated."""
+    """An HTTP server at `address`.
+
+    `repositories`: "datasets/USER/NAME" or "models/USER/NAME" -> {"private": bool, "commits":
+    [{path: bytes}]}. `requests` are those that came, `cards` the cards that were to be validated.
+    """
 
     def __init__(self):
         self.repositories, self.requests, self.cards = {}, [], []
@@ -49,55 +52,71 @@ class Hub:
         self.server.server_close()
 
     def files(self, name, revision="main"):
-        """The files {path: bytes} of a repository at a revision: main, or the digits of a commit."""
+        """The files {path: bytes} of a repository at a revision, main or a commit's digits."""
         commits = self.repositories[name]["commits"]
-        return next((each for each in reversed(commits) if revision in ("main", _digits(each))), None)
+        known = (each for each in reversed(commits) if revision in ("main", _digits(each)))
+        return next(known, None)
 
     def respond(self, method, path, body):
         """(status, headers, content as bytes or as plain values) for a request."""
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = f"{wanted.get('type', 'model')}s/{wanted['organization']}/{wanted['name']}"
-            if name in self.repositories:
-                return 409, {}, {"url": f"{self.address}/{name}"}
-            self.repositories[name] = {"private": wanted.get("visibility") == "private", "commits": [{}]}
-            return 200, {}, {"url": f"{self.address}/{name}"}
+            return self.create(json.loads(body))
         if path == "/api/validate-yaml":
             self.cards.append(json.loads(body))
             return 200, {}, {"errors": [], "warnings": []}
-        match = re.fullmatch(r"(/api)?/((?:datasets|models)/[\w.-]+/[\w.-]+)(?:/(\w+)/([^/]+)(?:/(.*))?)?", path)
+        form = r"(/api)?/((?:datasets|models)/[\w.-]+/[\w.-]+)(?:/(\w+)/([^/]+)(?:/(.*))?)?"
+        match = re.fullmatch(form, path)
         name, verb, revision, file = match.groups()[1:] if match else (None, None, None, None)
         if name not in self.repositories:
             return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
         there = self.files(name, revision or "main")
         if there is None:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": f"Invalid rev id: {revision}"}
+            return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Invalid rev id"}
         if verb == "preupload":
             asked = [each["path"] for each in json.loads(body)["files"]]
-            return 200, {}, {"files": [dict(path=each, uploadMode="regular", shouldIgnore=False) for each in asked]}
+            modes = [dict(path=each, uploadMode="regular", shouldIgnore=False) for each in asked]
+            return 200, {}, {"files": modes}
         if verb == "commit":
-            changed = dict(there)
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    changed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                elif line["key"] == "deletedFile":
-                    del changed[line["value"]["path"]]
-            self.repositories[name]["commits"].append(changed)
-            url = f"{self.address}/{name.removeprefix('models/')}/commit/{_digits(changed)}"
-            return 200, {}, {"commitOid": _digits(changed), "commitUrl": url}
+            return self.commit(name, dict(there), body)
         if verb == "tree":
-            return 200, {}, [dict(type="file", path=each, size=len(content), oid=hashlib.sha1(content).hexdigest())
-                             for each, content in there.items()]  # fmt: skip
+            listed = [
+                dict(type="file", path=each, size=len(content), oid=_sha1(content))
+                for each, content in there.items()
+            ]
+            return 200, {}, listed
         if verb == "resolve" and file in there:
-            tag = hashlib.sha1(there[file]).hexdigest()
-            return 200, {"ETag": f'"{tag}"', "X-Repo-Commit": _digits(there)}, there[file]
+            headers = {"ETag": f'"{_sha1(there[file])}"', "X-Repo-Commit": _digits(there)}
+            return 200, headers, there[file]
         if verb in (None, "revision"):
-            siblings = [{"rfilename": each} for each in there]
-            return 200, {}, {"id": name.partition("/")[2], "sha": _digits(there), "siblings": siblings, "tags": []}
+            listed = [{"rfilename": each} for each in there]
+            own = name.partition("/")[2]
+            return 200, {}, dict(id=own, sha=_digits(there), siblings=listed, tags=[])
         return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "Entry not found"}
+
+    def create(self, wanted):
+        name = f"{wanted.get('type', 'model')}s/{wanted['organization']}/{wanted['name']}"
+        status = 409 if name in self.repositories else 200
+        new = {"private": wanted.get("visibility") == "private", "commits": [{}]}
+        self.repositories.setdefault(name, new)
+        return status, {}, {"url": f"{self.address}/{name}"}
+
+    def commit(self, name, changed, body):
+        """Apply the operations in `body`, a JSON line each, to the files {path: bytes}."""
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                changed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del changed[line["value"]["path"]]
+        self.repositories[name]["commits"].append(changed)
+        url = f"{self.address}/{name.removeprefix('models/')}/commit/{_digits(changed)}"
+        return 200, {}, {"commitOid": _digits(changed), "commitUrl": url}
+
+
+def _sha1(content):
+    return hashlib.sha1(content).hexdigest()
 
 
 def _digits(files):
     """40 hexadecimal digits that stand for a commit with these files."""
-    content = [(path, hashlib.sha1(each).hexdigest()) for path, each in sorted(files.items())]
-    return hashlib.sha1(json.dumps(content).encode()).hexdigest()
+    content = [(path, _sha1(each)) for path, each in sorted(files.items())]
+    return _sha1(json.dumps(content).encode())

@@ -1,4 +1,5 @@
-"""The named data sets: tiny archives in the public layouts, read by the real readers, labels checked one by one."""
+"""The named data sets: tiny archives in the public layouts, read by the real readers, labels
+checked one by one."""
 
 import hashlib
 import io
@@ -35,7 +36,9 @@ def test_tinyimagenet(tmp_path):
     top, wnids = tmp_path / "tiny-imagenet-200", ["n02", "n01", "n03"]
     for c, wnid in enumerate(wnids):
         for i in range(2):
-            picture(top / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", seed=c * 2 + i, size=(64, 64))
+            picture(
+                top / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", seed=c * 2 + i, size=(64, 64)
+            )
     rows = []
     for i, wnid in enumerate(["n03", "n01", "n01", "n02"]):
         picture(top / "val" / "images" / f"val_{i}.JPEG", seed=50 + i, size=(64, 64))
@@ -48,8 +51,15 @@ def test_tinyimagenet(tmp_path):
     assert np.array_equal(test.pixels[3].numpy(), pixels_of(top / "val/images/val_3.JPEG", 64))
 
 
-@pytest.mark.parametrize(("name", "top"), [("imagenette", "imagenette2"), ("imagenette", "imagenette2-160"),
-                                           ("imagenet", "imagenet"), ("imagenet", "ILSVRC2012")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "top"),
+    [
+        ("imagenette", "imagenette2"),
+        ("imagenette", "imagenette2-160"),
+        ("imagenet", "imagenet"),
+        ("imagenet", "ILSVRC2012"),
+    ],
+)
 def test_wnid_folders(tmp_path, name, top):
     class_folders(tmp_path / top, splits=("train", "val"), classes=("n01440764", "n02102040"))
     train, test = (load(name, split, 32, tmp_path) for split in ("train", "test"))
@@ -58,7 +68,8 @@ def test_wnid_folders(tmp_path, name, top):
 
 
 def test_imagenets_archives_are_unpacked_by_torchvision(tmp_path, monkeypatch):
-    """The three archives of image-net.org; only the checksums of the real ones are replaced by their own."""
+    """The three archives of image-net.org; only the checksums of the real ones are replaced by
+    their own."""
     top = tmp_path / "imagenet"
     top.mkdir()
     wnids = ["n01440764", "n01443537"]
@@ -82,19 +93,36 @@ def test_imagenets_archives_are_unpacked_by_torchvision(tmp_path, monkeypatch):
         images = {f"{wnid}_{i}.JPEG": jpeg(10 * c + i) for i in range(2)}
         inner[f"{wnid}.tar"] = tar(tmp_path / "inner.tar", images).read_bytes()
     meta = io.BytesIO()
-    kind = [("ILSVRC2012_ID", int), ("WNID", object), ("words", object), ("gloss", object), ("num_children", int)]
-    synsets = np.array([(i + 1, wnid, f"fish {i}", "", 0) for i, wnid in enumerate(wnids)], dtype=kind)
+    kind = [
+        ("ILSVRC2012_ID", int),
+        ("WNID", object),
+        ("words", object),
+        ("gloss", object),
+        ("num_children", int),
+    ]
+    synsets = np.array(
+        [(i + 1, wnid, f"fish {i}", "", 0) for i, wnid in enumerate(wnids)], dtype=kind
+    )
     savemat(meta, {"synsets": synsets})
     devkit = "ILSVRC2012_devkit_t12/data"
     tars = {
         "train": tar(top / "ILSVRC2012_img_train.tar", inner),
-        "val": tar(top / "ILSVRC2012_img_val.tar", {f"ILSVRC2012_val_0000000{i}.JPEG": jpeg(99 + i) for i in (1, 2)}),
-        "devkit": tar(top / "ILSVRC2012_devkit_t12.tar.gz", {
-            f"{devkit}/meta.mat": meta.getvalue(),
-            f"{devkit}/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n",
-        }, "w:gz"),
-    }  # fmt: skip
-    known = {part: (path.name, hashlib.md5(path.read_bytes()).hexdigest()) for part, path in tars.items()}
+        "val": tar(
+            top / "ILSVRC2012_img_val.tar",
+            {f"ILSVRC2012_val_0000000{i}.JPEG": jpeg(99 + i) for i in (1, 2)},
+        ),
+        "devkit": tar(
+            top / "ILSVRC2012_devkit_t12.tar.gz",
+            {
+                f"{devkit}/meta.mat": meta.getvalue(),
+                f"{devkit}/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n",
+            },
+            "w:gz",
+        ),
+    }
+    known = {
+        part: (path.name, hashlib.md5(path.read_bytes()).hexdigest()) for part, path in tars.items()
+    }
     monkeypatch.setattr(torchvision.datasets.imagenet, "ARCHIVE_META", known)
     train, test = (load("imagenet", split, 32, tmp_path) for split in ("train", "test"))
     assert train.classes == wnids and train.labels.tolist() == [0, 0, 1, 1]
@@ -103,10 +131,14 @@ def test_imagenets_archives_are_unpacked_by_torchvision(tmp_path, monkeypatch):
     assert np.array_equal(test.pixels[0].numpy(), pixels_of(path, 32))
 
 
-@pytest.mark.parametrize(("name", "key", "classes"), [("cifar10", "labels", 10), ("cifar100", "fine_labels", 100)])
+@pytest.mark.parametrize(
+    ("name", "key", "classes"), [("cifar10", "labels", 10), ("cifar100", "fine_labels", 100)]
+)
 def test_cifar(tmp_path, monkeypatch, name, key, classes):
     """Only the checksums of the real archive are replaced by its own."""
-    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[
+        name
+    ]
     top = tmp_path / dataset.base_folder
     top.mkdir()
     rng, labels, pixels = np.random.default_rng(0), {}, {}
@@ -121,7 +153,9 @@ def test_cifar(tmp_path, monkeypatch, name, key, classes):
         for filename, _ in getattr(dataset, attribute):
             pixels[filename] = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
             labels[filename] = rng.integers(0, classes, 4).tolist()
-            lists[attribute].append(write(filename, {"data": pixels[filename], key: labels[filename]}))
+            lists[attribute].append(
+                write(filename, {"data": pixels[filename], key: labels[filename]})
+            )
         monkeypatch.setattr(dataset, attribute, lists[attribute])
     names = [f"class{i:03}" for i in range(classes)]
     meta = {"filename": dataset.meta["filename"], "key": dataset.meta["key"]}
@@ -130,15 +164,22 @@ def test_cifar(tmp_path, monkeypatch, name, key, classes):
 
     train, test = (load(name, split, 32, tmp_path) for split in ("train", "test"))
     assert train.classes == names
-    assert train.labels.tolist() == [label for filename, _ in lists["train_list"] for label in labels[filename]]
+    assert train.labels.tolist() == [
+        label for filename, _ in lists["train_list"] for label in labels[filename]
+    ]
     [(filename, _)] = lists["test_list"]
     assert test.labels.tolist() == labels[filename]
-    assert np.array_equal(test.pixels[2].numpy(), pixels[filename][2].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert np.array_equal(
+        test.pixels[2].numpy(), pixels[filename][2].reshape(3, 32, 32).transpose(1, 2, 0)
+    )
 
 
 def test_aircraft(tmp_path):
     top = tmp_path / "fgvc-aircraft-2013b" / "data"
-    lists = {"trainval": ["0000002 Boeing 707-320", "0000001 A300B4", "0000004 A300B4"], "test": ["0000003 A300B4"]}
+    lists = {
+        "trainval": ["0000002 Boeing 707-320", "0000001 A300B4", "0000004 A300B4"],
+        "test": ["0000003 A300B4"],
+    }
     for i in range(1, 5):
         picture(top / "images" / f"000000{i}.jpg", seed=i, size=(60, 40))
     (top / "variants.txt").write_text("A300B4\nBoeing 707-320\n")
@@ -160,7 +201,9 @@ def test_cars(tmp_path):
     ):
         for _, label, name in rows:
             picture(top / f"cars_{part}" / name, seed=label)
-        path = top / ("devkit/cars_train_annos.mat" if part == "train" else "cars_test_annos_withlabels.mat")
+        path = top / (
+            "devkit/cars_train_annos.mat" if part == "train" else "cars_test_annos_withlabels.mat"
+        )
         savemat(path, {"annotations": np.array([rows], dtype=kind)})
     names = np.empty((1, 2), dtype=object)
     names[0] = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012"]
@@ -174,7 +217,11 @@ def test_cars(tmp_path):
 
 def test_cub2011(tmp_path):
     top = tmp_path / "CUB_200_2011"
-    names = ["001.Black_footed_Albatross/a_1.jpg", "001.Black_footed_Albatross/a_2.jpg", "002.Laysan_Albatross/b_1.jpg"]
+    names = [
+        "001.Black_footed_Albatross/a_1.jpg",
+        "001.Black_footed_Albatross/a_2.jpg",
+        "002.Laysan_Albatross/b_1.jpg",
+    ]
     for i, name in enumerate(names):
         picture(top / "images" / name, seed=i)
     (top / "images.txt").write_text("".join(f"{i + 1} {name}\n" for i, name in enumerate(names)))
@@ -189,18 +236,27 @@ def test_cub2011(tmp_path):
 
 def test_dogs(tmp_path):
     top = tmp_path / "stanford_dogs"
-    files = {"train": ["n02085620-Chihuahua/c_1.jpg", "n02085782-Japanese_spaniel/s_1.jpg"],
-             "test": ["n02085620-Chihuahua/c_2.jpg", "n02085782-Japanese_spaniel/s_2.jpg"]}  # fmt: skip
+    files = {
+        "train": ["n02085620-Chihuahua/c_1.jpg", "n02085782-Japanese_spaniel/s_1.jpg"],
+        "test": ["n02085620-Chihuahua/c_2.jpg", "n02085782-Japanese_spaniel/s_2.jpg"],
+    }
     (top / "lists").mkdir(parents=True)
     for part, names in files.items():
         for i, name in enumerate(names):
             picture(top / "Images" / name, seed=i)
         cells = np.empty((len(names), 1), dtype=object)
         cells[:, 0] = names
-        savemat(top / "lists" / f"{part}_list.mat", {"file_list": cells, "labels": np.array([[1], [2]])})
+        savemat(
+            top / "lists" / f"{part}_list.mat", {"file_list": cells, "labels": np.array([[1], [2]])}
+        )
     train = load("dogs", "train", 32, tmp_path)
-    assert train.labels.tolist() == [0, 1] and train.classes == ["n02085620-Chihuahua", "n02085782-Japanese_spaniel"]
-    assert raw.read("dogs", "test", tmp_path).images == [top / "Images" / name for name in files["test"]]
+    assert train.labels.tolist() == [0, 1] and train.classes == [
+        "n02085620-Chihuahua",
+        "n02085782-Japanese_spaniel",
+    ]
+    assert raw.read("dogs", "test", tmp_path).images == [
+        top / "Images" / name for name in files["test"]
+    ]
 
 
 def test_flowers_training_and_validation_images_train(tmp_path, monkeypatch):
@@ -211,8 +267,13 @@ def test_flowers_training_and_validation_images_train(tmp_path, monkeypatch):
     splits = {"trnid": np.array([[4, 6]]), "valid": np.array([[2, 3]]), "tstid": np.array([[1, 5]])}
     savemat(top / "setid.mat", splits)
     dataset = torchvision.datasets.Flowers102
-    known = {part: (name, hashlib.md5((top / name).read_bytes()).hexdigest() if part != "image" else checksum)
-             for part, (name, checksum) in dataset._file_dict.items()}  # fmt: skip
+    known = {
+        part: (
+            name,
+            hashlib.md5((top / name).read_bytes()).hexdigest() if part != "image" else checksum,
+        )
+        for part, (name, checksum) in dataset._file_dict.items()
+    }
     monkeypatch.setattr(dataset, "_file_dict", known)
     found = raw.read("flowers", "train", tmp_path)
     assert [path.name for path in found.images] == [f"image_0000{i}.jpg" for i in (4, 6, 2, 3)]
@@ -265,7 +326,11 @@ def test_wrong_counts_are_an_error_unless_a_part_is_meant(tmp_path):
     assert prepare("cifar10", "train", 32, tmp_path, partial=True)["whole"] is False
     images = load_images("cifar10", "train", 32, tmp_path)
     assert images.classes == ["cat", "dog"]  # own folders before the archive
-    assert images.part == images.subset(torch.tensor([0])).part == {"cifar10 train": [6, 50_000]}
+    assert (
+        images.deviations
+        == images.subset(torch.tensor([0])).deviations
+        == {"cifar10 train": [6, 50_000]}
+    )
     picture(tmp_path / "cifar10" / "train" / "cat" / "new.png")
     with pytest.raises(UserError, match="found 7 images"):  # what was accepted was another part
         load_images("cifar10", "train", 32, tmp_path)
@@ -275,8 +340,15 @@ def test_published_counts():
     """facts.md, section 5; digits are split here."""
     counts = {name: (a.classes, a.train, a.test) for name, a in archives.ARCHIVES.items()}
     assert counts == {
-        "digits": (10, 1437, 360), "cifar10": (10, 50000, 10000), "cifar100": (100, 50000, 10000),
-        "tinyimagenet": (200, 100000, 10000), "imagenet": (1000, 1281167, 50000), "imagenette": (10, 9469, 3925),
-        "aircraft": (100, 6667, 3333), "cars": (196, 8144, 8041), "cub2011": (200, 5994, 5794),
-        "dogs": (120, 12000, 8580), "flowers": (102, 2040, 6149),
-    }  # fmt: skip
+        "digits": (10, 1437, 360),
+        "cifar10": (10, 50000, 10000),
+        "cifar100": (100, 50000, 10000),
+        "tinyimagenet": (200, 100000, 10000),
+        "imagenet": (1000, 1281167, 50000),
+        "imagenette": (10, 9469, 3925),
+        "aircraft": (100, 6667, 3333),
+        "cars": (196, 8144, 8041),
+        "cub2011": (200, 5994, 5794),
+        "dogs": (120, 12000, 8580),
+        "flowers": (102, 2040, 6149),
+    }

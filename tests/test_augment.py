@@ -1,4 +1,5 @@
-"""Augmentations: each image its own draw, reproducible, and equal to torchvision's where that has the same."""
+"""Augmentations: each image its own draw, reproducible, and equal to torchvision's where that has
+the same."""
 
 import colorsys
 
@@ -42,7 +43,9 @@ def test_reproducible_same_shape_own_draws_and_input_untouched(name):
 
 def test_resized_crop_equals_torchvision_on_whole_pixel_boxes():
     x = batch(4)
-    top, left, height, width = torch.tensor([[0, 5, 10, 3], [0, 7, 2, 4], [32, 9, 16, 20], [32, 13, 30, 8]]).float()
+    top, left, height, width = torch.tensor(
+        [[0, 5, 10, 3], [0, 7, 2, 4], [32, 9, 16, 20], [32, 13, 30, 8]]
+    ).float()
     ours = augment.resize_boxes(x, top, left, height, width)
     for i in range(4):
         box = [int(v[i]) for v in (top, left, height, width)]
@@ -54,7 +57,12 @@ def test_crop_boxes_fit_and_cover_the_range():
     top, left, height, width = augment.crop_boxes(
         5000, 32, generator(), torch.device("cpu"), (0.08, 1.0), (3 / 4, 4 / 3)
     )
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
+    assert (
+        (top >= 0).all()
+        and (left >= 0).all()
+        and (top + height <= 32).all()
+        and (left + width <= 32).all()
+    )
     share = height * width / 32**2
     assert 0.05 < share.min() < 0.1 and share.max() > 0.95 and 0.45 < share.mean() < 0.6
 
@@ -76,7 +84,9 @@ def test_flip_and_grey_and_solarise():
     x = batch()
     assert torch.equal(augment.horizontal_flip(x, generator(), 1.0), x.flip(3))
     assert torch.equal(augment.horizontal_flip(x, generator(), 0.0), x)
-    torch.testing.assert_close(augment.greyscale(x, generator(), 1.0), TF.rgb_to_grayscale(x, 3), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        augment.greyscale(x, generator(), 1.0), TF.rgb_to_grayscale(x, 3), rtol=1e-3, atol=1e-3
+    )
     assert torch.equal(augment.solarise(x, generator(), 1.0), TF.solarize(x, 0.5))
 
 
@@ -86,9 +96,13 @@ def test_hue_equals_the_hsv_formula():
     turn = torch.tensor([0.1, -0.07])
     ours = augment.shift_hue(x, turn)
     for i in range(2):
-        for pixel, result in zip(x[i].flatten(1).T.tolist(), ours[i].flatten(1).T.tolist(), strict=True):
+        for pixel, result in zip(
+            x[i].flatten(1).T.tolist(), ours[i].flatten(1).T.tolist(), strict=True
+        ):
             h, s, v = colorsys.rgb_to_hsv(*pixel)
-            assert result == pytest.approx(colorsys.hsv_to_rgb((h + turn[i].item()) % 1, s, v), abs=1e-5)
+            assert result == pytest.approx(
+                colorsys.hsv_to_rgb((h + turn[i].item()) % 1, s, v), abs=1e-5
+            )
 
 
 def test_blends_equal_torchvision():
@@ -96,16 +110,22 @@ def test_blends_equal_torchvision():
     grey = augment.to_grey(x)
     for i in range(3):
         saturated = TF.adjust_saturation(x[i], factor[i].item())
-        torch.testing.assert_close(augment.blend(x, grey, factor)[i], saturated, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            augment.blend(x, grey, factor)[i], saturated, rtol=1e-3, atol=1e-3
+        )
         contrasted = TF.adjust_contrast(x[i], factor[i].item())
         mean = grey.mean((1, 2, 3), keepdim=True)
-        torch.testing.assert_close(augment.blend(x, mean, factor)[i], contrasted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            augment.blend(x, mean, factor)[i], contrasted, rtol=1e-3, atol=1e-3
+        )
 
 
 def seed_of(operation):
     """A seed whose first draw is this one of the six differentiable augmentations."""
     index = augment.DIFF_AUGMENTATIONS.index(operation)
-    return next(s for s in range(100) if int(torch.randint(6, (1,), generator=generator(s))) == index)
+    return next(
+        s for s in range(100) if int(torch.randint(6, (1,), generator=generator(s))) == index
+    )
 
 
 @pytest.mark.parametrize("operation", augment.DIFF_AUGMENTATIONS, ids=lambda f: f.__name__)

@@ -1,4 +1,4 @@
-"""Whatever a user gives that cannot work: one line on standard error, exit code 2, nothing written."""
+"""Bad input of a user: one line on standard error, exit code 2, nothing written."""
 
 import importlib
 import os
@@ -13,13 +13,16 @@ from utils import cli, files
 
 @pytest.fixture
 def refused(capsys, roots):
-    """Calls a script's main as its command line would; the one line that it prints before exit code 2."""
+    """Calls a script's main as its command line would; the one line that it prints before exit code
+    2."""
 
     def call(script, *flags):
         with pytest.raises(SystemExit) as stop:
             cli.run(importlib.import_module(script).main, [*map(str, flags), *roots])
         shown = capsys.readouterr().err
-        lines = [line for line in shown.splitlines() if line.strip() and "it/s]" not in line]  # no bars
+        lines = [
+            line for line in shown.splitlines() if line.strip() and "it/s]" not in line
+        ]  # no bars
         assert stop.value.code == 2 and len(lines) == 1 and "error: " in lines[0]
         return lines[0]
 
@@ -28,7 +31,11 @@ def refused(capsys, roots):
 
 def test_as_a_process_without_a_traceback(roots):
     done = command("distill.py", "--source", "no_such_set", *roots, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "unknown data set no_such_set" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "unknown data set no_such_set" in done.stderr
+    )
 
 
 def test_unknown_source(refused):
@@ -37,7 +44,9 @@ def test_unknown_source(refused):
         assert "unknown data set cifar11" in line and "cifar10" in line
 
 
-@pytest.mark.parametrize(("name", "needed"), [("tinyimagenet", "tiny-imagenet-200"), ("imagenet", "imagenet")])
+@pytest.mark.parametrize(
+    ("name", "needed"), [("tinyimagenet", "tiny-imagenet-200"), ("imagenet", "imagenet")]
+)
 def test_missing_data_says_what_to_put_where(refused, name, needed, data_root):
     line = refused("pretrain_target", "--source", name)
     assert needed in line and str(data_root) in line
@@ -67,25 +76,33 @@ def test_folder_of_broken_images(refused, tmp_path):
 
 
 def test_missing_target_names_the_command_that_makes_it(refused, tmp_path):
-    line = refused("distill", "--source", "digits", "--target", tmp_path / "none.pt")
+    line = refused("distill", "--source", "digits", "--target-network", tmp_path / "none.pt")
     assert "pretrain_target.py --source digits" in line
 
 
 def test_target_of_another_source_or_size(refused, tmp_path, runs, distilled, data_root):
     path = runs / "target" / "seed0" / "target.pt"
-    assert "another image size (32, not 48)" in refused("distill", "--image-size", "48", "--target", path, *DISTILL)
+    assert "another image size (32, not 48)" in refused(
+        "distill", "--image-size", "48", "--target-network", path, *DISTILL
+    )
     for split in ("train", "test"):
         for c in "ab":
             folder = data_root / "other" / split / c
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(12):
                 save_image(torch.rand(3, 32, 32), folder / f"{i}.png")
-    line = refused("distill", "--source", "other", "--image-size", "32", "--target", path, *DISTILL)
+    line = refused(
+        "distill", "--source", "other", "--image-size", "32", "--target-network", path, *DISTILL
+    )
     assert "another source (digits, not other)" in line
-    assert "not a target file (found: distilled)" in refused("distill", "--target", distilled, *DISTILL)
+    assert "not a target file (found: distilled)" in refused(
+        "distill", "--target-network", distilled, *DISTILL
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half a zip", b"plain text", b"a,b,c\n1,2,3\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04half a zip", b"plain text", b"a,b,c\n1,2,3\n"]
+)
 def test_distilled_file_that_is_not_one(refused, tmp_path, content):
     path = tmp_path / "distilled.pt"
     path.write_bytes(content)
@@ -93,31 +110,39 @@ def test_distilled_file_that_is_not_one(refused, tmp_path, content):
     assert "no such file" in refused("pretrain", "--distilled", tmp_path / "nowhere.pt")
 
 
-def test_distilled_file_of_another_image_size_than_the_student(refused, tmp_path, weights, distilled, runs):
+def test_distilled_file_of_another_image_size_than_the_student(
+    refused, tmp_path, weights, distilled, runs
+):
     content = files.load(distilled, "distilled")
     content = {name: value for name, value in content.items() if name not in ("kind", "format")}
     files.save(tmp_path / "d.pt", "distilled", content | {"images": torch.randn(20, 3, 64, 64)})
-    flags = ["--weights", weights, "--teacher", weights, "--target", "digits"]
-    assert "64 px, the student takes 32 px" in refused("kd", *flags, "--distilled", tmp_path / "d.pt")
+    flags = ["--weights", weights, "--teacher", weights, "--dataset", "digits"]
+    assert "64 px, the student takes 32 px" in refused(
+        "kd", *flags, "--distilled", tmp_path / "d.pt"
+    )
     files.save(tmp_path / "small.pt", "distilled", content | {"images": torch.randn(20, 3, 16, 16)})
     assert "images of 16 px" in refused("pretrain", "--distilled", tmp_path / "small.pt")
     assert "64 classes, but digits has 10" in refused("kd", *flags, "--distilled", distilled)
 
 
 def test_weights_that_are_none(refused, distilled, tmp_path):
-    assert "not a model file (found: distilled)" in refused("finetune", "--weights", distilled, "--target", "digits")
-    assert "no such file" in refused("finetune", "--weights", tmp_path / "no.pt", "--target", "digits")
+    assert "not a model file (found: distilled)" in refused(
+        "finetune", "--weights", distilled, "--dataset", "digits"
+    )
+    assert "no such file" in refused(
+        "finetune", "--weights", tmp_path / "no.pt", "--dataset", "digits"
+    )
 
 
 def test_flags_that_contradict_the_weights(refused, weights):
-    line = refused("finetune", "--weights", weights, "--target", "digits", "--arch", "vgg11")
+    line = refused("finetune", "--weights", weights, "--dataset", "digits", "--arch", "vgg11")
     assert "--arch vgg11: the weights are of convnet3" in line
-    line = refused("finetune", "--weights", weights, "--target", "digits", "--protocol", "head")
+    line = refused("finetune", "--weights", weights, "--dataset", "digits", "--protocol", "head")
     assert "has 64 outputs, digits 10 classes" in line
 
 
 def test_more_labels_than_there_are(refused, weights):
-    flags = ["--weights", weights, "--target", "digits", "--protocol", "knn"]
+    flags = ["--weights", weights, "--dataset", "digits", "--protocol", "knn"]
     assert "fewer than 500" in refused("finetune", *flags, "--labels-per-class", "500")
 
 
@@ -153,11 +178,15 @@ def test_backbone_that_does_not_fit(refused, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
     (tmp_path / "text.pth").write_text("not weights")
     flags = ["--source", "digits", *TARGET]
-    assert "does not fit" in refused("pretrain_target", *flags, "--weights", tmp_path / "w.pth", "--seed", "3")
+    assert "does not fit" in refused(
+        "pretrain_target", *flags, "--weights", tmp_path / "w.pth", "--seed", "3"
+    )
     for name in ("text.pth", "missing.pth"):  # the same run folder: a refused run does not block it
         line = refused("pretrain_target", *flags, "--weights", tmp_path / name, "--seed", "3")
         assert "not a readable state dict" in line
-    assert "width 1" in refused("pretrain_target", "--arch", "resnet50_target", "--width", "0.5", "--seed", "3")
+    assert "width 1" in refused(
+        "pretrain_target", "--arch", "resnet50_target", "--width", "0.5", "--seed", "3"
+    )
     assert "at least 2" in refused("pretrain_target", *flags, "--batch-size", "1", "--seed", "3")
 
 
@@ -172,10 +201,20 @@ def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):
 def test_target_of_a_folder_that_has_changed_since(capsys, tmp_path):
     for i in range(4):
         save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
-    roots = ["--data-root", str(tmp_path / "data"), "--run-root", str(tmp_path / "runs"), "--source", str(tmp_path)]
+    roots = [
+        "--data-root",
+        str(tmp_path / "data"),
+        "--run-root",
+        str(tmp_path / "runs"),
+        "--source",
+        str(tmp_path),
+    ]
     importlib.import_module("pretrain_target").main([*roots, "--preset", "digits", *TARGET])
     (tmp_path / "0.png").unlink()
     save_image(torch.rand(3, 32, 32), tmp_path / "4.png")
     with pytest.raises(SystemExit) as stop:
-        cli.run(importlib.import_module("distill").main, [*roots, "--preset", "digits", *DISTILL, "--num-images", "2"])
+        cli.run(
+            importlib.import_module("distill").main,
+            [*roots, "--preset", "digits", *DISTILL, "--num-images", "2"],
+        )
     assert stop.value.code == 2 and "another version of the source" in capsys.readouterr().err

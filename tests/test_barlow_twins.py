@@ -25,7 +25,9 @@ def test_loss_equals_the_formula_term_by_term():
             c = (u * v).sum() / math.sqrt((u * u).sum() * (v * v).sum())
             expected += (1 - c) ** 2 if i == j else weight * c**2
     ours = barlow_twins_loss(z1, z2, weight, scale)
-    assert ours.item() == pytest.approx(scale * expected.item(), rel=1e-4)  # batch norm adds 1e-5 to the variance
+    assert ours.item() == pytest.approx(
+        scale * expected.item(), rel=1e-4
+    )  # batch norm adds 1e-5 to the variance
 
 
 def test_loss_of_equal_decorrelated_views_is_zero():
@@ -36,13 +38,18 @@ def test_loss_of_equal_decorrelated_views_is_zero():
 
 def test_lars_follows_its_formula_over_two_steps():
     g = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((4, 3), (4,)))
+    weight, bias = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+        for shape in ((4, 3), (4,))
+    )
     lr, momentum, decay, eta = 0.3, 0.9, 1e-2, 0.02
     lars = LARS([weight, bias], lr, momentum, decay, eta)
     w, b = weight.detach().clone(), bias.detach().clone()
     v_w, v_b = torch.zeros_like(w), torch.zeros_like(b)
     for _ in range(2):
-        weight.grad, bias.grad = (torch.randn(p.shape, generator=g, dtype=torch.float64) for p in (weight, bias))
+        weight.grad, bias.grad = (
+            torch.randn(p.shape, generator=g, dtype=torch.float64) for p in (weight, bias)
+        )
         local = eta * w.norm() / (weight.grad.norm() + decay * w.norm())
         v_w = momentum * v_w + min(local / lr, 1) * (weight.grad + decay * w)
         v_b = momentum * v_b + bias.grad

@@ -1,4 +1,5 @@
-"""Theorem 1 as an experiment: its gradients against central differences and closed forms, its statistics, its run."""
+"""Theorem 1 as an experiment: its gradients against central differences and closed forms, its
+statistics, its run."""
 
 import json
 import math
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bias
+from experiments import bias
 from models import barlow_twins
 from tests.conftest import command
 
@@ -32,10 +33,15 @@ def test_meta_gradient_agrees_with_central_differences(setup, name):
     x, problem, h = setup[0], every(setup)[name], 1e-4
     weights = torch.tensor([[3.0, 1, 0, 2, 1, 1]], dtype=torch.float64) / 8
     theta = bias.minimise(problem, weights, x)
-    v, a = bias.through(problem, theta, weights, x)
+    v, a = bias.implicit_gradient(problem, theta, weights, x)
     for seed in range(2):
-        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        up, down = (problem.outer(bias.minimise(problem, weights, x + s * h * direction, theta[0])[0]) for s in (1, -1))
+        direction = torch.randn(
+            x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        up, down = (
+            problem.outer(bias.minimise(problem, weights, x + s * h * direction, theta[0])[0])
+            for s in (1, -1)
+        )
         torch.testing.assert_close(
             (v[0] @ a[0] * direction.flatten()).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-8
         )
@@ -49,15 +55,17 @@ def test_minimiser_is_one(setup, name):
     loss = problem.inner(theta, UNIFORM[0], x)
     (gradient,) = torch.autograd.grad(loss, theta)
     assert gradient.abs().max() < 1e-10
-    noise = torch.randn(20, len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(
+        20, len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     assert all(problem.inner(theta + 1e-3 * each, UNIFORM[0], x) > loss for each in noise)
 
 
 def test_ridge_head_by_newton_is_that_of_krr_st(setup):
-    """The MSE problem's meta-gradient through its solved inner problem is the closed form's of distillers/krr.py, but
-    for the trace that scales the ridge, which both hold constant."""
+    """The MSE problem's meta-gradient through its solved inner problem is the closed form's of
+    distillers/krr.py, but for the trace that scales the ridge, which both hold constant."""
     x, _, _, krr, closed = setup
-    v, a = bias.through(krr, bias.minimise(krr, UNIFORM, x), UNIFORM, x)
+    v, a = bias.implicit_gradient(krr, bias.minimise(krr, UNIFORM, x), UNIFORM, x)
     images = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(closed(images).mean(), images)
     torch.testing.assert_close(v[0] @ a[0], expected.flatten(), rtol=1e-6, atol=1e-10)
@@ -84,7 +92,7 @@ def test_losses_against_their_formulas(setup):
     error = (left_half.flatten(1) @ theta.view(16, 16) - x).view(8, 4, 4)[:, :, 2:]
     hidden = [pair for pair in range(6) if bias.masks()[pair].view(4, 4)[:, 2:].sum() == 0]
     assert len(hidden) == 1
-    torch.testing.assert_close(bias.masked(theta, x)[hidden[0]], error.square().mean())
+    torch.testing.assert_close(bias.masking_losses(theta, x)[hidden[0]], error.square().mean())
 
 
 def test_shifts_move_by_one_pixel():
@@ -92,15 +100,22 @@ def test_shifts_move_by_one_pixel():
     moved = (x.view(1, 16) @ bias.shifts()).view(4, 4, 4)
     zero = torch.zeros(4, dtype=torch.float64)
     expected = {"up": torch.cat([x[1:], zero[None]]), "down": torch.cat([zero[None], x[:-1]])}
-    expected |= {"left": torch.cat([x[:, 1:], zero[:, None]], 1), "right": torch.cat([zero[:, None], x[:, :-1]], 1)}
+    expected |= {
+        "left": torch.cat([x[:, 1:], zero[:, None]], 1),
+        "right": torch.cat([zero[:, None], x[:, :-1]], 1),
+    }
     assert all(any(torch.equal(each, there) for there in moved) for each in expected.values())
 
 
 def test_multisets_are_all_draws():
     for r in (1, 2, 4):
         counts, probability = bias.multisets(r)
-        assert probability.sum().item() == pytest.approx(1, abs=1e-12) and (counts.sum(1) == r).all()
-        torch.testing.assert_close(probability @ counts, torch.full((6,), r / 6, dtype=torch.float64))
+        assert (
+            probability.sum().item() == pytest.approx(1, abs=1e-12) and (counts.sum(1) == r).all()
+        )
+        torch.testing.assert_close(
+            probability @ counts, torch.full((6,), r / 6, dtype=torch.float64)
+        )
     counts, probability = bias.multisets(2)
     double = (counts == 2).any(1)
     assert probability[double].tolist() == pytest.approx([1 / 36] * 6) and len(counts) == 21
@@ -113,25 +128,39 @@ def test_terms_of_the_proof_sum_to_the_bias():
     a = torch.randn(7, 3, 5, generator=generator, dtype=torch.float64) + v[:, :, None]
     v_true, a_true = torch.ones(3, dtype=torch.float64), torch.ones(3, 5, dtype=torch.float64)
     g = torch.einsum("np,npq->nq", v, a)
-    parts = bias.terms(v.mean(0), a.mean(0), g.mean(0), v_true, a_true)
+    parts = bias.split_bias(v.mean(0), a.mean(0), g.mean(0), v_true, a_true)
     torch.testing.assert_close(sum(parts.values()), g.mean(0) - v_true @ a_true)
-    covariance = torch.stack([torch.cov(torch.stack([v[:, k], a[:, k, j]]), correction=0)[0, 1]
-                              for k in range(3) for j in range(5)]).view(3, 5).sum(0)  # fmt: skip
+    covariance = (
+        torch.stack(
+            [
+                torch.cov(torch.stack([v[:, k], a[:, k, j]]), correction=0)[0, 1]
+                for k in range(3)
+                for j in range(5)
+            ]
+        )
+        .view(3, 5)
+        .sum(0)
+    )
     torch.testing.assert_close(parts["covariance"], covariance)
 
 
 def made(shift, seed, draws=200, q=30):
-    noise = torch.randn(draws, q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        draws, q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     truth = torch.ones(q, dtype=torch.float64)
     g = truth + shift + noise
     groups = g.view(bias.GROUPS, -1, q).sum(1)
     squares = (g - truth).square().sum()
-    return bias.compared(groups, draws // bias.GROUPS, squares, truth, torch.Generator().manual_seed(0))
+    return bias.summarise(
+        groups, draws // bias.GROUPS, squares, truth, torch.Generator().manual_seed(0)
+    )
 
 
 def test_intervals_and_p_have_their_level():
-    """Of 200 unbiased samples, about 5 % lie outside the 95 % interval and below p = 0.05; the debiased square of the
-    norm averages to 0. Bounds are 4 standard deviations of 200 coin tosses."""
+    """Of 200 unbiased samples, about 5 % lie outside the 95 % interval and below p = 0.05; the
+    debiased square of the norm averages to 0. Bounds are 4 standard deviations of 200 coin tosses.
+    """
     rows = [made(0.0, seed) for seed in range(200)]
     assert sum(abs(row["along"]) > row["along_half"] for row in rows) <= 22
     assert 0 < sum(row["p"] < 0.05 for row in rows) <= 22
@@ -145,20 +174,24 @@ def test_a_bias_is_found_and_measured():
     row = made(shift, 0)
     assert row["p"] < 0.001 and row["norm"] == pytest.approx(1 / math.sqrt(30), rel=0.25)
     assert row["along"] == pytest.approx(1 / 30, abs=3 * row["along_half"])
-    assert row["sd"] == pytest.approx(1, rel=0.1)  # 30 coordinates of variance 1, in units of the norm of 30 ones
+    assert row["sd"] == pytest.approx(
+        1, rel=0.1
+    )  # 30 coordinates of variance 1, in units of the norm of 30 ones
 
 
 def test_no_difference_at_all_is_no_bias():
     truth = torch.ones(5, dtype=torch.float64)
     groups = (4 * (truth + 1e-15)).expand(bias.GROUPS, 5)
-    row = bias.compared(groups, 4, torch.tensor(0.0).double(), truth, torch.Generator().manual_seed(0))
+    row = bias.summarise(
+        groups, 4, torch.tensor(0.0).double(), truth, torch.Generator().manual_seed(0)
+    )
     assert row["p"] == 1 and row["sd"] == 0 and abs(row["along"]) < 1e-12
 
 
 def test_fast_run_finds_what_the_theorem_says(tmp_path):
-    """Biased through each self-supervised inner problem; unbiased for the ordinary gradients and KRR-ST; the sampled
-    bias is the summed one; the proof's terms close."""
-    out = command("-m", "benchmarks.bias", "--fast", "--out", tmp_path).stdout
+    """Biased through each self-supervised inner problem; unbiased for the ordinary gradients and
+    KRR-ST; the sampled bias is the summed one; the proof's terms close."""
+    out = command("-m", "experiments.bias", "--fast", "--out", tmp_path).stdout
     rows = [json.loads(line) for line in (tmp_path / "bias.jsonl").read_text().splitlines()]
     assert (tmp_path / "bias.png").stat().st_size > 10_000
     assert len(rows) == 2 * 8 and out.count("\n| ") == len(rows)
@@ -180,5 +213,5 @@ def test_fast_run_finds_what_the_theorem_says(tmp_path):
 def test_same_seed_same_rows_and_another_seed_others():
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
     gradients = F.one_hot(torch.arange(6)).double()
-    first, again, other = (bias.sampled(gradients, 2, 100, each) for each in generator)
+    first, again, other = (bias.sampled_row(gradients, 2, 100, each) for each in generator)
     assert first == again and first["along"] != other["along"]

@@ -1,4 +1,5 @@
-"""Digits, class folders and anyone's own images, from raw files to batches; the file of a distilled set."""
+"""Digits, class folders and anyone's own images, from raw files to batches; the file of a distilled
+set."""
 
 import os
 import shutil
@@ -13,7 +14,7 @@ from PIL import Image
 
 from data import folders, prepare
 from data import raw as raw_images
-from data.archives import ARCHIVES
+from data.archives import ARCHIVES, Archive
 from data.distilled import Distilled, load_distilled
 from data.images import load_images
 from data.loading import Loader
@@ -45,10 +46,14 @@ def test_digits_are_the_real_ones(data_root):
     assert np.bincount(test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     grey = np.round(load_digits().images * 255 / 16).astype(np.uint8)
     originals = {
-        np.asarray(Image.fromarray(image).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)).tobytes()
+        np.asarray(
+            Image.fromarray(image).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+        ).tobytes()
         for image in grey
     }
-    assert {image.numpy().tobytes() for images in (train, test) for image in images.pixels} == originals
+    assert {
+        image.numpy().tobytes() for images in (train, test) for image in images.pixels
+    } == originals
     x = train.normalised(torch.arange(len(train)), "cpu")
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
@@ -73,7 +78,9 @@ def test_class_folders_by_path(tmp_path):
     class_folders(tmp_path / "elsewhere" / "pets")
     test = load_images(str(tmp_path / "elsewhere" / "pets"), "test", 32, tmp_path / "data")
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.name.startswith("pets-")
-    assert [path.name for path in (tmp_path / "data" / "prepared").iterdir()] == [f"{test.name}-32px"]
+    assert [path.name for path in (tmp_path / "data" / "prepared").iterdir()] == [
+        f"{test.name}-32px"
+    ]
 
 
 def test_changed_folder_is_decoded_again(tmp_path):
@@ -85,13 +92,33 @@ def test_changed_folder_is_decoded_again(tmp_path):
     assert len(load_images(name, "train", 32, tmp_path)) == 4
 
 
+def test_a_complete_named_set_is_read_again_only_when_its_folders_change(tmp_path, monkeypatch):
+    archive = Archive(ARCHIVES["cars"].read, classes=2, train=6, test=6)
+    monkeypatch.setitem(ARCHIVES, "cars", archive)
+    class_folders(tmp_path / "cars")
+    reads, read = [], raw_images.read
+    monkeypatch.setattr(raw_images, "read", lambda *args: reads.append(args) or read(*args))
+    first, again = (load_images("cars", "train", 32, tmp_path) for _ in range(2))
+    assert len(reads) == 1 and again.fingerprint == first.fingerprint
+    (tmp_path / "cars/train/dog/2.png").unlink()
+    picture(tmp_path / "cars/train/dog/3.png", seed=50)
+    changed = load_images("cars", "train", 32, tmp_path)
+    assert len(reads) == 2 and changed.fingerprint != first.fingerprint
+    assert not torch.equal(changed.pixels, first.pixels)
+    picture(tmp_path / "cars/train/dog/4.png")
+    with pytest.raises(UserError, match="found 7 images"):
+        load_images("cars", "train", 32, tmp_path)
+
+
 def test_a_set_is_the_same_wherever_it_lies_and_however_it_is_spelled(tmp_path, monkeypatch):
     class_folders(tmp_path / "a" / "pets")
     monkeypatch.chdir(tmp_path)
     first = load_images("pets", "train", 32, Path("a"))
     made = (tmp_path / "a/prepared/pets-32px/train.npy").stat().st_mtime_ns
     assert load_images("pets", "train", 32, tmp_path / "a").fingerprint == first.fingerprint
-    assert (tmp_path / "a/prepared/pets-32px/train.npy").stat().st_mtime_ns == made  # not decoded again
+    assert (
+        tmp_path / "a/prepared/pets-32px/train.npy"
+    ).stat().st_mtime_ns == made  # not decoded again
     (tmp_path / "a").rename(tmp_path / "b")
     assert load_images("pets", "train", 32, tmp_path / "b").fingerprint == first.fingerprint
     assert load_images("pets", "test", 32, tmp_path / "b").fingerprint != first.fingerprint
@@ -117,7 +144,14 @@ def test_images_in_a_training_folder_need_no_class_folders(tmp_path):
     assert len(images) == 4 and images.labels is None
     class_folders(tmp_path / "pets")
     picture(tmp_path / "pets" / "train" / "stray.png")
-    assert load_images("pets", "train", 32, tmp_path, labels=True).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert load_images("pets", "train", 32, tmp_path, labels=True).labels.tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_unlabelled_folder_nested_unicode_modes_and_stray_files(tmp_path):
@@ -139,7 +173,9 @@ def test_sixteen_bits_and_turned_photographs(tmp_path):
     top.mkdir()
     grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(grey).save(top / "a.png")
-    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    upright = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    )
     tag = Image.Exif()
     tag[0x0112] = 6  # shown turned by 90 degrees
     upright.save(top / "b.png", exif=tag)
@@ -171,7 +207,7 @@ def test_links_to_folders_are_followed_once_and_hidden_files_left_out(tmp_path):
     (top / "linked").symlink_to(tmp_path / "elsewhere")
     (top / "elsewhere").symlink_to(top)  # a loop
     (top / "._b.png").write_bytes(b"a file manager's note")
-    assert [path.name for path in folders.images_in(top)] == ["b.png", "a.png"]
+    assert [path.name for path in folders.list_images(top)] == ["b.png", "a.png"]
 
 
 def test_transparent_becomes_white(tmp_path):
@@ -182,9 +218,13 @@ def test_transparent_becomes_white(tmp_path):
     palette = Image.new("P", (40, 40))
     palette.putpalette([9, 9, 9] * 256)
     palette.save(tmp_path / "c.png", transparency=0)
-    rgba, grey, plain = (prepare.decode(tmp_path / name, 40) for name in ("a.png", "b.png", "c.png"))
+    rgba, grey, plain = (
+        prepare.decode(tmp_path / name, 40) for name in ("a.png", "b.png", "c.png")
+    )
     assert (rgba[0, 0] == (10, 200, 30)).all() and (rgba[0, 39] == 255).all()
-    assert (grey[0, 39] == 255).all() and grey[0, 0, 0] == grey[0, 0, 1] < 200 and (plain == 255).all()
+    assert (
+        (grey[0, 39] == 255).all() and grey[0, 0, 0] == grey[0, 0, 1] < 200 and (plain == 255).all()
+    )
 
 
 @pytest.mark.parametrize("inside", [".", "train"])
@@ -193,7 +233,10 @@ def test_class_folders_without_a_test_split_get_a_seeded_one(tmp_path, capsys, i
     for c, name in enumerate(("cat", "dog")):
         for i in range(7 + 4 * c):
             picture(top / inside / name / f"{i:02}.png", seed=20 * c + i, size=(8, 8))
-    train, test = (load_images(str(top), split, 32, tmp_path / "data", labels=True) for split in ("train", "test"))
+    train, test = (
+        load_images(str(top), split, 32, tmp_path / "data", labels=True)
+        for split in ("train", "test")
+    )
     assert "no test split" in capsys.readouterr().out
     assert train.labels.bincount().tolist() == [6, 9] and test.labels.bincount().tolist() == [1, 2]
     images = {image.numpy().tobytes() for each in (train, test) for image in each.pixels}
@@ -202,7 +245,9 @@ def test_class_folders_without_a_test_split_get_a_seeded_one(tmp_path, capsys, i
     again = load_images(str(top), "test", 32, tmp_path / "data2", labels=True)
     assert torch.equal(again.pixels, test.pixels) and again.name == test.name
     if inside == ".":
-        assert len(load_images(str(top), "train", 32, tmp_path / "data")) == 18  # without labels: all of them
+        assert (
+            len(load_images(str(top), "train", 32, tmp_path / "data")) == 18
+        )  # without labels: all of them
 
 
 def test_labelled_folder_that_has_none(tmp_path):
@@ -232,15 +277,26 @@ def test_stopped_preparation_goes_on_and_equals_one_that_was_not(tmp_path, monke
     monkeypatch.setattr(prepare, "decode", dying)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(str(top), "train", 32, tmp_path / "parts")
-    assert not list((tmp_path / "parts").rglob("*.npy"))  # nothing that a later run would take for the whole
-    monkeypatch.setattr(prepare, "decode", lambda image, size: calls.append(image) or decode(image, size))
+    assert not list(
+        (tmp_path / "parts").rglob("*.npy")
+    )  # nothing that a later run would take for the whole
+    monkeypatch.setattr(
+        prepare, "decode", lambda image, size: calls.append(image) or decode(image, size)
+    )
     calls.clear()
     parts = prepare.prepare(str(top), "train", 32, tmp_path / "parts")
     assert min(path.name for path in calls) == "050.png"  # those before it were kept
-    assert parts["stem"].with_suffix(".npy").read_bytes() == whole["stem"].with_suffix(".npy").read_bytes()
+    assert (
+        parts["stem"].with_suffix(".npy").read_bytes()
+        == whole["stem"].with_suffix(".npy").read_bytes()
+    )
     apart = {"stem": 0, "files": 0}  # where and when they were written
     assert {**parts, **apart} == {**whole, **apart} and whole["count"] == 129
-    assert sorted(path.name for path in parts["stem"].parent.iterdir()) == ["train.json", "train.lock", "train.npy"]
+    assert sorted(path.name for path in parts["stem"].parent.iterdir()) == [
+        "train.json",
+        "train.lock",
+        "train.npy",
+    ]
 
 
 def test_prepare_command_tells_counts_size_and_statistics(tmp_path, capsys):
@@ -263,7 +319,16 @@ def test_prepare_command_tells_counts_size_and_statistics(tmp_path, capsys):
 
 def test_two_processes_prepare_one_set_once(tmp_path):
     class_folders(tmp_path / "pets", per_class=40)
-    words = [sys.executable, "-m", "data.prepare", "pets", "--size", "224", "--data-root", str(tmp_path)]
+    words = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "pets",
+        "--size",
+        "224",
+        "--data-root",
+        str(tmp_path),
+    ]
     both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     shown = [each.communicate(timeout=120)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0] and shown[0] == shown[1]
@@ -295,10 +360,17 @@ def test_loader_gives_the_rows_that_batches_draw_also_after_a_resume():
 
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-REAL = {  # set, size -> images to train on and to test with, mean and std of the released code (facts.md, section 5)
+# set, size -> images to train on and to test with, mean and std of the released code (facts.md,
+# section 5)
+REAL = {
     ("tinyimagenet", 64): (40_000, 10_000, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     ("cifar10", 32): (50_000, 10_000, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    ("imagenette", 64): (9_469, 3_925, (0.4655, 0.4546, 0.4250), (0.2804, 0.2754, 0.2965)),  # theirs at 224 px
+    ("imagenette", 64): (
+        9_469,
+        3_925,
+        (0.4655, 0.4546, 0.4250),
+        (0.2804, 0.2754, 0.2965),
+    ),  # theirs at 224 px
     ("cars", 64): (6_098, 2_024, None, None),  # cropped to the cars, so of other statistics
 }
 
@@ -309,7 +381,11 @@ def real_images(tmp_path_factory):
     if not SHARED.is_dir():
         pytest.skip("needs the real images")
     root = tmp_path_factory.mktemp("real")
-    subprocess.run([sys.executable, str(SHARED / "unpack.py"), "--root", str(root)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(SHARED / "unpack.py"), "--root", str(root)],
+        check=True,
+        capture_output=True,
+    )
     return root
 
 
@@ -322,11 +398,17 @@ def real_images(tmp_path_factory):
         ("cars", 64, None, None),
     ],
 )
-def test_counts_and_statistics_of_real_images(real_images, monkeypatch, name, size, mean_within, std_within):
+def test_counts_and_statistics_of_real_images(
+    real_images, monkeypatch, name, size, mean_within, std_within
+):
     n_train, n_test, mean, std = REAL[name, size]
-    train, test = (prepare.prepare(name, split, size, real_images, partial=True) for split in ("train", "test"))
+    train, test = (
+        prepare.prepare(name, split, size, real_images, partial=True) for split in ("train", "test")
+    )
     assert (train["count"], test["count"], train["damaged"]) == (n_train, n_test, [])
-    assert len(train["classes"]) == ARCHIVES[name].classes and train["whole"] is (name in ("cifar10", "imagenette"))
+    assert len(train["classes"]) == ARCHIVES[name].classes and train["whole"] is (
+        name in ("cifar10", "imagenette")
+    )
     if mean:
         assert train["mean"] == pytest.approx(mean, abs=mean_within)
         assert train["std"] == pytest.approx(std, abs=std_within)
@@ -339,19 +421,25 @@ def test_counts_and_statistics_of_real_images(real_images, monkeypatch, name, si
 
 
 def test_enlarging_keeps_the_deviation_as_the_released_statistics_do(real_images):
-    """CIFAR-10 of 32 and 64 px have deviations of 0.2470 and 0.2469 there; bilinear would leave 97 % of it."""
+    """CIFAR-10 of 32 and 64 px have deviations of 0.2470 and 0.2469 there; bilinear would leave 97
+    % of it."""
     record = prepare.prepare("cifar10", "train", 32, real_images)
     images = np.load(record["stem"].with_suffix(".npy"), mmap_mode="r")[::50]
     enlarged = np.stack([prepare.decode(image, 64) for image in images])
     ratio = (enlarged / 255).std((0, 1, 2)) / (images / 255).std((0, 1, 2))
-    assert ratio == pytest.approx(np.divide((0.2469, 0.2433, 0.2614), (0.2470, 0.2435, 0.2616)), abs=0.002)
+    assert ratio == pytest.approx(
+        np.divide((0.2469, 0.2433, 0.2614), (0.2470, 0.2435, 0.2616)), abs=0.002
+    )
 
 
 def test_few_labels_are_balanced_distinct_and_seeded(data_root):
     train = load_images("digits", "train", 32, data_root)
     chosen = [few_labels(train, 7, 0.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
-    assert train.labels[chosen[0]].bincount().tolist() == [7] * 10 and len(set(chosen[0].tolist())) == 70
+    assert (
+        train.labels[chosen[0]].bincount().tolist() == [7] * 10
+        and len(set(chosen[0].tolist())) == 70
+    )
     shares = train.labels[few_labels(train, 0, 0.1, torch.Generator())].bincount()
     assert shares.tolist() == [-(-count // 10) for count in train.labels.bincount().tolist()]
     assert len(few_labels(train, 0, 0.0, torch.Generator())) == len(train)
@@ -360,8 +448,14 @@ def test_few_labels_are_balanced_distinct_and_seeded(data_root):
 
 
 def a_distilled_set(**changes):
-    parts = dict(images=torch.randn(4, 3, 8, 8), targets=torch.randn(4, 5), target_kind="feature",
-                 mean=torch.tensor([0.1, 0.2, 0.3]), std=torch.tensor([0.5, 0.6, 0.7]), meta={"seed": 0})  # fmt: skip
+    parts = dict(
+        images=torch.randn(4, 3, 8, 8),
+        targets=torch.randn(4, 5),
+        target_kind="feature",
+        mean=torch.tensor([0.1, 0.2, 0.3]),
+        std=torch.tensor([0.5, 0.6, 0.7]),
+        meta={"seed": 0},
+    )
     return Distilled(**(parts | changes))
 
 

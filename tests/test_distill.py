@@ -1,4 +1,5 @@
-"""Algorithm 1 on digits: a stored loss curve, exact resumption, and what the released code's departures change."""
+"""Algorithm 1 on digits: a stored loss curve, exact resumption, and what the released code's
+departures change."""
 
 import json
 import os
@@ -12,7 +13,7 @@ import models
 from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import balanced_subset, random_subset
-from distillers.target import load_target
+from models.target import load_target
 from tests.conftest import DISTILL, stopping_at
 from utils import files, run
 from utils.errors import UserError
@@ -22,31 +23,48 @@ CURVE = Path(__file__).parent / "digits_curve.json"
 
 
 def main(runs, *flags):
-    """distill.py in this process, into a run root of its own with the toy target; the distilled set and its log."""
+    """distill.py in this process, into a run root of its own with the toy target; the distilled set
+    and its log."""
     distill.main(["--source", "digits", "--run-root", str(runs), *flags])
     folder = runs / "digits" / "krr_st" / "seed0"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return load_distilled(folder / "distilled.pt"), [line for line in log if line["phase"] == "distil"]
+    return load_distilled(folder / "distilled.pt"), [
+        line for line in log if line["phase"] == "distil"
+    ]
 
 
 @pytest.fixture
 def toy(roots, runs):
     """Flags of a toy distillation on the toy target."""
-    return [*DISTILL, *roots[:2], "--target", str(runs / "target" / "seed0" / "target.pt"), "--log-every", "1"]
+    return [
+        *DISTILL,
+        *roots[:2],
+        "--target-network",
+        str(runs / "target" / "seed0" / "target.pt"),
+        "--log-every",
+        "1",
+    ]
 
 
 def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
-    """With an untrained target, whose weights torch's generator fixes. The stored curve was made by this very test;
-    with WRITE_CURVE=1 in the environment it makes it anew, after a change that is meant to change the losses."""
+    """With an untrained target, whose weights torch's generator fixes. The stored curve was made by
+    this very test; with WRITE_CURVE=1 in the environment it makes it anew, after a change that is
+    meant to change the losses."""
     source = load_images("digits", "train", 32, data_root)
     torch.manual_seed(0)
     network = models.build("resnet18_target", 32, 0, preset("digits", "target")["width"])
     network(source.normalised(torch.arange(256), "cpu"))  # running statistics of real images
-    content = dict(network=network.state_dict(), arch="resnet18_target", width=preset("digits", "target")["width"],
-                   image_size=32, source="digits", fingerprint=source.fingerprint)  # fmt: skip
+    content = dict(
+        network=network.state_dict(),
+        arch="resnet18_target",
+        width=preset("digits", "target")["width"],
+        image_size=32,
+        source="digits",
+        fingerprint=source.fingerprint,
+    )
     files.save(tmp_path / "target.pt", "target", content)
     flags = ["--outer-steps", "20", "--log-every", "1", "--data-root", str(data_root)]
-    _, log = main(tmp_path, *flags, "--target", str(tmp_path / "target.pt"))
+    _, log = main(tmp_path, *flags, "--target-network", str(tmp_path / "target.pt"))
     losses = [line["loss"] for line in log]
     if os.environ.get("WRITE_CURVE"):
         CURVE.write_text(json.dumps(losses, indent=1) + "\n")
@@ -56,7 +74,13 @@ def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
 
 def test_stopped_run_goes_on_to_the_very_same_set(toy, tmp_path, monkeypatch):
     """Stopped once while the pool is made and once while the set is learned."""
-    toy = [*toy, "--outer-steps", "9", "--pool-steps", "4"]  # enough steps for members to start afresh
+    toy = [
+        *toy,
+        "--outer-steps",
+        "9",
+        "--pool-steps",
+        "4",
+    ]  # enough steps for members to start afresh
     whole, log = main(tmp_path / "whole", *toy)
 
     for at in (("initialise pool", 1), ("distil", 4)):
@@ -73,16 +97,22 @@ def test_initial_set_is_random_real_images_with_the_targets_features(toy, roots,
     source = load_images("digits", "train", 32, roots[1])
     index = random_subset(source, 20, 0)
     assert len(set(index.tolist())) == 20 and not torch.equal(index, random_subset(source, 20, 1))
-    target = load_target(runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32")
+    target = load_target(
+        runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
+    )
     x = source.normalised(index, "cpu")
     learned, _ = main(tmp_path, *toy, "--outer-lr", "1e-12")
     torch.testing.assert_close(learned.images, x, rtol=0, atol=1e-5)
     torch.testing.assert_close(learned.targets, target.features(x), rtol=0, atol=1e-5)
-    torch.testing.assert_close(target.features_of(source)[index], target.features(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        target.features_of(source)[index], target.features(x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_distillation_lowers_the_outer_loss(toy, tmp_path):
-    learned, log = main(tmp_path, *toy, "--outer-steps", "60", "--outer-lr", "0.02", "--outer-batch", "256")
+    learned, log = main(
+        tmp_path, *toy, "--outer-steps", "60", "--outer-lr", "0.02", "--outer-batch", "256"
+    )
     assert learned.meta["outer_loss_distilled"] < 0.8 * learned.meta["outer_loss_initial"]
     assert len(log) == 60 and log[0]["lr"] == 0.02 and log[-1]["lr"] < 0.02 / 20
     assert learned.targets.requires_grad is False and learned.images.isfinite().all()
@@ -90,7 +120,14 @@ def test_distillation_lowers_the_outer_loss(toy, tmp_path):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--keep-pool-count", "--raw-init", "--augment-outer", "--ridge-per-image", "--no-bias-column", "--random-targets"],
+    [
+        "--keep-pool-count",
+        "--raw-init",
+        "--augment-outer",
+        "--ridge-per-image",
+        "--no-bias-column",
+        "--random-targets",
+    ],
 )
 def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, flag):
     toy = [*toy, "--outer-steps", "12"]
@@ -107,9 +144,16 @@ def test_targets_may_start_at_random_under_another_name(toy, tmp_path):
     flags = ["--random-targets", "--name", "variant", "--outer-lr", "1e-12"]
     distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, *flags])
     d = load_distilled(tmp_path / "digits" / "variant" / "seed0" / "distilled.pt")
-    assert abs(d.targets.mean()) < 0.1 and abs(d.targets.std() - 1) < 0.1  # N(0, 1); the target's features are positive
-    assert d.meta["method"] == "variant" and d.meta["scale"]["distill.random_targets"] == [True, False]
-    assert d.meta["scale"]["distill.outer_steps"] == [4, 300] and d.meta["scale"]["target.epochs"] == [1, 30]
+    assert (
+        abs(d.targets.mean()) < 0.1 and abs(d.targets.std() - 1) < 0.1
+    )  # N(0, 1); the target's features are positive
+    assert d.meta["method"] == "variant" and d.meta["deviations"]["distill.random_targets"] == [
+        True,
+        False,
+    ]
+    assert d.meta["deviations"]["distill.outer_steps"] == [4, 300] and d.meta["deviations"][
+        "target.epochs"
+    ] == [1, 30]
     for name in ("target", "../x"):
         with pytest.raises(UserError, match="plain word"):
             distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, "--name", name])

@@ -14,18 +14,17 @@ from PIL import Image
 import distill
 import pretrain
 import pretrain_target
-from benchmarks import fid
 from data.distilled import load_distilled
 from data.images import load_images
 from data.originals import Originals, resize
 from data.prepare import decode
 from distillers import kmeans, method, random_features
-from distillers.target import load_target
-from evaluation import quality
+from evaluation import fid, quality
 from models import build
 from models.encoders import load_encoder
 from models.features import project, read_features, reduce_features
 from models.saved import load_matching
+from models.target import load_target
 from tests.conftest import DISTILL, command, stopping_at
 from utils import cli, files, run
 from utils.errors import UserError
@@ -106,7 +105,15 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, photos):
     top = tmp_path_factory.mktemp("encoded")
-    return ["--source", str(photos), *SMALL, "--data-root", str(top / "data"), "--run-root", str(top / "runs")]
+    return [
+        "--source",
+        str(photos),
+        *SMALL,
+        "--data-root",
+        str(top / "data"),
+        "--run-root",
+        str(top / "runs"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +137,31 @@ def tiny(encoder_file):
     return load_encoder(f"{encoder_file}:Tiny", CPU)
 
 
-def test_features_are_those_of_the_raw_images_at_the_encoders_size(target_path, encoder_file, photos, source):
-    """Decoded at 24 px from the 40 x 48 files, not from the 32-px copies; then centred and projected."""
+def test_features_are_those_of_the_raw_images_at_the_encoders_size(
+    target_path, encoder_file, photos, source
+):
+    """Decoded at 24 px from the 40 x 48 files, not from the 32-px copies; then centred and
+    projected."""
     paths = sorted((photos / "train").rglob("*.png"))
-    pixels = torch.from_numpy(np.stack([decode(path, 24) for path in paths])).permute(0, 3, 1, 2) / 255
+    pixels = (
+        torch.from_numpy(np.stack([decode(path, 24) for path in paths])).permute(0, 3, 1, 2) / 255
+    )
     encoded = tiny(encoder_file)(pixels).double()
     centred = encoded - encoded.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     saved = files.load(target_path, "target")
-    assert saved["variance_kept"] == pytest.approx((values[:3].square().sum() / values.square().sum()).item(), rel=1e-5)
+    assert saved["variance_kept"] == pytest.approx(
+        (values[:3].square().sum() / values.square().sum()).item(), rel=1e-5
+    )
     assert saved["zeros"] == pytest.approx((encoded == 0).double().mean().item())
     table = load_target(target_path, source, CPU, "fp32").features_of(source).double()
     expected = centred @ directions[:3].T
-    torch.testing.assert_close(table.abs(), expected.abs(), rtol=1e-3, atol=1e-5)  # directions have no sign
-    again = saved["components"]["mean"].double() + table @ saved["components"]["components"].double()
+    torch.testing.assert_close(
+        table.abs(), expected.abs(), rtol=1e-3, atol=1e-5
+    )  # directions have no sign
+    again = (
+        saved["components"]["mean"].double() + table @ saved["components"]["components"].double()
+    )
     error = (again - encoded).square().sum()
     torch.testing.assert_close(error, values[3:].square().sum(), rtol=1e-3, atol=1e-6)
 
@@ -185,11 +203,15 @@ def run_of(folder, flags, *more):
     return [*flags[:-1], str(folder), *more]
 
 
-def test_features_from_a_file_equal_those_of_the_encoder(flags, encoder_file, photos, source, tmp_path):
+def test_features_from_a_file_equal_those_of_the_encoder(
+    flags, encoder_file, photos, source, tmp_path
+):
     """The whole way: the same table, and the same distilled set to the last bit."""
     safetensors = pytest.importorskip("safetensors.torch")
     paths = sorted((photos / "train").rglob("*.png"))
-    pixels = torch.from_numpy(np.stack([decode(path, 24) for path in paths])).permute(0, 3, 1, 2) / 255
+    pixels = (
+        torch.from_numpy(np.stack([decode(path, 24) for path in paths])).permute(0, 3, 1, 2) / 255
+    )
     encoded = tiny(encoder_file)(pixels)
     np.save(tmp_path / "f.npy", encoded.numpy())
     safetensors.save_file({"features": encoded}, str(tmp_path / "f.safetensors"))
@@ -243,7 +265,9 @@ def test_prepared_images_are_enlarged_where_the_raw_ones_are_gone(tmp_path, caps
     torch.testing.assert_close(pixels, resize(source.raw(torch.tensor([0]), CPU), 48))
 
 
-def test_stopped_and_killed_it_resumes_to_the_same_bytes(flags, encoder_file, tmp_path, monkeypatch):
+def test_stopped_and_killed_it_resumes_to_the_same_bytes(
+    flags, encoder_file, tmp_path, monkeypatch
+):
     monkeypatch.setattr("models.features.BATCH", 16)
     given = ["--encoder", f"{encoder_file}:Tiny", "--pca", "0"]
     pretrain_target.main([*run_of(tmp_path / "whole", flags), *given])
@@ -251,7 +275,10 @@ def test_stopped_and_killed_it_resumes_to_the_same_bytes(flags, encoder_file, tm
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
         patch.setattr(run.Run, "steps", stopping_at([("features", 1)]))
         pretrain_target.main(parts)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # ends without a checkpoint, as a kill does
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+    ):  # ends without a checkpoint, as a kill does
         write = pretrain_target.FeatureTable.write
 
         def killed(self, start, features):
@@ -261,8 +288,12 @@ def test_stopped_and_killed_it_resumes_to_the_same_bytes(flags, encoder_file, tm
         patch.setattr(pretrain_target.FeatureTable, "write", killed)
         pretrain_target.main(parts)
     pretrain_target.main(parts)
-    whole, again = (files_below([str(tmp_path / name)], "features.npy") for name in ("whole", "parts"))
-    assert whole[0].read_bytes() == again[0].read_bytes() and not files_below([str(tmp_path)], "encoded.npy")
+    whole, again = (
+        files_below([str(tmp_path / name)], "features.npy") for name in ("whole", "parts")
+    )
+    assert whole[0].read_bytes() == again[0].read_bytes() and not files_below(
+        [str(tmp_path)], "encoded.npy"
+    )
 
 
 def test_every_later_stage_takes_such_a_target(target_path, flags, source):
@@ -273,13 +304,27 @@ def test_every_later_stage_takes_such_a_target(target_path, flags, source):
     found = {path.parts[-3]: load_distilled(path) for path in files_below(flags, "distilled.pt")}
     chosen = torch.tensor(found["random_features"].meta["initial"])
     assert torch.equal(found["random_features"].targets, target.features_of(source)[chosen])
-    assert found["krr_st"].meta["scale"]["target.encoder"][0] == "encoder tiny.py:Tiny"
+    assert found["krr_st"].meta["deviations"]["target.encoder"][0] == "encoder tiny.py:Tiny"
     pretrain.main([*flags, "--width", "0.125", "--steps", "2"])
     [model] = files_below(flags, "model.pt")
     assert files.load(model, "model")["num_outputs"] == 3
     [krr_st] = [path for path in files_below(flags, "distilled.pt") if "krr_st" in path.parts]
-    fid.main(["--distilled", str(krr_st), "--source", flags[1], "--network", str(target_path), *flags[6:8]])
-    [line] = [text for path in files_below(flags, "results.jsonl") for text in path.read_text().splitlines()]
+    fid.main(
+        [
+            "--distilled",
+            str(krr_st),
+            "--source",
+            flags[1],
+            "--network",
+            str(target_path),
+            *flags[6:8],
+        ]
+    )
+    [line] = [
+        text
+        for path in files_below(flags, "results.jsonl")
+        for text in path.read_text().splitlines()
+    ]
     assert '"network": "encoder tiny.py:Tiny' in line
 
 
@@ -289,18 +334,25 @@ def test_features_without_an_encoder_serve_no_new_images(flags, tmp_path, source
     pretrain_target.main([*here, "--features", str(tmp_path / "f.npy")])
     line = refused_by(distill, *here, *DISTILL, "--augment-outer")
     assert "it has no network for new images" in line
-    assert "--reference needs a target network of ours" in refused_by(distill, *here, *DISTILL, "--reference")
+    assert "--reference needs a target network of ours" in refused_by(
+        distill, *here, *DISTILL, "--reference"
+    )
 
 
 @pytest.fixture
 def refused_by(capsys):
-    """Call a script's main as its command line would; the one line that it prints before exit code 2."""
+    """Call a script's main as its command line would; the one line that it prints before exit code
+    2."""
 
     def call(script, *flags):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.run(script.main, [*map(str, flags)])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s]" not in line]
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.strip() and "it/s]" not in line
+        ]
         assert stop.value.code == 2 and len(lines) == 1 and "error: " in lines[0]
         return lines[0]
 
@@ -323,14 +375,23 @@ def refused_by(capsys):
         ("{file}:broken", "weights are gone"),
         ("{file}:NotFinite", "returns values that are not finite"),
         ("{file}:Pair", "must return a float tensor of features, not tuple"),
-        ("{file}:FailsOnSize --encoder-size 20", "takes 24 px); give the size it takes with --encoder-size"),
+        (
+            "{file}:FailsOnSize --encoder-size 20",
+            "takes 24 px); give the size it takes with --encoder-size",
+        ),
         ("{file}:Tiny --weights w.pt", "--weights goes with torchvision: and timm: encoders"),
         ("{file}:Tiny --features f.npy", "not allowed with argument --encoder"),
     ],
 )
-def test_encoders_that_cannot_be_used(refused_by, flags, encoder_file, tmp_path, monkeypatch, what, message):
+def test_encoders_that_cannot_be_used(
+    refused_by, flags, encoder_file, tmp_path, monkeypatch, what, message
+):
     if "squeezenet" in what:
-        monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: torchvision.models.squeezenet1_0())
+        monkeypatch.setattr(
+            torchvision.models,
+            "get_model",
+            lambda name, weights: torchvision.models.squeezenet1_0(),
+        )
     words = what.format(file=encoder_file).split()
     line = refused_by(pretrain_target, *run_of(tmp_path, flags), "--encoder", *words)
     assert message in line and not (tmp_path / "photos").exists()
@@ -341,7 +402,9 @@ def test_download_that_fails_says_what_to_give(refused_by, flags, tmp_path, monk
         raise OSError("network is unreachable")
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
-    line = refused_by(pretrain_target, *run_of(tmp_path, flags), "--encoder", "torchvision:resnet18")
+    line = refused_by(
+        pretrain_target, *run_of(tmp_path, flags), "--encoder", "torchvision:resnet18"
+    )
     assert "network is unreachable" in line and "--weights" in line
 
 
@@ -368,7 +431,9 @@ def test_feature_files_that_do_not_fit(refused_by, flags, tmp_path, array, messa
 
 def test_safetensors_files_that_do_not_fit(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, str(tmp_path / "two.safetensors"))
+    safetensors.save_file(
+        {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, str(tmp_path / "two.safetensors")
+    )
     with pytest.raises(UserError, match="must hold one tensor, not 2"):
         read_features(tmp_path / "two.safetensors", 3)
     (tmp_path / "bad.safetensors").write_bytes(b"\1" * 30)
@@ -393,7 +458,9 @@ def test_torchvision_with_weights_from_a_file(tmp_path):
     torch.save(network.state_dict(), tmp_path / "w.pth")
     encoder = load_encoder("torchvision:resnet18", CPU, tmp_path / "w.pth", 64)
     x = torch.rand(2, 3, 64, 64)
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     network.fc = torch.nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), network((x - mean) / std))
@@ -402,10 +469,14 @@ def test_torchvision_with_weights_from_a_file(tmp_path):
     assert encoder.image_size == 224
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "convnext_tiny", "mobilenet_v3_small", "swin_t", "vgg11"])
+@pytest.mark.parametrize(
+    "name", ["vit_b_16", "convnext_tiny", "mobilenet_v3_small", "swin_t", "vgg11"]
+)
 def test_torchvision_networks_lose_their_classifier_only(name, monkeypatch):
     get_model = torchvision.models.get_model
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name, weights=None))
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda name, weights: get_model(name, weights=None)
+    )
     encoder = load_encoder(f"torchvision:{name}", CPU)
     widths = dict(vit_b_16=768, convnext_tiny=768, mobilenet_v3_small=1024, swin_t=768, vgg11=4096)
     assert encoder(torch.rand(1, 3, 224, 224)).shape == (1, widths[name])
@@ -444,11 +515,16 @@ def test_checkpoints_of_other_software_fit_our_target_network(prefix, tmp_path, 
     torch.manual_seed(0)
     theirs = build("resnet18_target", 32, 0, 0.125).features
     state = {prefix + name: value for name, value in theirs.state_dict().items()}
-    state |= {"projector.0.weight": torch.ones(2, 2), "momentum_backbone.conv1.weight": torch.ones(1)}
+    state |= {
+        "projector.0.weight": torch.ones(2, 2),
+        "momentum_backbone.conv1.weight": torch.ones(1),
+    }
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "c.ckpt")
     ours = build("resnet18_target", 32, 0, 0.125).features
     load_matching(ours, tmp_path / "c.ckpt")
-    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+    assert all(
+        torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items()
+    )
     shown = capsys.readouterr().out
     assert "not used: projector.0.weight, momentum_backbone.conv1.weight" in shown
     del state[prefix + "conv1.weight"]
@@ -475,10 +551,15 @@ def checked(source, features):
 
 
 def test_check_of_the_target_against_an_untrained_student(source, capsys):
-    """Features that are the labels are better than any student's; noise is not, and a warning says so."""
+    """Features that are the labels are better than any student's; noise is not, and a warning says
+    so."""
     good = torch.nn.functional.one_hot(source.labels).float()
     found = checked(source, good)
-    assert found["linear"] == found["knn"] == 100.0 and found["n"] == 30 and found["student"] == "convnet3-x0.125"
+    assert (
+        found["linear"] == found["knn"] == 100.0
+        and found["n"] == 30
+        and found["student"] == "convnet3-x0.125"
+    )
     noise = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     bad = checked(source, noise)
     assert not quality.is_better(bad) and bad["untrained"] == found["untrained"]

@@ -1,15 +1,16 @@
 """The Frechet distance against closed forms, and the command on a toy set."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 import models
-from benchmarks import fid
 from data.distilled import load_distilled
+from evaluation import fid, results
 from models import saved
-from utils import files, results
+from utils import files
 from utils.errors import UserError
 
 torch_seed = torch.Generator().manual_seed
@@ -19,12 +20,17 @@ def test_diagonal_gaussians():
     """|m1 - m2|^2 + sum_i (s1_i - s2_i)^2."""
     g = torch_seed(0)
     m1, m2, s1, s2 = (torch.rand(7, generator=g, dtype=torch.float64) for _ in range(4))
-    expected = sum((a - b) ** 2 + (c - d) ** 2 for a, b, c, d in zip(m1, m2, s1, s2, strict=True)).item()
-    assert fid.frechet_distance(m1, s1.square().diag(), m2, s2.square().diag()) == pytest.approx(expected, rel=1e-12)
+    expected = sum(
+        (a - b) ** 2 + (c - d) ** 2 for a, b, c, d in zip(m1, m2, s1, s2, strict=True)
+    ).item()
+    assert fid.frechet_distance(m1, s1.square().diag(), m2, s2.square().diag()) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_two_dimensions_by_hand():
-    """(C1 C2)^(1/2) of a 2x2 matrix M has the trace sqrt(tr M + 2 sqrt(det M)); these do not commute."""
+    """(C1 C2)^(1/2) of a 2x2 matrix M has the trace sqrt(tr M + 2 sqrt(det M)); these do not
+    commute."""
     c1 = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     c2 = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     product = c1 @ c2
@@ -33,7 +39,9 @@ def test_two_dimensions_by_hand():
     zero = torch.zeros(2, dtype=torch.float64)
     assert fid.frechet_distance(zero, c1, zero, c2) == pytest.approx(10 - 2 * root, rel=1e-12)
     assert fid.frechet_distance(zero, c1, zero, c1) == pytest.approx(0, abs=1e-12)
-    assert fid.frechet_distance(zero, c2, zero, c1) == pytest.approx(fid.frechet_distance(zero, c1, zero, c2))
+    assert fid.frechet_distance(zero, c2, zero, c1) == pytest.approx(
+        fid.frechet_distance(zero, c1, zero, c2)
+    )
 
 
 def test_general_case_against_the_eigenvalues_of_the_product():
@@ -48,11 +56,18 @@ def test_general_case_against_the_eigenvalues_of_the_product():
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_fewer_images_than_features(rank):
-    """A projection P of rank r against c P: the square root is known, however singular; and against a full matrix."""
-    q = torch.linalg.qr(torch.randn(40, 40, generator=torch_seed(2), dtype=torch.float64))[0][:, :rank]
+    """A projection P of rank r against c P: the square root is known, however singular; and against
+    a full matrix."""
+    q = torch.linalg.qr(torch.randn(40, 40, generator=torch_seed(2), dtype=torch.float64))[0][
+        :, :rank
+    ]
     p, zero = q @ q.T, torch.zeros(40, dtype=torch.float64)
-    assert fid.frechet_distance(zero, p, zero, 9 * p) == pytest.approx(4 * rank, rel=1e-9)  # r (1 - 3)^2
-    assert fid.frechet_distance(zero, p, zero, torch.eye(40)) == pytest.approx(40 - rank, rel=1e-9)  # P^(1/2) = P
+    assert fid.frechet_distance(zero, p, zero, 9 * p) == pytest.approx(
+        4 * rank, rel=1e-9
+    )  # r (1 - 3)^2
+    assert fid.frechet_distance(zero, p, zero, torch.eye(40)) == pytest.approx(
+        40 - rank, rel=1e-9
+    )  # P^(1/2) = P
     other = torch.zeros(40, 40, dtype=torch.float64)
     assert fid.frechet_distance(zero, p, zero, other) == pytest.approx(rank, rel=1e-9)
 
@@ -73,15 +88,30 @@ def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
     flags = ["--distilled", str(distilled), *data]
     for network in (target, own, target):
         fid.main([*flags, "--network", str(network)])
-    lines = [line for line in results.read(distilled.parent / "results.jsonl") if line["protocol"] == "fid"]
-    assert [line["name"] for line in lines] == ["fid_target", "fid_model"]  # the third was there already
-    assert "resnet18_target-x0.125 of digits" in lines[0]["network"] and "vgg11-x0.125 of krr_st" in lines[1]["network"]
-    assert all(line["fid"] >= 0 and line["source"] == "digits" and line["num_images"] == 20 for line in lines)
+    lines = [
+        line
+        for line in results.read(distilled.parent / "results.jsonl")
+        if line["protocol"] == "fid"
+    ]
+    assert [line["name"] for line in lines] == [
+        "fid_target",
+        "fid_model",
+    ]  # the third was there already
+    assert (
+        "resnet18_target-x0.125 of digits" in lines[0]["network"]
+        and "vgg11-x0.125 of krr_st" in lines[1]["network"]
+    )
+    assert all(
+        line["fid"] >= 0 and line["source"] == "digits" and line["num_images"] == 20
+        for line in lines
+    )
 
     content = files.load(distilled, "distilled")
     content = {name: content[name] for name in content if name not in ("kind", "format")}
     files.save(
-        tmp_path / "one.pt", "distilled", content | dict(images=content["images"][:1], targets=content["targets"][:1])
+        tmp_path / "one.pt",
+        "distilled",
+        content | dict(images=content["images"][:1], targets=content["targets"][:1]),
     )
     for more, word in (
         (["--distilled", str(tmp_path / "one.pt"), "--network", str(target)], "two at least"),
@@ -95,16 +125,16 @@ def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
 def test_real_images_are_nearer_to_their_source_than_noise(roots, runs, distilled):
     d = load_distilled(distilled)
     source = fid.load_images("digits", "train", 32, runs.parents[1] / "data")
-    _, features = fid.own_network(runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"))
+    _, features = fid.load_network(
+        runs / "target" / "seed0" / "target.pt", source, torch.device("cpu")
+    )
     d.images = source.normalised(torch.arange(200), "cpu")
-    real = fid.distance(d, source, features, torch.device("cpu"))
+    real = fid.measure_fid(d, source, features, torch.device("cpu"))
     d.images = torch.randn(200, 3, 32, 32, generator=torch_seed(4))
-    assert real < 0.1 * fid.distance(d, source, features, torch.device("cpu"))
+    assert real < 0.1 * fid.measure_fid(d, source, features, torch.device("cpu"))
 
 
 def test_inception_without_its_package_or_weights(distilled, roots, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         fid.main(["--distilled", str(distilled), *roots[:2]])

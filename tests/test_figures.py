@@ -4,18 +4,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import figures, tables
+from analysis import figures, tables
 from data.distilled import load_distilled
 from data.images import load_images
+from distillers import registry
+from evaluation import results
 from tests.test_tables import SCRATCH, line
-from utils import results
 from utils.errors import UserError
 
 
 def drawn(path):
     """The picture's pixels; it must be more than an empty page."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
-    assert pixels.shape[0] > 100 and pixels.shape[1] > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    assert (
+        pixels.shape[0] > 100
+        and pixels.shape[1] > 200
+        and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    )
     return pixels
 
 
@@ -26,7 +31,9 @@ def test_images_beside_their_initial_ones(distilled, roots, tmp_path):
     assert (initial - d.pixels()).abs().mean() < 0.05  # four small steps away
     both, fewer = tmp_path / "a" / "both.png", tmp_path / "fewer.png"
     figures.main(["images", "--distilled", str(distilled), *roots[:2], "--out", str(both)])
-    figures.main(["images", "--distilled", str(distilled), *roots[:2], "--out", str(fewer), "--most", "3"])
+    figures.main(
+        ["images", "--distilled", str(distilled), *roots[:2], "--out", str(fewer), "--most", "3"]
+    )
     assert drawn(both).shape[1] > drawn(fewer).shape[1]
     before = both.read_bytes()
     figures.main(["images", "--distilled", str(distilled), *roots[:2], "--out", str(both)])
@@ -35,15 +42,29 @@ def test_images_beside_their_initial_ones(distilled, roots, tmp_path):
 
 def test_tsne(distilled, roots, runs, tmp_path):
     out = tmp_path / "tsne.png"
-    figures.main(["tsne", "--distilled", str(distilled), "--target", str(runs / "target" / "seed0" / "target.pt"),
-                  *roots[:2], "--real", "60", "--out", str(out)])  # fmt: skip
+    figures.main(
+        [
+            "tsne",
+            "--distilled",
+            str(distilled),
+            "--target-network",
+            str(runs / "target" / "seed0" / "target.pt"),
+            *roots[:2],
+            "--real",
+            "60",
+            "--out",
+            str(out),
+        ]
+    )
     colours = {tuple(pixel) for pixel in drawn(out).reshape(-1, 3)}
     assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xAA, 0xAA, 0xAA)} <= colours  # X_s, Y_s and X_t
 
 
 def test_curves(distilled, runs, tmp_path):
     out = tmp_path / "curves.png"
-    figures.main(["curves", "--out", str(out), str(distilled.parent), str(runs / "target" / "seed0")])
+    figures.main(
+        ["curves", "--out", str(out), str(distilled.parent), str(runs / "target" / "seed0")]
+    )
     drawn(out)
     with pytest.raises(UserError, match=r"no log\.jsonl"):
         figures.main(["curves", "--out", str(out), str(tmp_path)])
@@ -54,10 +75,12 @@ def lines():
         for seed in (0, 1):
             facts = dict(arch=arch, image_size=64, seed=seed)
             for target in ("cars", "dogs"):
-                yield line(30.0 + seed, target=target, **facts, **SCRATCH)
-                yield line(40.0 + seed, target=target, source="tinyimagenet", num_images=2000, **facts)
+                yield line(30.0 + seed, dataset=target, **facts, **SCRATCH)
+                yield line(
+                    40.0 + seed, dataset=target, source="tinyimagenet", num_images=2000, **facts
+                )
     for m in (10, 100):
-        yield line(50.0 + m / 10, num_images=m, scale={"num_images": [m, 1000]})
+        yield line(50.0 + m / 10, num_images=m, deviations={"num_images": [m, 1000]})
     yield line(45.0, **SCRATCH)
 
 
@@ -78,7 +101,13 @@ def test_bars_and_accuracy_by_number_of_images(tmp_path, monkeypatch):
 
 def test_looks_differ_without_colour():
     """A method is told by its hatch, or by marker and dashes, as well as by its colour."""
-    methods = [method for method in tables.METHODS if not method.startswith("krr_st_")]
-    assert len(set(figures.HATCHES)) == len(figures.HATCHES) >= len(methods) - 1  # Gaussian noise is in Table 4 only
-    looks = {(figures.MARKERS[i % len(figures.MARKERS)], figures.DASHES[i % 4]) for i in range(len(methods))}
+    named = {name for table in tables.all_tables() for name in table.methods}
+    methods = {*registry.METHODS} & named | {tables.ORACLE}
+    assert (
+        len(set(figures.HATCHES)) == len(figures.HATCHES) >= len(methods) - 1
+    )  # Gaussian noise is in Table 4 only
+    looks = {
+        (figures.MARKERS[i % len(figures.MARKERS)], figures.DASHES[i % 4])
+        for i in range(len(methods))
+    }
     assert len(looks) == len(methods)

@@ -1,4 +1,5 @@
-"""FRePo: its objective against a formula written out (float64), LAMB against its paper's, and the command on digits."""
+"""FRePo: its objective against a formula written out (float64), LAMB against its paper's, and the
+command on digits."""
 
 import json
 import math
@@ -18,8 +19,24 @@ from tests.conftest import command, stopping_at
 from utils import cli, run
 from utils.optim import LAMB, schedule
 
-TOY = ["--source", "digits", "--num-images", "20", "--width", "0.125", "--outer-steps", "6", "--outer-batch", "64",
-       "--pool-size", "2", "--pool-steps", "3", "--log-every", "1"]  # fmt: skip
+TOY = [
+    "--source",
+    "digits",
+    "--num-images",
+    "20",
+    "--width",
+    "0.125",
+    "--outer-steps",
+    "6",
+    "--outer-batch",
+    "64",
+    "--pool-size",
+    "2",
+    "--pool-steps",
+    "3",
+    "--log-every",
+    "1",
+]
 
 
 def randn(seed, *shape):
@@ -37,10 +54,15 @@ class Features:
 
 
 def reference(x_real, y_real, x_syn, y_syn, ridge, trace):
-    """Both terms by loops over images, the head by its explicit primal solution; `trace` is held constant."""
+    """Both terms by loops over images, the head by its explicit primal solution; `trace` is held
+    constant."""
     f, g, m = Features().embed(x_syn), Features().embed(x_real), len(x_syn)
     damping = ridge * trace / m
-    head = torch.linalg.inv(f.T @ f + damping * torch.eye(f.shape[1], dtype=torch.float64)) @ f.T @ y_syn
+    head = (
+        torch.linalg.inv(f.T @ f + damping * torch.eye(f.shape[1], dtype=torch.float64))
+        @ f.T
+        @ y_syn
+    )
     squares = sum(0.5 * ((g[i] @ head - y_real[i]) ** 2).sum() for i in range(len(g))) / len(g)
     margins = 0
     for y in y_syn:
@@ -53,12 +75,16 @@ def test_objective_and_its_gradients():
     x_real, y_real = randn(1, 7, 3, 4, 4), centred_one_hot(torch.arange(7) % 4, 4).double()
     x, y = randn(2, 5, 3, 4, 4).requires_grad_(), (0.5 * randn(3, 5, 4)).requires_grad_()
     first = y.detach().topk(2).values
-    assert 0 < ((first[:, 0] - first[:, 1]) < 1 / 4).sum() < 5  # some labels inside the margin, some beyond
+    assert (
+        0 < ((first[:, 0] - first[:, 1]) < 1 / 4).sum() < 5
+    )  # some labels inside the margin, some beyond
     ridge, f = 1e-2, Features().embed(x.detach())
     trace = (f @ f.T).trace()
     loss = frepo.objective(Features(), x_real, y_real, x, y, ridge)
     loss.backward()
-    torch.testing.assert_close(loss, reference(x_real, y_real, x, y, ridge, trace), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        loss, reference(x_real, y_real, x, y, ridge, trace), rtol=1e-9, atol=0
+    )
     for tensor in (x, y):
         for seed in range(6):
             direction, h, ends = randn(10 + seed, *tensor.shape), 1e-5, []
@@ -67,7 +93,9 @@ def test_objective_and_its_gradients():
                 pair = (moved, y.detach()) if tensor is x else (x.detach(), moved)
                 ends.append(reference(x_real, y_real, *pair, ridge, trace))
             numeric = (ends[0] - ends[1]) / (2 * h)
-            torch.testing.assert_close((tensor.grad * direction).sum(), numeric, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                (tensor.grad * direction).sum(), numeric, rtol=1e-6, atol=1e-9
+            )
 
 
 def test_label_margin_pulls_only_labels_that_are_undecided():
@@ -85,7 +113,10 @@ def test_centred_one_hot():
 
 def test_lamb_follows_its_paper_over_three_steps():
     """Algorithm 2 with no weight decay; the tensor of zeros takes Adam's own step first."""
-    tensors = [randn(0, 4, 3).requires_grad_(), torch.zeros(5, dtype=torch.float64, requires_grad=True)]
+    tensors = [
+        randn(0, 4, 3).requires_grad_(),
+        torch.zeros(5, dtype=torch.float64, requires_grad=True),
+    ]
     lamb, lr = LAMB(tensors, lr=0.1), 0.1
     expected = [t.detach().clone() for t in tensors]
     m, v = [torch.zeros_like(t) for t in expected], [torch.zeros_like(t) for t in expected]
@@ -120,16 +151,22 @@ def test_cosine_to_a_tenth():
 
 def test_member_takes_the_adam_step_of_half_the_summed_squares():
     torch.manual_seed(0)
-    member = Member("convnet3", 32, 4, 0.02, torch.device("cpu"), lr=3e-4, weight_decay=0.0, optimizer="adam")
+    member = Member(
+        "convnet3", 32, 4, 0.02, torch.device("cpu"), lr=3e-4, weight_decay=0.0, optimizer="adam"
+    )
     x, y = randn(0, 6, 3, 32, 32).float(), randn(1, 6, 4).float()
     network = models.build("convnet3", 32, 4, 0.02)
     network.load_state_dict(member.network.state_dict())
     loss = 0.5 * (network.train()(x) - y).square().sum(1).mean()
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     member.train_step(x, y)
-    for before, after, gradient in zip(network.parameters(), member.network.parameters(), gradients, strict=True):
+    for before, after, gradient in zip(
+        network.parameters(), member.network.parameters(), gradients, strict=True
+    ):
         large = gradient.abs() > 1e-4  # Adam's first step is the gradient's sign
-        torch.testing.assert_close((after - before)[large], -3e-4 * gradient.sign()[large], rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            (after - before)[large], -3e-4 * gradient.sign()[large], rtol=1e-2, atol=0
+        )
 
 
 def main(root, *flags, seed=0):
@@ -152,23 +189,35 @@ def test_command_starts_from_balanced_images_and_scaled_labels(data_root, data, 
     chosen = balanced_subset(source, 20, 0)
     assert d.target_kind == "soft" and d.meta["method"] == "frepo"
     torch.testing.assert_close(d.images, source.normalised(chosen, "cpu"), rtol=0, atol=1e-5)
-    torch.testing.assert_close(d.targets, torch.eye(10)[source.labels[chosen]] - 0.1)  # sqrt(10 / 10) = 1
+    torch.testing.assert_close(
+        d.targets, torch.eye(10)[source.labels[chosen]] - 0.1
+    )  # sqrt(10 / 10) = 1
 
 
 def test_initial_labels_shrink_with_the_number_of_classes(data, tmp_path, monkeypatch):
     source = load_images("digits", "train", 32, data[1])
     source.classes = [*source.classes, *(f"none{i}" for i in range(30))]
     monkeypatch.setattr("distillers.method.load_images", lambda *a: source)
-    monkeypatch.setattr(frepo, "METHOD", frepo.Method(**vars(frepo.METHOD) | dict(choose=lambda *a: torch.arange(20))))
+    monkeypatch.setattr(
+        frepo,
+        "METHOD",
+        frepo.Method(**vars(frepo.METHOD) | dict(choose=lambda *a: torch.arange(20))),
+    )
     d, _ = main(tmp_path, *data, "--outer-lr", "1e-12")
     torch.testing.assert_close(d.targets, (torch.eye(40)[source.labels[:20]] - 1 / 40) / 2)
 
 
 def test_objective_falls_on_digits(data, tmp_path):
-    d, log = main(tmp_path, *data, "--outer-steps", "30", "--outer-lr", "0.03", "--outer-batch", "100")
+    d, log = main(
+        tmp_path, *data, "--outer-steps", "30", "--outer-lr", "0.03", "--outer-batch", "100"
+    )
     assert d.meta["objective_distilled"] < d.meta["objective_initial"] - 0.1
     distil = [line for line in log if line["phase"] == "distil"]
-    assert len(distil) == 30 and distil[0]["lr"] == 0.03 and distil[-1]["lr"] == pytest.approx(0.003, rel=0.05)
+    assert (
+        len(distil) == 30
+        and distil[0]["lr"] == 0.03
+        and distil[-1]["lr"] == pytest.approx(0.003, rel=0.05)
+    )
     assert d.images.isfinite().all() and not d.targets.requires_grad
 
 
@@ -182,7 +231,9 @@ def test_same_seed_same_set_and_another_seed_another(data, tmp_path):
 
 def test_members_see_no_more_of_the_set_than_asked(data, tmp_path, monkeypatch):
     sizes, step = [], Member.train_step
-    monkeypatch.setattr(Member, "train_step", lambda self, x, y: (sizes.append((len(x), len(y))), step(self, x, y)))
+    monkeypatch.setattr(
+        Member, "train_step", lambda self, x, y: (sizes.append((len(x), len(y))), step(self, x, y))
+    )
     main(tmp_path, *data, "--pool-batch", "8")
     assert len(sizes) > 3 and set(sizes) == {(8, 8)}
 
@@ -202,8 +253,19 @@ def test_stopped_run_goes_on_to_the_very_same_set(data, tmp_path, monkeypatch):
 
 
 def test_members_start_afresh_with_a_new_adam():
-    pool = Pool(1, 2, torch.Generator().manual_seed(0), arch="convnet3", image_size=32, num_outputs=4, width=0.01,
-                device=torch.device("cpu"), lr=3e-4, weight_decay=0.0, optimizer="adam")  # fmt: skip
+    pool = Pool(
+        1,
+        2,
+        torch.Generator().manual_seed(0),
+        arch="convnet3",
+        image_size=32,
+        num_outputs=4,
+        width=0.01,
+        device=torch.device("cpu"),
+        lr=3e-4,
+        weight_decay=0.0,
+        optimizer="adam",
+    )
     [member] = pool.members
     x, y = randn(0, 3, 3, 32, 32).float(), randn(1, 3, 4).float()
     for expected in (1, 2, 0):
@@ -214,5 +276,8 @@ def test_members_start_afresh_with_a_new_adam():
 
 def test_number_of_images_that_is_no_multiple_of_the_classes(capsys, data, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        cli.run(distillers.main, ["frepo", *TOY, *data, "--run-root", str(tmp_path), "--num-images", "15"])
+        cli.run(
+            distillers.main,
+            ["frepo", *TOY, *data, "--run-root", str(tmp_path), "--num-images", "15"],
+        )
     assert stop.value.code == 2 and "not a multiple" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Damaged files are refused in one line that names them, or do no harm: cut, flipped, swapped, foreign, hostile."""
+"""Damaged files are refused in one line that names them, or do no harm: cut, flipped, swapped,
+foreign, hostile."""
 
 import io
 import os
@@ -14,8 +15,8 @@ from PIL import Image
 import models
 from data.distilled import Distilled, load_distilled
 from data.images import load_images
-from distillers.target import load_target
 from models import saved
+from models.target import load_target
 from utils import files
 from utils.errors import UserError
 from utils.run import Run, Tensors
@@ -25,14 +26,26 @@ CPU, SETTINGS = torch.device("cpu"), {"lr": 0.1, "steps": 7, "name": "größe", 
 
 def a_set():
     g = torch.Generator().manual_seed(0)
-    return Distilled(torch.randn(4, 3, 8, 8, generator=g), torch.randn(4, 5, generator=g), "feature",
-                     torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7]), {"seed": 0})  # fmt: skip
+    return Distilled(
+        torch.randn(4, 3, 8, 8, generator=g),
+        torch.randn(4, 5, generator=g),
+        "feature",
+        torch.tensor([0.1, 0.2, 0.3]),
+        torch.tensor([0.5, 0.6, 0.7]),
+        {"seed": 0},
+    )
 
 
 def a_network():
     torch.manual_seed(0)
-    return dict(network=models.build("convnet3", 32, 0, 0.02).state_dict(), arch="convnet3", width=0.02, image_size=32,
-                source="pets", fingerprint="f")  # fmt: skip
+    return dict(
+        network=models.build("convnet3", 32, 0, 0.02).state_dict(),
+        arch="convnet3",
+        width=0.02,
+        image_size=32,
+        source="pets",
+        fingerprint="f",
+    )
 
 
 class Code:
@@ -47,7 +60,7 @@ class Code:
 
 @pytest.fixture
 def foreign(tmp_path):
-    """Bytes of files of other kinds, two with code in them; that code must not have run in the end."""
+    """Bytes of files of other kinds, two with code in them, which must not have run at the end."""
     ran = tmp_path / "ran"
     code, image, array, archive = Code(f"touch {ran}"), io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "png")
@@ -57,7 +70,11 @@ def foreign(tmp_path):
         file.writestr("archive/version", "3\n")
     files.save(tmp_path / "sealed", "distilled", {"images": code, "settings": code})
     others = []
-    kinds = {"d": ("distilled", a_set().content()), "t": ("target", a_network()), "m": ("model", {})}
+    kinds = {
+        "d": ("distilled", a_set().content()),
+        "t": ("target", a_network()),
+        "m": ("model", {}),
+    }
     for name, (kind, content) in kinds.items():
         files.save(tmp_path / name, kind, content)
         others.append((tmp_path / name).read_bytes())
@@ -75,18 +92,27 @@ def foreign(tmp_path):
         b'{"checksum": "x"}',
         b"[" * 100_000,
     ]
-    yield [*text, pickle.dumps(code), *(each.getvalue() for each in (image, array, archive)), *others]
+    yield [
+        *text,
+        pickle.dumps(code),
+        *(each.getvalue() for each in (image, array, archive)),
+        *others,
+    ]
     assert not ran.exists()
 
 
 def damaged(content, count, foreign, seed=0):
-    """`count` variants of bytes: some foreign files, then cut, flipped, swapped, overwritten, lengthened by turns."""
+    """`count` variants of bytes: some foreign files, then cut, flipped, swapped, overwritten,
+    lengthened by turns."""
     dice, n = random.Random(seed), len(content)
     yield from (each for each in foreign if each != content)
     for k in range(count):
         changed = bytearray(content)
         # Every third change is near the end, where the checksum and the archive's directory are.
-        a, b = (dice.randrange(max(0, n - 200), n) if k % 3 == 0 else dice.randrange(n) for _ in range(2))
+        a, b = (
+            dice.randrange(max(0, n - 200), n) if k % 3 == 0 else dice.randrange(n)
+            for _ in range(2)
+        )
         length = dice.choice((1, 2, 8, 64, 500))
         match k % 5:
             case 0:
@@ -96,7 +122,10 @@ def damaged(content, count, foreign, seed=0):
                     changed[place] ^= 1 << dice.randrange(8)
             case 2:
                 length = min(length, n - max(a, b))
-                changed[a : a + length], changed[b : b + length] = content[b : b + length], content[a : a + length]
+                changed[a : a + length], changed[b : b + length] = (
+                    content[b : b + length],
+                    content[a : a + length],
+                )
             case 3:
                 changed[a : a + length] = dice.randbytes(len(changed[a : a + length]))
             case 4:
@@ -109,13 +138,16 @@ def same(a, b):
     if torch.is_tensor(a):
         return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     return type(a) is type(b) and a == b
 
 
 def feed(path, read, count, foreign, harmless=0):
-    """Give `read` every variant of the file at `path`: a UserError of one line that names the file, or the run's folder
-    where its settings differ, and leaves it as it was, or the values of the whole file (at most `harmless` times)."""
+    """Give `read` every variant of the file at `path`: a UserError of one line that names the file,
+    or the run's folder where its settings differ, and leaves it as it was, or the values of the
+    whole file (at most `harmless` times)."""
     whole, expected, fed, unharmed = path.read_bytes(), read(), 0, 0
     for variant in damaged(whole, count, foreign):
         path.write_bytes(variant)
@@ -149,7 +181,8 @@ def test_target(tmp_path, foreign):
 
 
 def checkpointed(folder, steps=2):
-    """A run with checkpoints after 1, ..., `steps` steps, and how to read what a new process would go on from."""
+    """A run with checkpoints after 1, ..., `steps` steps, and how to read what a new process would
+    go on from."""
     run, x = Run(folder, "x.pt", SETTINGS), torch.zeros(5)
     adam = torch.optim.Adam([x.requires_grad_()])
     run.resume(CPU, {"x": Tensors(x=x), "adam": adam})
@@ -186,14 +219,20 @@ def test_newest_of_two_checkpoints(tmp_path, foreign, capsys):
         except UserError as error:
             assert "not a checkpoint file" in str(error)
         else:
-            assert there["done"] == {"train": 1} and 0 < there["x"].abs().max() < 0.0015  # one step of Adam, not two
-            assert not newest.exists() and (folder / "checkpoint.damaged.pt").read_bytes() == variant
+            assert (
+                there["done"] == {"train": 1} and 0 < there["x"].abs().max() < 0.0015
+            )  # one step of Adam, not two
+            assert (
+                not newest.exists() and (folder / "checkpoint.damaged.pt").read_bytes() == variant
+            )
             shown = capsys.readouterr().err
             assert shown.startswith(f"warning: {newest}: ") and shown.count("\n") == 1
             fell_back += 1
     assert fell_back >= 190
     newest.unlink(missing_ok=True)
-    assert read()["done"] == {"train": 1} and not capsys.readouterr().err  # killed between two renames
+    assert (
+        read()["done"] == {"train": 1} and not capsys.readouterr().err
+    )  # killed between two renames
 
 
 def test_settings(tmp_path, foreign):
@@ -212,15 +251,21 @@ def test_prepared_images(tmp_path, foreign, name):
     for i in range(6):
         path = tmp_path / "pets" / "train" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(
+            path
+        )
 
     def read():
         images = load_images("pets", "train", 8, tmp_path)
-        return {key: value.clone() if torch.is_tensor(value) else value for key, value in vars(images).items()}
+        return {
+            key: value.clone() if torch.is_tensor(value) else value
+            for key, value in vars(images).items()
+        }
 
     read()
     path = tmp_path / "prepared" / "pets-8px" / name
-    # Harmless: the record of another format than this version's, which makes it decode the images anew.
+    # Harmless: the record of another format than this version's, which makes it decode the images
+    # anew.
     feed(path, read, 250, foreign, harmless=20 if name == "train.json" else 0)
 
 
@@ -243,7 +288,9 @@ def test_prepared_images(tmp_path, foreign, name):
 )
 def test_network_files_of_wrong_values_with_a_right_checksum(tmp_path, changes, message):
     path = tmp_path / "file.pt"
-    content = a_network() | dict(network=models.build("convnet3", 32, 3, 0.02).state_dict(), num_outputs=3, meta={})
+    content = a_network() | dict(
+        network=models.build("convnet3", 32, 3, 0.02).state_dict(), num_outputs=3, meta={}
+    )
     files.save(path, "model", content | changes)
     with pytest.raises(UserError, match=message) as refused:
         saved.rebuild(saved.load_model(path))
@@ -277,7 +324,9 @@ def test_network_files_that_are_not_finite(tmp_path):
 )
 def test_checkpoints_of_wrong_values_with_a_right_checksum(tmp_path, changes, message):
     run = Run(tmp_path, "x.pt", SETTINGS)
-    content = dict(done={"train": 1}, device="cpu", settings=SETTINGS, state={"x": {"x": torch.zeros(5)}})
+    content = dict(
+        done={"train": 1}, device="cpu", settings=SETTINGS, state={"x": {"x": torch.zeros(5)}}
+    )
     files.save(tmp_path / "checkpoint.pt", "checkpoint", content | changes)
     with pytest.raises(UserError, match=message):
         run.resume(CPU, {"x": Tensors(x=torch.zeros(5))})

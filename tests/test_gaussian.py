@@ -3,24 +3,29 @@
 import pytest
 import torch
 
+import distill
 import finetune
 import kd
 import pretrain
-from benchmarks.tables import document, gathered
+from analysis.tables import document, gather_results
 from data.distilled import load_distilled
 from distillers import gaussian, method
+from evaluation import results
 from tests.conftest import DISTILL, stopping_at
-from utils import results, run
+from utils import run
 from utils.errors import UserError
 
-STUDENT = ["--weights", "none", "--width", "0.125", "--target", "digits"]
+STUDENT = ["--weights", "none", "--width", "0.125", "--dataset", "digits"]
 
 
 @pytest.fixture
 def made(roots, tmp_path):
     def call(seed=0, top="runs"):
         places = [*roots[:2], "--run-root", str(tmp_path / top)]
-        method.main(gaussian.METHOD, ["--source", "digits", *places, "--num-images", "30", "--seed", str(seed)])
+        method.main(
+            gaussian.METHOD,
+            ["--source", "digits", *places, "--num-images", "30", "--seed", str(seed)],
+        )
         return tmp_path / top / "digits" / "gaussian" / f"seed{seed}" / "distilled.pt"
 
     return call
@@ -28,17 +33,28 @@ def made(roots, tmp_path):
 
 @pytest.fixture
 def student(roots, tmp_path):
-    """Flags of kd.py from scratch under a run root of its own, with a teacher that has hardly been trained."""
+    """Flags of kd.py from scratch under a run root of its own, with a teacher that has hardly been
+    trained."""
     flags = [*STUDENT, *roots[:2], "--run-root", str(tmp_path)]
     finetune.main([*flags, "--steps", "1"])
     folder = tmp_path / "scratch" / "convnet3-x0.125_32px"
-    return [*flags, "--teacher", str(folder / "digits_full_seed0" / "model.pt"), "--epochs", "2"], folder
+    return [
+        *flags,
+        "--teacher",
+        str(folder / "digits_full_seed0" / "model.pt"),
+        "--epochs",
+        "2",
+    ], folder
 
 
 def test_noise_is_standard_normal_and_has_no_targets(made):
     d = load_distilled(made())
-    assert d.images.shape == (30, 3, 32, 32) and d.targets.shape == (30, 0) and d.target_kind == "none"
-    assert abs(d.images.mean()) < 0.02 and abs(d.images.std() - 1) < 0.02  # 92,160 draws: 6 and 8 standard errors
+    assert (
+        d.images.shape == (30, 3, 32, 32) and d.targets.shape == (30, 0) and d.target_kind == "none"
+    )
+    assert (
+        abs(d.images.mean()) < 0.02 and abs(d.images.std() - 1) < 0.02
+    )  # 92,160 draws: 6 and 8 standard errors
     assert torch.equal(d.images, load_distilled(made(top="again")).images)
     assert not torch.equal(d.images, load_distilled(made(seed=1)).images)
 
@@ -58,9 +74,13 @@ def seen_by(student, monkeypatch):
 
 def test_noise_is_drawn_anew_at_each_step(made, student, monkeypatch):
     flags, _ = student
-    batches = seen_by([*flags, "--distilled", str(made()), "--epochs", "4"], monkeypatch)  # (steps, b, 3, S, S)
+    batches = seen_by(
+        [*flags, "--distilled", str(made()), "--epochs", "4"], monkeypatch
+    )  # (steps, b, 3, S, S)
     assert batches.shape == (4, 30, 3, 32, 32)  # as many steps and images as for a set of 30
-    assert len(torch.cat([*batches, load_distilled(made()).images]).flatten(1).unique(dim=0)) == 5 * 30
+    assert (
+        len(torch.cat([*batches, load_distilled(made()).images]).flatten(1).unique(dim=0)) == 5 * 30
+    )
     assert abs(batches.mean()) < 0.01 and abs(batches.std() - 1) < 0.01
 
 
@@ -80,21 +100,33 @@ def test_stopped_student_of_noise_goes_on_to_the_same_weights(made, student, mon
     artefact.unlink()
     (folder / "results.jsonl").unlink()
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping_at([("imitate", 1)]))
+        patch.setattr(run.Run, "steps", stopping_at([("train student", 1)]))
         kd.main(flags)
     kd.main(flags)
     parts = torch.load(artefact, weights_only=True)["network"]
     assert all(torch.equal(value, whole[name]) for name, value in parts.items())
 
 
-def test_students_from_scratch_on_different_images_do_not_collide(made, distilled, student, roots, capsys):
+def test_students_from_scratch_on_different_images_do_not_collide(
+    made, distilled, student, roots, capsys
+):
     """Noise, and two sets of the same method and seed that differ in their settings."""
     flags, folder = student
-    import distill
-
     other = folder.parents[1] / "other"
-    distill.main(["--source", "digits", *DISTILL, "--outer-steps", "1", *roots[:2], "--run-root", str(other),
-                  "--target", str(distilled.parents[2] / "target" / "seed0" / "target.pt")])  # fmt: skip
+    distill.main(
+        [
+            "--source",
+            "digits",
+            *DISTILL,
+            "--outer-steps",
+            "1",
+            *roots[:2],
+            "--run-root",
+            str(other),
+            "--target-network",
+            str(distilled.parents[2] / "target" / "seed0" / "target.pt"),
+        ]
+    )
     for path in (made(), distilled, other / "digits" / "krr_st" / "seed0" / "distilled.pt"):
         kd.main([*flags, "--distilled", str(path)])
     assert "scratch convnet3 -> digits (kd on gaussian images):" in capsys.readouterr().out
@@ -103,6 +135,9 @@ def test_students_from_scratch_on_different_images_do_not_collide(made, distille
     lines = [line for line in results.read(folder / "results.jsonl") if line["protocol"] == "kd"]
     assert [line["images"]["method"] for line in lines] == ["gaussian", "krr_st", "krr_st"]
     assert [line["images"]["num_images"] for line in lines] == [30, 20, 20]
-    shown = document(gathered([folder]))["digits"]
-    assert "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of Gaussian noise, digits) " in shown
+    shown = document(gather_results([folder]))["digits"]
+    assert (
+        "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of Gaussian noise, digits) "
+        in shown
+    )
     assert "| no pre-training (convnet3-x0.125 at 32 px; on 20 images of KRR-ST, digits) " in shown

@@ -1,4 +1,5 @@
-"""Sets that others released: each layout there and back to pixels, and what the file cannot tell is asked for."""
+"""Sets that others released: each layout there and back to pixels, and what the file cannot tell is
+asked for."""
 
 import shutil
 
@@ -28,17 +29,35 @@ def x():
 
 @pytest.fixture
 def importer(tmp_path):
-    """Saves `content` as a file `name`, imports it with `flags`, returns the set; `more` are further files."""
+    """Saves `content` as a file `name`, imports it with `flags`, returns the set; `more` are
+    further files."""
 
     def call(name, content, *flags, more=None):
         for each, part in {name: content, **(more or {})}.items():
-            save = {".npz": lambda p, c: np.savez(p, **c), ".npy": np.save}.get((tmp_path / each).suffix)
+            save = {".npz": lambda p, c: np.savez(p, **c), ".npy": np.save}.get(
+                (tmp_path / each).suffix
+            )
             (save or (lambda p, c: torch.save(c, p)))(tmp_path / each, part)
         flags = [str(tmp_path / flag) if flag in (more or {}) else flag for flag in flags]
-        importing.main(["--source", "tinyimagenet", "--method", "released", "--images", str(tmp_path / name),
-                        "--run-root", str(tmp_path / "runs"), "--data-root", str(tmp_path / "none"), *flags],
-                       reserved=("target", "dm"))  # fmt: skip
-        return load_distilled(tmp_path / "runs" / "tinyimagenet" / "released" / "seed0" / "distilled.pt")
+        importing.main(
+            [
+                "--source",
+                "tinyimagenet",
+                "--method",
+                "released",
+                "--images",
+                str(tmp_path / name),
+                "--run-root",
+                str(tmp_path / "runs"),
+                "--data-root",
+                str(tmp_path / "none"),
+                *flags,
+            ],
+            reserved=("target", "dm"),
+        )
+        return load_distilled(
+            tmp_path / "runs" / "tinyimagenet" / "released" / "seed0" / "distilled.pt"
+        )
 
     return call
 
@@ -47,18 +66,34 @@ def normalised(x):
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
-def test_raw_images_with_features_stay_as_the_released_networks_saw_them(importer, x, tmp_path, capsys):
+def test_raw_images_with_features_stay_as_the_released_networks_saw_them(
+    importer, x, tmp_path, capsys
+):
     """KRR-ST's release: x_syn.pt, y_syn.pt, saved as parameters that want a gradient."""
     y = torch.randn(M, 5)
-    d = importer("x_syn.pt", torch.nn.Parameter(x), "--targets", "y_syn.pt", "--target-kind", "feature",
-                 "--normalised", "none", more={"y_syn.pt": y.clone().requires_grad_()})  # fmt: skip
+    d = importer(
+        "x_syn.pt",
+        torch.nn.Parameter(x),
+        "--targets",
+        "y_syn.pt",
+        "--target-kind",
+        "feature",
+        "--normalised",
+        "none",
+        more={"y_syn.pt": y.clone().requires_grad_()},
+    )
     assert d.target_kind == "feature" and torch.equal(d.images, x) and torch.equal(d.targets, y)
-    assert d.mean.tolist() == [0, 0, 0] and d.std.tolist() == [1, 1, 1] and torch.equal(d.pixels(), x)
-    assert d.meta["imported"] == ["x_syn.pt", "y_syn.pt"] and d.meta["preset"] == d.meta["source"] == "tinyimagenet"
+    assert (
+        d.mean.tolist() == [0, 0, 0] and d.std.tolist() == [1, 1, 1] and torch.equal(d.pixels(), x)
+    )
+    assert (
+        d.meta["imported"] == ["x_syn.pt", "y_syn.pt"]
+        and d.meta["preset"] == d.meta["source"] == "tinyimagenet"
+    )
     assert d.meta["settings"]["images"] == files.digest(tmp_path / "x_syn.pt")
     assert d.meta["settings"]["targets"] == files.digest(tmp_path / "y_syn.pt")
     assert (d.meta["method"], d.meta["settings"]["normalised"]) == ("released", "none")
-    assert d.meta["scale"] == {"num_images": [M, 2000], "image_size": [S, 64]}
+    assert d.meta["deviations"] == {"num_images": [M, 2000], "image_size": [S, 64]}
     assert str(tmp_path) not in str(d.meta)
     assert "0.0 % outside [0, 1]; targets: feature (6, 5)" in capsys.readouterr().out
     assert (tmp_path / "runs" / "tinyimagenet" / "released" / "seed0" / "images.png").is_file()
@@ -67,18 +102,32 @@ def test_raw_images_with_features_stay_as_the_released_networks_saw_them(importe
 def test_normalised_images_with_class_indices_in_two_files(importer, x):
     """MTT's images_best.pt and labels_best.pt."""
     labels = torch.tensor([0, 0, 1, 1, 4, 4], dtype=torch.int32)
-    d = importer("images_best.pt", normalised(x), "--targets", "labels_best.pt", "--normalised", STATS,
-                 more={"labels_best.pt": labels})  # fmt: skip
+    d = importer(
+        "images_best.pt",
+        normalised(x),
+        "--targets",
+        "labels_best.pt",
+        "--normalised",
+        STATS,
+        more={"labels_best.pt": labels},
+    )
     assert d.target_kind == "class" and d.targets.tolist() == labels.tolist() and d.num_outputs == 5
     torch.testing.assert_close(d.images, normalised(x))
     torch.testing.assert_close(d.pixels(), x, rtol=0, atol=1e-6)
 
 
 def test_pairs_of_images_and_labels_beside_lists_of_accuracies(importer, x):
-    """DC's, DSA's and DM's res_*.pt: one pair for each experiment; NumPy's numbers among the accuracies."""
+    """DC's, DSA's and DM's res_*.pt: one pair for each experiment; NumPy's numbers among the
+    accuracies."""
     data = [[normalised(x), torch.arange(M)], [normalised(1 - x), torch.arange(M) + 1]]
-    content = {"data": data, "accs_all_exps": {"ConvNet": [np.float64(0.3), np.float64(0.4)], "n": np.int64(2)}}
-    with pytest.raises(UserError, match=r"2 arrays .* choose one by --images-entry \(found: data\.0\.0 \(6, 3, 32, 32"):
+    content = {
+        "data": data,
+        "accs_all_exps": {"ConvNet": [np.float64(0.3), np.float64(0.4)], "n": np.int64(2)},
+    }
+    with pytest.raises(
+        UserError,
+        match=r"2 arrays .* choose one by --images-entry \(found: data\.0\.0 \(6, 3, 32, 32",
+    ):
         importer("res.pt", content, "--normalised", STATS)
     d = importer("res.pt", content, "--normalised", STATS, "--images-entry", "data.1.0")
     torch.testing.assert_close(d.pixels(), 1 - x, rtol=0, atol=1e-6)
@@ -87,8 +136,11 @@ def test_pairs_of_images_and_labels_beside_lists_of_accuracies(importer, x):
 
 @pytest.mark.parametrize("core", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
 def test_numbers_of_numpy_1_and_2_are_read_as_data(tmp_path, core):
-    torch.save({"a": np.arange(6.0).reshape(2, 3), "b": np.float32(1)}, tmp_path / "a.pt",
-               _use_new_zipfile_serialization=False)  # fmt: skip
+    torch.save(
+        {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(1)},
+        tmp_path / "a.pt",
+        _use_new_zipfile_serialization=False,
+    )
     content = (tmp_path / "a.pt").read_bytes()
     assert content.count(b"numpy._core.multiarray") == 2
     (tmp_path / "a.pt").write_bytes(content.replace(b"numpy._core.multiarray", core))
@@ -103,8 +155,14 @@ def test_one_pair_in_one_file(importer, x):
 def test_channels_last_images_with_soft_labels_of_numpy(importer, x):
     """KIP's npz: (m, S, S, 3) in float64, labels of zero mean."""
     soft = np.eye(10)[:M] - 0.1
-    d = importer("kip.npz", {"images": normalised(x).permute(0, 2, 3, 1).double().numpy(), "labels": soft},
-                 "--target-kind", "soft", "--normalised", STATS)  # fmt: skip
+    d = importer(
+        "kip.npz",
+        {"images": normalised(x).permute(0, 2, 3, 1).double().numpy(), "labels": soft},
+        "--target-kind",
+        "soft",
+        "--normalised",
+        STATS,
+    )
     assert d.target_kind == "soft" and np.allclose(d.targets.numpy(), soft)
     torch.testing.assert_close(d.pixels(), x, rtol=0, atol=1e-6)
     assert d.images.is_contiguous()
@@ -112,8 +170,17 @@ def test_channels_last_images_with_soft_labels_of_numpy(importer, x):
 
 def test_bytes_are_divided_and_one_hot_rows_become_classes(importer, x):
     content = (x * 255).round().byte()
-    d = importer("x.npy", content.permute(0, 2, 3, 1).numpy(), "--normalise", STATS, "--targets", "y.npy",
-                 "--target-kind", "class", more={"y.npy": np.eye(7)[[6, 1, 1, 0, 2, 3]]})  # fmt: skip
+    d = importer(
+        "x.npy",
+        content.permute(0, 2, 3, 1).numpy(),
+        "--normalise",
+        STATS,
+        "--targets",
+        "y.npy",
+        "--target-kind",
+        "class",
+        more={"y.npy": np.eye(7)[[6, 1, 1, 0, 2, 3]]},
+    )
     assert d.targets.tolist() == [6, 1, 1, 0, 2, 3]
     torch.testing.assert_close(d.images, normalised(content.float() / 255))
     torch.testing.assert_close(d.pixels(), content.float() / 255, rtol=0, atol=1e-6)
@@ -128,18 +195,43 @@ def test_images_alone_for_the_distillation_of_knowledge(importer, x):
 def test_statistics_of_the_source_come_from_its_images(tmp_path, x):
     torch.save((x, torch.arange(M)), tmp_path / "data.pt")
     source = load_images("digits", "train", 32, tmp_path)
-    flags = ["--source", "digits", "--images", str(tmp_path / "data.pt"), "--data-root", str(tmp_path)]
+    flags = [
+        "--source",
+        "digits",
+        "--images",
+        str(tmp_path / "data.pt"),
+        "--data-root",
+        str(tmp_path),
+    ]
     importing.main([*flags, "--method", "a", "--normalised", "source", "--run-root", str(tmp_path)])
     d = load_distilled(tmp_path / "digits" / "a" / "seed0" / "distilled.pt")
-    assert torch.equal(d.mean, source.mean) and torch.equal(d.std, source.std) and torch.equal(d.images, x)
-    importing.main([*flags, "--method", "a", "--normalise", "source", "--run-root", str(tmp_path), "--seed", "1"])
+    assert (
+        torch.equal(d.mean, source.mean)
+        and torch.equal(d.std, source.std)
+        and torch.equal(d.images, x)
+    )
+    importing.main(
+        [
+            *flags,
+            "--method",
+            "a",
+            "--normalise",
+            "source",
+            "--run-root",
+            str(tmp_path),
+            "--seed",
+            "1",
+        ]
+    )
     d = load_distilled(tmp_path / "digits" / "a" / "seed1" / "distilled.pt")
     torch.testing.assert_close(d.pixels(), x, rtol=0, atol=1e-6)
 
 
 def test_the_command_and_the_next_stage(tmp_path, x, capsys):
     torch.save(x, tmp_path / "x.pt")
-    torch.save(torch.tensor([3.0, 3.0, 1.0, 0.0, 9.0, 9.0]), tmp_path / "y.pt")  # class indices kept as floats
+    torch.save(
+        torch.tensor([3.0, 3.0, 1.0, 0.0, 9.0, 9.0]), tmp_path / "y.pt"
+    )  # class indices kept as floats
     words = [
         "-m",
         "distillers",
@@ -177,9 +269,17 @@ def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, 
     with pytest.raises(UserError) as refused:
         importer("x.pt", x * 2 - 1, "--targets", "y.pt", more=FEATURES)
     text = str(refused.value)
-    assert "\n" not in text and "--target-kind feature" in text and "--normalised none" in text and "STATS" in text
+    assert (
+        "\n" not in text
+        and "--target-kind feature" in text
+        and "--normalised none" in text
+        and "STATS" in text
+    )
     mean = " ".join(f"{2 * x[:, c].mean() - 1:.3f}" for c in range(3))
-    assert f"(6, 3, 32, 32) float32, {2 * x.min() - 1:.4g} to {2 * x.max() - 1:.4g}, mean {mean}, std 0." in text
+    assert (
+        f"(6, 3, 32, 32) float32, {2 * x.min() - 1:.4g} to {2 * x.max() - 1:.4g}, mean {mean}, std "
+        "0." in text
+    )
     assert "(6, 5) float32, " in text
     assert not (tmp_path / "runs").exists()
 
@@ -187,25 +287,57 @@ def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, 
 @pytest.mark.parametrize(
     ("flags", "more", "message"),
     [
-        (["--normalised", "none"], {}, r"no targets for 6 images, give --targets FILE, or --target-kind none"),
+        (
+            ["--normalised", "none"],
+            {},
+            r"no targets for 6 images, give --targets FILE, or --target-kind none",
+        ),
         (
             ["--normalised", "none", "--targets", "y.pt"],
             {"y.pt": torch.randn(5, 5)},
             r"no targets .*the tensor \(5, 5\)",
         ),
-        (["--normalised", "none", "--targets", "y.pt"], {"y.pt": torch.randn(6)}, "no class indices"),
-        (["--normalised", "none", "--targets", "y.pt", "--target-kind", "soft"], {"y.pt": torch.arange(6)}, "not soft"),
-        (["--normalised", "none", "--targets", "y.pt", "--target-kind", "class"], FEATURES, "not one-hot"),
-        (["--normalised", "none", "--targets", "y.pt", "--target-kind", "none"], FEATURES, "neither"),
-        (["--normalised", "none", "--targets", "y.pt"], {"y.pt": torch.arange(6) - 1}, "class indices from -1 to 4"),
-        (["--normalised", "none", "--targets", "y.pt"], {"y.pt": torch.arange(6) * 10**6}, "not within 0 to 99999"),
+        (
+            ["--normalised", "none", "--targets", "y.pt"],
+            {"y.pt": torch.randn(6)},
+            "no class indices",
+        ),
+        (
+            ["--normalised", "none", "--targets", "y.pt", "--target-kind", "soft"],
+            {"y.pt": torch.arange(6)},
+            "not soft",
+        ),
+        (
+            ["--normalised", "none", "--targets", "y.pt", "--target-kind", "class"],
+            FEATURES,
+            "not one-hot",
+        ),
+        (
+            ["--normalised", "none", "--targets", "y.pt", "--target-kind", "none"],
+            FEATURES,
+            "neither",
+        ),
+        (
+            ["--normalised", "none", "--targets", "y.pt"],
+            {"y.pt": torch.arange(6) - 1},
+            "class indices from -1 to 4",
+        ),
+        (
+            ["--normalised", "none", "--targets", "y.pt"],
+            {"y.pt": torch.arange(6) * 10**6},
+            "not within 0 to 99999",
+        ),
         (
             ["--normalised", "none", "--targets", "y.pt"],
             {"y.pt": [torch.arange(6)] * 2},
             "choose one by --targets-entry",
         ),
         (["--normalised", "none", "--images-entry", "z"], {}, "at --images-entry z"),
-        (["--normalised", "source", "--target-kind", "none"], {}, "tiny-imagenet-200.zip is not in"),
+        (
+            ["--normalised", "source", "--target-kind", "none"],
+            {},
+            "tiny-imagenet-200.zip is not in",
+        ),
         (["--normalised", "none", "--target-kind", "none", "--method", "dm"], {}, "--method dm"),
         (["--normalised", "none", "--target-kind", "none", "--method", "../x"], {}, "plain word"),
     ],
@@ -216,7 +348,9 @@ def test_bad_answers(importer, x, tmp_path, flags, more, message):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("stats", ["mtt", "0.5,0.5/0.2,0.2,0.2", "0.5,0.5,0.5/0.2,0,0.2", "125,122,114/51,50,51"])
+@pytest.mark.parametrize(
+    "stats", ["mtt", "0.5,0.5/0.2,0.2,0.2", "0.5,0.5,0.5/0.2,0,0.2", "125,122,114/51,50,51"]
+)
 def test_statistics_that_are_none(importer, x, stats, capsys):
     with pytest.raises(SystemExit):
         importer("x.pt", x, "--target-kind", "none", "--normalised", stats)
@@ -242,15 +376,26 @@ def test_bad_images(importer, content, message):
 
 def test_bytes_cannot_be_normalised_already(importer):
     with pytest.raises(UserError, match="bytes are pixels"):
-        importer("x.pt", torch.zeros(M, 3, S, S, dtype=torch.uint8), "--normalised", STATS, "--target-kind", "none")
+        importer(
+            "x.pt",
+            torch.zeros(M, 3, S, S, dtype=torch.uint8),
+            "--normalised",
+            STATS,
+            "--target-kind",
+            "none",
+        )
 
 
 def test_files_that_are_no_data(tmp_path):
     np.savez(tmp_path / "objects.npz", images=np.array([{"a": shutil.rmtree}], dtype=object))
     (tmp_path / "text.npz").write_text("not an archive")
     (tmp_path / "text.pt").write_text("not a tensor")
-    for name, message in (("objects.npz", "not a NumPy file of plain"), ("text.npz", "not a NumPy file of plain"),
-                          ("text.pt", "not a readable torch file"), ("nowhere.pt", "no such file")):  # fmt: skip
+    for name, message in (
+        ("objects.npz", "not a NumPy file of plain"),
+        ("text.npz", "not a NumPy file of plain"),
+        ("text.pt", "not a readable torch file"),
+        ("nowhere.pt", "no such file"),
+    ):
         with pytest.raises(UserError, match=message):
             importing.read(tmp_path / name)
 
@@ -273,13 +418,24 @@ def test_distilled_files_with_unfit_targets(tmp_path, kind, targets, message):
 
 
 def test_pretraining_recipes_by_kind_source_and_network(tmp_path):
-    """facts of the released code: 500 images a batch for soft labels, 256 for MobileNet at 64 px, 10 for ImageNette."""
-    d = Distilled(torch.rand(3, 3, S, S), torch.rand(3, 4), "soft", torch.zeros(3), torch.ones(3), {})
+    """facts of the released code: 500 images a batch for soft labels, 256 for MobileNet at 64 px,
+    10 for ImageNette."""
+    d = Distilled(
+        torch.rand(3, 3, S, S), torch.rand(3, 4), "soft", torch.zeros(3), torch.ones(3), {}
+    )
     for source, arch, batch, steps in (
-        ("tinyimagenet", "convnet4", 500, 40_000), ("tinyimagenet", "mobilenet", 256, 40_000),
-        ("cifar100", "mobilenet", 500, 10_000), ("imagenet", "vgg11", 500, 10_000), ("imagenette", "vgg11", 10, 1_000),
-    ):  # fmt: skip
+        ("tinyimagenet", "convnet4", 500, 40_000),
+        ("tinyimagenet", "mobilenet", 256, 40_000),
+        ("cifar100", "mobilenet", 500, 10_000),
+        ("imagenet", "vgg11", 500, 10_000),
+        ("imagenette", "vgg11", 10, 1_000),
+    ):
         d.meta["preset"] = source
         files.save(tmp_path / "d.pt", "distilled", d.content())
         args, _ = pretrain.parse_args(["--distilled", str(tmp_path / "d.pt"), "--arch", arch])
-        assert (args.batch_size, args.steps, args.lr, args.optimizer) == (batch, steps, 3e-4, "adamw")
+        assert (args.batch_size, args.steps, args.lr, args.optimizer) == (
+            batch,
+            steps,
+            3e-4,
+            "adamw",
+        )

@@ -1,5 +1,5 @@
-"""KIP: its kernels against finite wide networks and the arc-cosine formulas, its objective against a formula written
-out (float64), and the real command on digits."""
+"""KIP: its kernels against finite wide networks and the arc-cosine formulas, its objective against
+a formula written out (float64), and the real command on digits."""
 
 import json
 import math
@@ -17,16 +17,30 @@ from distillers import kip, ntk
 from tests.conftest import command, stopping_at
 from utils import cli, run
 
-TOY = ["--source", "digits", "--num-images", "20", "--outer-steps", "5", "--outer-batch", "60", "--log-every", "1"]
+TOY = [
+    "--source",
+    "digits",
+    "--num-images",
+    "20",
+    "--outer-steps",
+    "5",
+    "--outer-batch",
+    "60",
+    "--log-every",
+    "1",
+]
 CONV = ["--kernel", "conv", "--depth", "1", "--num-images", "10", "--outer-batch", "20"]
 
 
 def images(seed, n, size=5):
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        n, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def empirical(name, x, y, depth, width, inits):
-    """sum over parameters of df(x)/dw df(y)/dw, averaged over `inits` random networks of finite width."""
+    """sum over parameters of df(x)/dw df(y)/dw, averaged over `inits` random networks of finite
+    width."""
     total = 0
     for seed in range(inits):
         g = torch.Generator().manual_seed(seed)
@@ -36,7 +50,9 @@ def empirical(name, x, y, depth, width, inits):
 
         size, c_in, parameters = x.shape[-1], 3, []
         for _ in range(depth):
-            fan_in = (9 * c_in,) if name == "conv" else (c_in * size**2 if not parameters else width,)
+            fan_in = (
+                (9 * c_in,) if name == "conv" else (c_in * size**2 if not parameters else width,)
+            )
             parameters += [draw(width, *fan_in), draw(width)]
             c_in = width
         parameters += [draw(1, width * size**2 if name == "conv" else width), draw(1)]
@@ -62,7 +78,8 @@ def empirical(name, x, y, depth, width, inits):
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "width"), [("fc", 1, 2000), ("fc", 3, 500), ("conv", 1, 500), ("conv", 3, 200)]
+    ("name", "depth", "width"),
+    [("fc", 1, 2000), ("fc", 3, 500), ("conv", 1, 500), ("conv", 3, 200)],
 )
 def test_kernel_is_the_limit_of_a_wide_network(name, depth, width, inits=16):
     x, y = images(0, 3, 4), images(1, 2, 4)
@@ -70,14 +87,24 @@ def test_kernel_is_the_limit_of_a_wide_network(name, depth, width, inits=16):
     wide, ours = empirical(name, x, y, depth, width, inits), ntk.KERNELS[name](x, y, depth)
     error = (ours - wide).abs().max()
     assert error < 8 * ours.max() / math.sqrt(width * inits)
-    others = [ntk.KERNELS[kind](x, y, d) for kind in ntk.KERNELS for d in (1, 2, 3) if (kind, d) != (name, depth)]
+    others = [
+        ntk.KERNELS[kind](x, y, d)
+        for kind in ntk.KERNELS
+        for d in (1, 2, 3)
+        if (kind, d) != (name, depth)
+    ]
     assert all((other - wide).abs().max() > 2 * error for other in others)
 
 
 def test_fc_kernel_equals_the_arc_cosine_formulas():
     x, y, depth = images(0, 3), images(1, 2), 2
 
-    def arc(a, b, c):  # E relu(u) relu(v) and E relu'(u) relu'(v) of normal (u, v) with variances a, b, covariance c
+    def arc(
+        a,
+        b,
+        c,
+        # E relu(u) relu(v), E relu'(u) relu'(v) of normal (u, v), variances a, b, covariance c
+    ):
         angle = math.acos(c / math.sqrt(a * b))
         cosine = math.cos(angle)
         value = math.sqrt(a * b) * (math.sin(angle) + (math.pi - angle) * cosine) / (2 * math.pi)
@@ -85,7 +112,10 @@ def test_fc_kernel_equals_the_arc_cosine_formulas():
 
     for i in range(3):
         for j in range(2):
-            a, b, c = (2 * (u * v).sum().item() / 75 + 0.01 for u, v in ((x[i],) * 2, (y[j],) * 2, (x[i], y[j])))
+            a, b, c = (
+                2 * (u * v).sum().item() / 75 + 0.01
+                for u, v in ((x[i],) * 2, (y[j],) * 2, (x[i], y[j]))
+            )
             theta = c
             for _ in range(depth):
                 value, slope = arc(a, b, c)
@@ -102,18 +132,27 @@ def test_conv_kernel_by_loops_over_every_pair_of_pixels():
 
     def window(k):
         def at(p, q):
-            return sum(k.get(((p[0] + r, p[1] + c), (q[0] + r, q[1] + c)), 0.0) for r, c in shifts) / 9
+            return (
+                sum(k.get(((p[0] + r, p[1] + c), (q[0] + r, q[1] + c)), 0.0) for r, c in shifts) / 9
+            )
 
         return {(p, q): at(p, q) for p in places for q in places}
 
     def start(a, b):
-        return {(p, q): (a[0, :, p[0], p[1]] * b[0, :, q[0], q[1]]).sum().item() / 3 for p in places for q in places}
+        return {
+            (p, q): (a[0, :, p[0], p[1]] * b[0, :, q[0], q[1]]).sum().item() / 3
+            for p in places
+            for q in places
+        }
 
     for depth in (1, 2):
         k = {"xx": start(x, x), "yy": start(y, y), "xy": start(x, y)}
         theta = dict.fromkeys(k["xy"], 0.0)
         for _ in range(depth):
-            s = {key: {pair: 2 * v + 0.01 for pair, v in window(value).items()} for key, value in k.items()}
+            s = {
+                key: {pair: 2 * v + 0.01 for pair, v in window(value).items()}
+                for key, value in k.items()
+            }
             theta = {pair: s["xy"][pair] + 2 * v for pair, v in window(theta).items()}
             slopes = {}
             for key, (a, b) in {"xx": ("xx", "xx"), "yy": ("yy", "yy"), "xy": ("xx", "yy")}.items():
@@ -121,8 +160,12 @@ def test_conv_kernel_by_loops_over_every_pair_of_pixels():
                 for p, q in s[key]:
                     norm = math.sqrt(s[a][p, p] * s[b][q, q])
                     angle = math.acos(max(-1.0, min(1.0, s[key][p, q] / norm)))
-                    slopes[p, q] = (math.pi - angle) / (2 * math.pi)  # of "xy", the last one, in the end
-                    k[key][p, q] = norm * (math.sin(angle) / (2 * math.pi) + slopes[p, q] * math.cos(angle))
+                    slopes[p, q] = (math.pi - angle) / (
+                        2 * math.pi
+                    )  # of "xy", the last one, in the end
+                    k[key][p, q] = norm * (
+                        math.sin(angle) / (2 * math.pi) + slopes[p, q] * math.cos(angle)
+                    )
             theta = {pair: theta[pair] * slopes[pair] for pair in theta}
         expected = 2 * sum(k["xy"][p, p] + theta[p, p] for p in places) / 9 + 0.01
         assert ntk.conv(x, y, depth).item() == pytest.approx(expected, rel=1e-12)
@@ -134,7 +177,9 @@ def test_kernel_is_symmetric_and_positive_definite(name):
     k = ntk.kernel(name, x, x, 3)
     torch.testing.assert_close(k, k.T, rtol=1e-12, atol=0)
     assert torch.linalg.eigvalsh(k).min() > 1e-3
-    torch.testing.assert_close(k.diagonal(), torch.stack([ntk.kernel(name, e[None], e[None], 3)[0, 0] for e in x]))
+    torch.testing.assert_close(
+        k.diagonal(), torch.stack([ntk.kernel(name, e[None], e[None], 3)[0, 0] for e in x])
+    )
 
 
 @pytest.mark.parametrize("name", ["fc", "conv"])
@@ -160,7 +205,7 @@ def reference(name, x_real, y_real, x, y, ridge, depth, trace):
 
 @pytest.mark.parametrize(("name", "depth"), [("fc", 3), ("conv", 2)])
 def test_objective_and_its_gradient(name, depth):
-    """By central differences; one image of each set holds an area of the same colour."""
+    """By central deviations; one image of each set holds an area of the same colour."""
     x_real, x = images(0, 6), images(1, 4)
     x_real[0, :, :3], x[0, :, :3] = 0.3, 0.3
     labels = torch.eye(3, dtype=torch.float64)
@@ -171,10 +216,14 @@ def test_objective_and_its_gradient(name, depth):
     loss = kip.objective(x_real.float(), y_real.float(), x, y, args)
     loss.backward()
     x_real = x_real.float().double()
-    torch.testing.assert_close(loss, reference(name, x_real, y_real, x, y, ridge, depth, trace), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        loss, reference(name, x_real, y_real, x, y, ridge, depth, trace), rtol=1e-10, atol=0
+    )
     for tensor, other in ((x, y), (y, x)):
         for seed in range(4):
-            direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            direction = torch.randn(
+                tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
             if tensor is x:
                 direction[0, :, :3] = 0  # the cone's tip: no derivative there
             h, ends = 1e-5, []
@@ -183,7 +232,9 @@ def test_objective_and_its_gradient(name, depth):
                 pair = (moved, other.detach()) if tensor is x else (other.detach(), moved)
                 ends.append(reference(name, x_real, y_real, *pair, ridge, depth, trace))
             numeric = (ends[0] - ends[1]) / (2 * h)
-            torch.testing.assert_close((tensor.grad * direction).sum(), numeric, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(
+                (tensor.grad * direction).sum(), numeric, rtol=1e-5, atol=1e-9
+            )
 
 
 def test_gradient_is_finite_where_images_are_equal_or_opposite():
@@ -210,7 +261,11 @@ def data(data_root):
 def test_command_writes_balanced_images_with_their_labels(data_root, data, tmp_path):
     command("-m", "distillers", "kip", "--run-root", tmp_path, *TOY, *CONV, *data)
     d = load_distilled(tmp_path / "digits" / "kip" / "seed0" / "distilled.pt")
-    assert d.target_kind == "soft" and d.images.shape == (10, 3, 32, 32) and d.images.dtype == torch.float32
+    assert (
+        d.target_kind == "soft"
+        and d.images.shape == (10, 3, 32, 32)
+        and d.images.dtype == torch.float32
+    )
     torch.testing.assert_close(d.targets, torch.eye(10) - 0.1)
     source = load_images("digits", "train", 32, data_root)
     start = source.normalised(balanced_subset(source, 10, 0), "cpu")
@@ -251,7 +306,10 @@ def test_stopped_run_goes_on_to_the_very_same_set(data, tmp_path, monkeypatch):
 def test_batches_are_balanced_until_they_are_everything(data_root):
     source = load_images("digits", "train", 32, data_root)
     g = torch.Generator().manual_seed(0)
-    counts = [source.labels[kip.balanced_batch(source, size, g)].bincount().tolist() for size in (3, 60, 1430)]
+    counts = [
+        source.labels[kip.balanced_batch(source, size, g)].bincount().tolist()
+        for size in (3, 60, 1430)
+    ]
     least = int(source.labels.bincount().min())
     assert counts == [[1] * 10, [6] * 10, [least] * 10] and least < 143
     assert torch.equal(kip.balanced_batch(source, 5000, g), torch.arange(len(source)))

@@ -1,4 +1,5 @@
-"""The k-means baseline on real digits: the true nearest images, each once, balanced; without labels too."""
+"""The k-means baseline on real digits: the true nearest images, each once, balanced; without labels
+too."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import models
 from data.distilled import load_distilled
 from data.images import load_images
 from distillers import kmeans, method
-from distillers.target import load_target
+from models.target import load_target
 from utils import files
 from utils.errors import UserError
 
@@ -20,7 +21,7 @@ def made(roots, runs, tmp_path):
 
     def call(*flags, seed=0, top="runs"):
         target = str(runs / "target" / "seed0" / "target.pt")
-        places = [*roots[:2], "--run-root", str(tmp_path / top), "--target", target]
+        places = [*roots[:2], "--run-root", str(tmp_path / top), "--target-network", target]
         method.main(kmeans.METHOD, ["--source", "digits", *places, "--seed", str(seed), *flags])
         return load_distilled(tmp_path / top / "digits" / "kmeans" / f"seed{seed}" / "distilled.pt")
 
@@ -34,7 +35,9 @@ def source(data_root):
 
 @pytest.fixture(scope="module")
 def features(source, runs):
-    target = load_target(runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32")
+    target = load_target(
+        runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
+    )
     return target.features_of(source).numpy()
 
 
@@ -50,7 +53,9 @@ def test_chosen_images_are_the_nearest_to_each_classs_centroids(made, source, fe
     from sklearn.cluster import KMeans
 
     d = made("--num-images", "40")
-    assert d.target_kind == "class" and d.targets.tolist() == [c for c in range(10) for _ in range(4)]
+    assert d.target_kind == "class" and d.targets.tolist() == [
+        c for c in range(10) for _ in range(4)
+    ]
     chosen = indices(d, source)
     assert len(set(chosen.tolist())) == 40
     for c in range(10):
@@ -67,7 +72,7 @@ def test_chosen_images_are_the_nearest_to_each_classs_centroids(made, source, fe
 
 def test_centroids_are_means_of_their_own_images(source, features):
     f = torch.from_numpy(features[source.labels.numpy() == 3])
-    centres = kmeans.centroids(f, 5, seed=1)
+    centres = kmeans.fit_centroids(f, 5, seed=1)
     nearest = torch.stack([(f - c).square().sum(1) for c in centres]).argmin(0)
     means = torch.stack([f[nearest == j].mean(0) for j in range(5)])
     torch.testing.assert_close(centres, means, rtol=1e-3, atol=1e-3)
@@ -75,7 +80,9 @@ def test_centroids_are_means_of_their_own_images(source, features):
 
 def test_two_centroids_with_the_same_nearest_image_get_two_images():
     features = torch.tensor([[0.0], [1.0], [5.0], [5.2]])
-    assert kmeans.nearest_distinct(features, torch.tensor([[4.9], [5.05], [0.2], [5.0]])).tolist() == [2, 3, 0, 1]
+    assert kmeans.nearest_distinct(
+        features, torch.tensor([[4.9], [5.05], [0.2], [5.0]])
+    ).tolist() == [2, 3, 0, 1]
 
 
 def test_summed_error_is_the_distance_to_the_nearest_chosen(monkeypatch):
@@ -83,7 +90,13 @@ def test_summed_error_is_the_distance_to_the_nearest_chosen(monkeypatch):
     g = torch.Generator().manual_seed(0)
     f, chosen = torch.randn(11, 3, generator=g), torch.randn(4, 3, generator=g)
     expected = sum(min(((a - b) ** 2).sum().item() for b in chosen) for a in f)
-    assert kmeans.summed_error(f, chosen) == pytest.approx(expected, rel=1e-5)
+    assert kmeans.sum_distances(f, chosen) == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_can_be_ignored(made, source, features):
+    d = made("--num-images", "25", "--ignore-labels")  # no multiple of the ten classes
+    assert d.target_kind == "feature" and d.meta["initial"] == indices(d, source).tolist()
+    np.testing.assert_array_equal(d.targets.numpy(), features[d.meta["initial"]])
 
 
 def test_they_cover_the_source_better_than_random_images(made):
@@ -93,16 +106,17 @@ def test_they_cover_the_source_better_than_random_images(made):
 
 def test_seeds(made):
     first, again, other = (
-        made("--num-images", "20", seed=seed, top=top) for seed, top in ((0, "a"), (0, "b"), (1, "a"))
+        made("--num-images", "20", seed=seed, top=top)
+        for seed, top in ((0, "a"), (0, "b"), (1, "a"))
     )
     assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
 
 
 def test_mini_batches_beyond_a_size(source, features, monkeypatch):
     f = torch.from_numpy(features)
-    whole = kmeans.summed_error(f, kmeans.centroids(f, 10, 0))
+    whole = kmeans.sum_distances(f, kmeans.fit_centroids(f, 10, 0))
     monkeypatch.setattr(kmeans, "MOST_PAIRS", 10 * len(f) - 1)
-    parts = kmeans.summed_error(f, kmeans.centroids(f, 10, 0))
+    parts = kmeans.sum_distances(f, kmeans.fit_centroids(f, 10, 0))
     assert parts != whole and parts < 1.3 * whole
 
 
@@ -111,12 +125,30 @@ def test_without_labels_over_all_images_with_the_targets_features(tmp_path, sour
     folder.mkdir()
     for i in range(40):
         save_image(source.raw(torch.tensor([i]), "cpu")[0], folder / f"{i:02}.png")
-    photos, network = load_images(str(folder), "train", 32, data), models.build("resnet18_target", 32, 0, 0.03)
-    content = dict(network=network.state_dict(), arch="resnet18_target", width=0.03, image_size=32, source=photos.name,
-                   fingerprint=photos.fingerprint)  # fmt: skip
+    photos, network = (
+        load_images(str(folder), "train", 32, data),
+        models.build("resnet18_target", 32, 0, 0.03),
+    )
+    content = dict(
+        network=network.state_dict(),
+        arch="resnet18_target",
+        width=0.03,
+        image_size=32,
+        source=photos.name,
+        fingerprint=photos.fingerprint,
+    )
     files.save(tmp_path / "target.pt", "target", content)
-    flags = ["--source", folder, "--preset", "digits", "--data-root", data, "--run-root", tmp_path / "runs"]
-    flags += ["--target", tmp_path / "target.pt", "--num-images", 7]
+    flags = [
+        "--source",
+        folder,
+        "--preset",
+        "digits",
+        "--data-root",
+        data,
+        "--run-root",
+        tmp_path / "runs",
+    ]
+    flags += ["--target-network", tmp_path / "target.pt", "--num-images", 7]
     method.main(kmeans.METHOD, [str(word) for word in flags])
     d = load_distilled(tmp_path / "runs" / photos.name / "kmeans" / "seed0" / "distilled.pt")
     assert d.target_kind == "feature" and len(set(indices(d, photos).tolist())) == 7
@@ -124,7 +156,9 @@ def test_without_labels_over_all_images_with_the_targets_features(tmp_path, sour
     torch.testing.assert_close(d.targets, target.features(d.images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("m", "message"), [(25, "not a multiple of digits's 10 classes"), (2000, "fewer than 200")])
+@pytest.mark.parametrize(
+    ("m", "message"), [(25, "not a multiple of digits's 10 classes"), (2000, "fewer than 200")]
+)
 def test_numbers_that_cannot_be_balanced(made, tmp_path, m, message):
     with pytest.raises(UserError, match=message):
         made("--num-images", str(m))

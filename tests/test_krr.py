@@ -1,4 +1,5 @@
-"""The ridge head against its primal solution, and the meta-gradient against central differences (float64)."""
+"""The ridge head against its primal solution, and the meta-gradient against central deviations
+(float64)."""
 
 import pytest
 import torch
@@ -22,24 +23,38 @@ def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
     damping = 1e-3 * torch.trace(f_syn @ f_syn.T) / (m if per_image else 1)
     # argmin_W ||f_syn W - y||^2 + damping ||W||^2, solved for W (d_h, d_y) itself
-    primal = torch.linalg.inv(f_syn.T @ f_syn + damping * torch.eye(f_syn.shape[1], dtype=torch.float64)) @ f_syn.T @ y
+    primal = (
+        torch.linalg.inv(f_syn.T @ f_syn + damping * torch.eye(f_syn.shape[1], dtype=torch.float64))
+        @ f_syn.T
+        @ y
+    )
     torch.testing.assert_close(ours, f_real @ primal, rtol=1e-9, atol=1e-9)
 
 
 def test_bias_column_predicts_a_constant_that_features_alone_cannot():
     g = torch.Generator().manual_seed(1)
-    f_real, f_syn, y = features(g, 5, 3), features(g, 40, 3), torch.full((40, 2), 7.0, dtype=torch.float64)
+    f_real, f_syn, y = (
+        features(g, 5, 3),
+        features(g, 40, 3),
+        torch.full((40, 2), 7.0, dtype=torch.float64),
+    )
     torch.testing.assert_close(ridge_predict(f_real, f_syn, y, 1e-12), torch.full_like(y[:5], 7.0))
     assert (ridge_predict(f_real, f_syn, y, 1e-12, bias=False) - 7).abs().max() > 1
 
 
 def test_meta_gradients_agree_with_central_differences():
-    """d loss / d X_s and d loss / d Y_s through a ConvNet in eval mode, with the trace of the ridge held constant."""
+    """d loss / d X_s and d loss / d Y_s through a ConvNet in eval mode, with the trace of the ridge
+    held constant."""
     torch.manual_seed(0)
     network = models.build("convnet3", 32, 4, width=0.03).double()
-    network(torch.randn(16, 3, 32, 32, dtype=torch.float64))  # running statistics that are not 0 and 1
+    network(
+        torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    )  # running statistics that are not 0 and 1
     network.eval().requires_grad_(False)
-    x_real, y_real = torch.randn(12, 3, 32, 32, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    x_real, y_real = (
+        torch.randn(12, 3, 32, 32, dtype=torch.float64),
+        torch.randn(12, 4, dtype=torch.float64),
+    )
     x, y = torch.randn(5, 3, 32, 32, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     x.requires_grad_(), y.requires_grad_()
     f_real = network.embed(x_real)
@@ -57,18 +72,26 @@ def test_meta_gradients_agree_with_central_differences():
     torch.testing.assert_close(loss, loss_at(x, y))
     for tensor, other in ((x, y), (y, x)):
         for seed in range(8):
-            direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            direction = torch.randn(
+                tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
             h = 1e-5
             with torch.no_grad():
                 ends = [(tensor + s * h * direction, other) for s in (1, -1)]
                 up, down = (loss_at(*(pair if tensor is x else pair[::-1])) for pair in ends)
             numeric = (up - down) / (2 * h)
-            torch.testing.assert_close((tensor.grad * direction).sum(), numeric, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(
+                (tensor.grad * direction).sum(), numeric, rtol=1e-5, atol=1e-9
+            )
 
 
 def test_float32_prediction_is_near_float64_at_the_default_ridge():
     g = torch.Generator().manual_seed(2)
-    f_real, f_syn, y = features(g, 50, 400).relu(), features(g, 200, 400).relu(), features(g, 200, 16)
+    f_real, f_syn, y = (
+        features(g, 50, 400).relu(),
+        features(g, 200, 400).relu(),
+        features(g, 200, 16),
+    )
     exact = ridge_predict(f_real, f_syn, y, 1e-6)
     ours = ridge_predict(f_real.float(), f_syn.float(), y.float(), 1e-6)
     assert ours.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""DM, DSA and MTT: their formulas against naive ones in float64, and the real commands at toy size."""
+"""DM, DSA and MTT: formulas against naive ones in float64, and the real commands at toy size."""
 
 import json
 from types import SimpleNamespace
@@ -22,9 +22,25 @@ from utils.sampling import Randomness
 TOY = dict(
     dm=["--outer-steps", "4", "--real-batch", "8"],
     dsa=["--networks", "2", "--outer-loops", "2", "--inner-epochs", "2", "--real-batch", "4"],
-    mtt=["--outer-steps", "4", "--inner-steps", "2", "--inner-batch", "7", "--max-start", "2", "--experts", "2",
-         "--expert-batch", "64", "--outer-lr", "100", "--match-epochs", "2"],
-)  # fmt: skip
+    mtt=[
+        "--outer-steps",
+        "4",
+        "--inner-steps",
+        "2",
+        "--inner-batch",
+        "7",
+        "--max-start",
+        "2",
+        "--experts",
+        "2",
+        "--expert-batch",
+        "64",
+        "--outer-lr",
+        "100",
+        "--match-epochs",
+        "2",
+    ],
+)
 
 
 def normal(seed, *shape):
@@ -38,14 +54,19 @@ def tiny_network(num_outputs=3):
 
 @pytest.fixture(scope="session")
 def small_root(tmp_path_factory):
-    """A data root with 200 of the digits, 14 of the 3 and 20 or more of each other class, as class folders."""
+    """A data root with 200 of the digits, 14 of the 3 and 20 or more of each other class, as class
+    folders."""
     root = tmp_path_factory.mktemp("small")
     digits = load_images("digits", "train", 32, root)
     for split in ("train", "test"):
         for label in range(10):
             folder = root / "few" / split / str(label)
             folder.mkdir(parents=True)
-            for i in (digits.labels == label).nonzero()[: 14 if label == 3 else 20 + (label < 6), 0].tolist():
+            for i in (
+                (digits.labels == label)
+                .nonzero()[: 14 if label == 3 else 20 + (label < 6), 0]
+                .tolist()
+            ):
                 save_image(digits.raw(torch.tensor([i]), "cpu")[0], folder / f"{i}.png")
     return root
 
@@ -59,7 +80,11 @@ def source(small_root):
 def quick(monkeypatch):
     """One thread, which is faster for networks this small, and few draws to measure with."""
     torch.set_num_threads(1)
-    for module, name in ((dm, "MEASURED_NETWORKS"), (dsa, "MEASURED_NETWORKS"), (mtt, "MEASURED_STARTS")):
+    for module, name in (
+        (dm, "MEASURED_NETWORKS"),
+        (dsa, "MEASURED_NETWORKS"),
+        (mtt, "MEASURED_STARTS"),
+    ):
         monkeypatch.setattr(module, name, 2)
 
 
@@ -75,12 +100,17 @@ def test_mean_distance_equals_loops_over_classes_and_images():
             real = [f_real[i, j].item() for i in range(7) if y_real[i] == c]
             syn = [f_syn[i, j].item() for i in range(6) if y_syn[i] == c]
             expected += (sum(real) / len(real) - sum(syn) / len(syn)) ** 2
-    assert dm.mean_distance(f_real, y_real, f_syn, y_syn, 3).item() == pytest.approx(expected, rel=1e-12)
+    assert dm.mean_distance(f_real, y_real, f_syn, y_syn, 3).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("images_in_a_pass", [1, 24, 10_000])
-def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(source, monkeypatch, images_in_a_pass):
-    """Loss and gradient of DM, from the pieces: one draw of augmentation and one of real images for each class."""
+def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(
+    source, monkeypatch, images_in_a_pass
+):
+    """Loss and gradient of DM, from the pieces: one draw of augmentation and one of real images for
+    each class."""
     device = torch.device("cpu")
     real = labelled.ClassBatches(source, 8, device)
     torch.manual_seed(0)
@@ -88,7 +118,9 @@ def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(source, monk
     x = source.normalised(balanced_subset(source, 20, 0), device).requires_grad_()
     randomness, naive = Randomness(5, device), 0.0
     for c in range(10):
-        a, b = dm.diff_augment_alike(randomness.device, real.draw(c, randomness.cpu), x[2 * c : 2 * c + 2])
+        a, b = dm.diff_augment_alike(
+            randomness.device, real.draw(c, randomness.cpu), x[2 * c : 2 * c + 2]
+        )
         naive = naive + (network.embed(a).mean(0) - network.embed(b).mean(0)).square().sum()
     (expected,) = torch.autograd.grad(naive, x)
     monkeypatch.setattr(dm, "PASS", images_in_a_pass)
@@ -109,8 +141,12 @@ def test_gradient_distance_equals_loops_over_rows():
             dot = sum(i * j for i, j in zip(p, q, strict=True))
             expected += 1 - dot / (sum(i * i for i in p) ** 0.5 * sum(j * j for j in q) ** 0.5)
     assert dsa.gradient_distance(real, syn).item() == pytest.approx(expected, rel=1e-5)
-    assert dsa.gradient_distance(real, [5 * each for each in real]).item() == pytest.approx(0, abs=1e-5)
-    assert dsa.gradient_distance(real, [-each for each in real]).item() == pytest.approx(2 * 6, rel=1e-5)
+    assert dsa.gradient_distance(real, [5 * each for each in real]).item() == pytest.approx(
+        0, abs=1e-5
+    )
+    assert dsa.gradient_distance(real, [-each for each in real]).item() == pytest.approx(
+        2 * 6, rel=1e-5
+    )
 
 
 def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
@@ -123,7 +159,9 @@ def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
 def test_weight_gradients_are_those_of_convolutions_and_head_only():
     network, x = tiny_network().float(), normal(0, 4, 3, 32, 32).float()
     F.cross_entropy(network(x), torch.full((4,), 2)).backward()
-    expected = [m.weight.grad for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    expected = [
+        m.weight.grad for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    ]
     ours = dsa.weight_gradients(network, x, 2, "fp32")
     assert len(ours) == 4
     for gradient, theirs in zip(ours, expected, strict=True):
@@ -131,7 +169,11 @@ def test_weight_gradients_are_those_of_convolutions_and_head_only():
 
 
 def test_dsa_image_gradient_agrees_with_central_differences():
-    network, x_real, x = tiny_network().double(), normal(0, 5, 3, 32, 32), normal(1, 2, 3, 32, 32).requires_grad_()
+    network, x_real, x = (
+        tiny_network().double(),
+        normal(0, 5, 3, 32, 32),
+        normal(1, 2, 3, 32, 32).requires_grad_(),
+    )
 
     def gradients(x, create_graph=False):
         weights = [p for p in network.parameters() if p.ndim > 1]
@@ -142,45 +184,69 @@ def test_dsa_image_gradient_agrees_with_central_differences():
     dsa.gradient_distance(g_real, gradients(x, create_graph=True)).backward(inputs=[x])
     for seed in range(4):
         direction, h = normal(seed + 5, *x.shape), 1e-6
-        up, down = (dsa.gradient_distance(g_real, gradients(x.detach() + s * h * direction)) for s in (1, -1))
-        torch.testing.assert_close((x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-9)
+        up, down = (
+            dsa.gradient_distance(g_real, gradients(x.detach() + s * h * direction))
+            for s in (1, -1)
+        )
+        torch.testing.assert_close(
+            (x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize(
     ("per_class", "expected"),
-    [(1, (1, 1)), (2, (2, 50)), (10, (10, 50)), (11, (11, 25)), (20, (20, 25)), (30, (30, 20)), (40, (40, 15)),
-     (50, (50, 10)), (100, (50, 10))],
-)  # fmt: skip
+    [
+        (1, (1, 1)),
+        (2, (2, 50)),
+        (10, (10, 50)),
+        (11, (11, 25)),
+        (20, (20, 25)),
+        (30, (30, 20)),
+        (40, (40, 15)),
+        (50, (50, 10)),
+        (100, (50, 10)),
+    ],
+)
 def test_loops_by_images_per_class(per_class, expected):
-    assert dsa.loops(per_class) == expected
+    assert dsa.loop_counts(per_class) == expected
 
 
 @pytest.fixture
 def unrolled():
-    """A tiny network, theta*_t, theta*_{t+M}, images in three inner batches, and the rate; and the loss the naive way:
-    one graph through all steps."""
+    """A tiny network, theta*_t, theta*_{t+M}, images in three inner batches, and the rate; and the
+    loss the naive way: one graph through all steps."""
     network = tiny_network()
-    start = unroll.flat(network)
+    start = unroll.flatten_parameters(network)
     goal = start + 0.05 * normal(1, len(start))
-    x, y, rate = normal(2, 6, 3, 32, 32).requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor(0.03).double()
+    x, y, rate = (
+        normal(2, 6, 3, 32, 32).requires_grad_(),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        torch.tensor(0.03).double(),
+    )
     parts = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 5]), torch.tensor([1, 4, 5])]
 
     def naive(x, rate):
-        theta = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+        theta = {
+            name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()
+        }
         for part in parts:
             loss = F.cross_entropy(torch.func.functional_call(network, theta, (x[part],)), y[part])
             gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-            theta = {name: p - rate * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+            theta = {
+                name: p - rate * g for (name, p), g in zip(theta.items(), gradients, strict=True)
+            }
         reached = torch.cat([p.flatten() for p in theta.values()])
         return (reached - goal).norm() ** 2 / (start - goal).norm() ** 2
 
     batches = [(x[part], y[part]) for part in parts]
-    return SimpleNamespace(network=network, start=start, goal=goal, x=x, rate=rate, batches=batches, naive=naive)
+    return SimpleNamespace(
+        network=network, start=start, goal=goal, x=x, rate=rate, batches=batches, naive=naive
+    )
 
 
 def test_mtt_loss_and_gradients_equal_one_graph_through_all_steps(unrolled):
     u = unrolled
-    loss, by_x, by_rate = mtt.matching(u.network, u.start, u.goal, u.batches, u.rate)
+    loss, by_x, by_rate = mtt.matching_loss(u.network, u.start, u.goal, u.batches, u.rate)
     torch.autograd.backward([x for x, _ in u.batches], by_x)
     rate = u.rate.clone().requires_grad_()
     expected = u.naive(u.x, rate)
@@ -193,27 +259,37 @@ def test_mtt_loss_and_gradients_equal_one_graph_through_all_steps(unrolled):
 
 def test_mtt_gradients_agree_with_central_differences(unrolled):
     u, h = unrolled, 1e-6
-    _, by_x, by_rate = mtt.matching(u.network, u.start, u.goal, u.batches, u.rate)
+    _, by_x, by_rate = mtt.matching_loss(u.network, u.start, u.goal, u.batches, u.rate)
     torch.autograd.backward([x for x, _ in u.batches], by_x)
     for seed in range(4):
         direction = normal(seed + 5, *u.x.shape)
         up, down = (u.naive(u.x.detach() + s * h * direction, u.rate).detach() for s in (1, -1))
-        torch.testing.assert_close((u.x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(
+            (u.x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-10
+        )
     up, down = (u.naive(u.x.detach(), u.rate + s * h).detach() for s in (1, -1))
     torch.testing.assert_close(by_rate, (up - down) / (2 * h), rtol=1e-5, atol=1e-10)
 
 
 def test_mtt_loss_is_one_at_the_start_and_zero_at_the_goal(unrolled):
     u, still = unrolled, torch.zeros((), dtype=torch.float64)
-    assert mtt.matching(u.network, u.start, u.goal, u.batches, still)[0].item() == pytest.approx(1, rel=1e-12)
+    assert mtt.matching_loss(u.network, u.start, u.goal, u.batches, still)[
+        0
+    ].item() == pytest.approx(1, rel=1e-12)
     x, y = u.batches[0]
-    goal = u.start - 0.1 * mtt.inner_gradient(u.network, u.start.clone().requires_grad_(), x.detach(), y)
-    assert mtt.matching(u.network, u.start, goal, [(x, y)], still + 0.1)[0].item() == pytest.approx(0, abs=1e-20)
+    goal = u.start - 0.1 * mtt.inner_gradient(
+        u.network, u.start.clone().requires_grad_(), x.detach(), y
+    )
+    assert mtt.matching_loss(u.network, u.start, goal, [(x, y)], still + 0.1)[
+        0
+    ].item() == pytest.approx(0, abs=1e-20)
 
 
 def test_flat_parameters_come_back_by_name():
     network = tiny_network()
-    for name, value in unroll.unflat(unroll.flat(network), network).items():
+    for name, value in unroll.unflatten_parameters(
+        unroll.flatten_parameters(network), network
+    ).items():
         assert torch.equal(value, network.get_parameter(name))
 
 
@@ -232,7 +308,18 @@ def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(
 
 def distil(method, top, small_root, *flags, seed=0):
     """The real command in this process: the set, its log, and its folder."""
-    words = ["--source", "few", "--preset", "digits", "--num-images", "20", "--width", "0.05", "--log-every", "1"]
+    words = [
+        "--source",
+        "few",
+        "--preset",
+        "digits",
+        "--num-images",
+        "20",
+        "--width",
+        "0.05",
+        "--log-every",
+        "1",
+    ]
     roots = ["--data-root", str(small_root), "--run-root", str(top), "--seed", str(seed)]
     distillers.main([method, *words, *roots, *TOY[method], *flags])
     folder = top / "few" / method / f"seed{seed}"
@@ -281,19 +368,30 @@ def test_stopped_run_goes_on_to_the_very_same_set(method, small_root, tmp_path, 
 @pytest.mark.parametrize(
     ("method", "share", "flags"),
     [
-        ("dm", 0.85, ["--width", "0.1", "--outer-lr", "0.5", "--outer-steps", "25", "--real-batch", "20"]),
+        (
+            "dm",
+            0.85,
+            ["--width", "0.1", "--outer-lr", "0.5", "--outer-steps", "25", "--real-batch", "20"],
+        ),
         ("dsa", 0.95, ["--networks", "20", "--outer-loops", "1", "--real-batch", "20"]),
-        ("mtt", 0.9, ["--outer-lr", "1000", "--outer-steps", "15", "--experts", "1", "--max-start", "1"]),
+        (
+            "mtt",
+            0.9,
+            ["--outer-lr", "1000", "--outer-steps", "15", "--experts", "1", "--max-start", "1"],
+        ),
     ],
-)  # fmt: skip
-def test_distillation_of_digits_lowers_the_objective(method, share, flags, small_root, tmp_path, monkeypatch):
-    """For DSA under one and the same network each time: over fresh ones so few steps are lost in the noise."""
+)
+def test_distillation_of_digits_lowers_the_objective(
+    method, share, flags, small_root, tmp_path, monkeypatch
+):
+    """For DSA under one and the same network each time: over fresh ones so few steps are lost in
+    the noise."""
 
     def same_network(*args):
         torch.manual_seed(0)
-        return labelled.fresh_network(*args)
+        return labelled.build_untrained(*args)
 
-    monkeypatch.setattr(dsa, "fresh_network", same_network)
+    monkeypatch.setattr(dsa, "build_untrained", same_network)
     learned, _ = distil(method, tmp_path, small_root, *flags)
     assert learned.meta["objective_distilled"] < share * learned.meta["objective_initial"]
     assert learned.images.isfinite().all()
@@ -315,33 +413,75 @@ def test_experts_are_trained_once_and_again_when_what_decides_them_changes(small
     assert len(experts_in(tmp_path)) == 5
 
 
-def test_expert_holds_the_parameters_of_plain_sgd_after_each_epoch(small_root, source, tmp_path, monkeypatch):
-    """Without augmentation, in one batch an epoch: theta_{t+1} = theta_t - lr * gradient on the whole source."""
+def test_expert_holds_the_parameters_of_plain_sgd_after_each_epoch(
+    small_root, source, tmp_path, monkeypatch
+):
+    """Without augmentation, in one batch an epoch: theta_{t+1} = theta_t - lr * gradient on the
+    whole source."""
     monkeypatch.setattr(mtt, "diff_augment", lambda x, generator: x)
-    distil("mtt", tmp_path, small_root, "--expert-batch", "1000", "--expert-lr", "0.05", "--outer-steps", "1")
+    distil(
+        "mtt",
+        tmp_path,
+        small_root,
+        "--expert-batch",
+        "1000",
+        "--expert-lr",
+        "0.05",
+        "--outer-steps",
+        "1",
+    )
     trajectories = [files.load(path, "expert")["trajectory"] for path in experts_in(tmp_path)]
     for k, trajectory in enumerate(trajectories):
         torch.manual_seed(k)
         network = models.build("dc_convnet3", 32, 10, 0.05)
-        assert trajectory.shape == (2 + 2, unroll.flat(network).numel())  # epochs 0 to max_start - 1 + M
-        torch.testing.assert_close(trajectory[0], unroll.flat(network))
+        assert trajectory.shape == (
+            2 + 2,
+            unroll.flatten_parameters(network).numel(),
+        )  # epochs 0 to max_start - 1 + M
+        torch.testing.assert_close(trajectory[0], unroll.flatten_parameters(network))
         for epoch in range(3):
-            loss = F.cross_entropy(network(source.normalised(torch.arange(len(source)), "cpu")), source.labels)
+            loss = F.cross_entropy(
+                network(source.normalised(torch.arange(len(source)), "cpu")), source.labels
+            )
             gradients = torch.autograd.grad(loss, list(network.parameters()))
             with torch.no_grad():
                 for p, gradient in zip(network.parameters(), gradients, strict=True):
                     p -= 0.05 * gradient
-            torch.testing.assert_close(trajectory[epoch + 1], unroll.flat(network), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                trajectory[epoch + 1], unroll.flatten_parameters(network), rtol=1e-3, atol=1e-4
+            )
     assert not torch.equal(*trajectories)
 
 
 def test_learned_rate_is_updated_and_stays_positive(small_root, tmp_path):
     learned, log = distil("mtt", tmp_path / "usual", small_root, "--rate-lr", "1e-4")
-    rates = [*(line["rate"] for line in log), learned.meta["learned_rate"]]  # each before its step, and the last
+    rates = [
+        *(line["rate"] for line in log),
+        learned.meta["learned_rate"],
+    ]  # each before its step, and the last
     assert rates[0] == pytest.approx(0.01) and min(rates) > 0 and len({*rates}) == len(rates)
     # Eight inner steps where the expert took one: the rate is pushed below 0 if nothing holds it.
-    one_step = ["--experts", "1", "--expert-batch", "1000", "--max-start", "1", "--match-epochs", "1"]
-    flags = [*one_step, "--outer-steps", "1", "--inner-steps", "8", "--outer-lr", "0", "--rate-lr", "1000"]
+    one_step = [
+        "--experts",
+        "1",
+        "--expert-batch",
+        "1000",
+        "--max-start",
+        "1",
+        "--match-epochs",
+        "1",
+    ]
+    flags = [
+        *one_step,
+        "--outer-steps",
+        "1",
+        "--inner-steps",
+        "8",
+        "--outer-lr",
+        "0",
+        "--rate-lr",
+        "1000",
+    ]
     pushed, _ = distil("mtt", tmp_path / "pushed", small_root, *flags)
     assert pushed.meta["learned_rate"] == pytest.approx(0.01 * mtt.LEAST_RATE)
 
@@ -363,13 +503,17 @@ def test_number_that_is_no_multiple_of_the_classes(method, small_root, tmp_path)
 
 @pytest.mark.parametrize("method", TOY)
 def test_loss_that_is_not_finite_stops_with_advice(method, small_root, tmp_path):
-    with pytest.raises(UserError, match=r"distil, step \d+ of \d+: .* is not finite.*lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"distil, step \d+ of \d+: .* is not finite.*lower the learning rate"
+    ):
         distil(method, tmp_path, small_root, "--outer-lr", "1e38")
     assert not (tmp_path / "few" / method / "seed0" / "distilled.pt").exists()
 
 
 def test_expert_that_diverges_stops_with_advice(small_root, tmp_path):
-    with pytest.raises(UserError, match=r"expert 0, step \d+ of \d+: loss is not finite.*lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"expert 0, step \d+ of \d+: loss is not finite.*lower the learning rate"
+    ):
         distil("mtt", tmp_path, small_root, "--expert-lr", "1e30")
 
 
@@ -378,5 +522,14 @@ def test_images_without_labels(tmp_path):
         save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
     for method in TOY:
         with pytest.raises(UserError, match="no labels"):
-            distillers.main([method, "--source", str(tmp_path), "--data-root", str(tmp_path / "data"),
-                             "--run-root", str(tmp_path / "runs")])  # fmt: skip
+            distillers.main(
+                [
+                    method,
+                    "--source",
+                    str(tmp_path),
+                    "--data-root",
+                    str(tmp_path / "data"),
+                    "--run-root",
+                    str(tmp_path / "runs"),
+                ]
+            )

@@ -48,7 +48,9 @@ def test_head_of_the_paper():
 
 
 @pytest.mark.parametrize("size", [32, 64, 224])
-@pytest.mark.parametrize("arch", [name for name in models.ARCHITECTURES if name != "resnet50_target"])
+@pytest.mark.parametrize(
+    "arch", [name for name in models.ARCHITECTURES if name != "resnet50_target"]
+)
 def test_every_network_narrow_at_every_size(arch, size):
     network = models.build(arch, size, 4, width=0.125)
     loss = network(torch.randn(2, 3, size, size)).square().mean()
@@ -57,8 +59,12 @@ def test_every_network_narrow_at_every_size(arch, size):
 
 
 def test_instance_norm_treats_each_image_by_itself():
-    """Its output is each channel of each image minus its mean over its deviation, and no image sees another."""
-    network, x = models.build("dc_convnet3", 32, 4, width=0.05).double(), torch.randn(3, 3, 32, 32).double()
+    """Its output is each channel of each image minus its mean over its deviation, and no image sees
+    another."""
+    network, x = (
+        models.build("dc_convnet3", 32, 4, width=0.05).double(),
+        torch.randn(3, 3, 32, 32).double(),
+    )
     maps = network.features[0](x)
     normalised = (maps - maps.mean((2, 3), keepdim=True)) / (
         maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5
@@ -78,14 +84,20 @@ def test_resnet_maps_have_the_paper_sizes():
     features = models.build("resnet10", 32, 1).features
     sides = []
     for name in ("conv1", "layer1", "layer2", "layer3", "layer4"):
-        getattr(features, name).register_forward_hook(lambda module, x, y: sides.append(y.shape[-1]))
+        getattr(features, name).register_forward_hook(
+            lambda module, x, y: sides.append(y.shape[-1])
+        )
     features(torch.randn(2, 3, 32, 32))
     assert sides == [34, 34, 17, 9, 5]
 
 
-@pytest.mark.parametrize(("arch", "zero"), [("resnet18", True), ("resnet10", True), ("resnet18_target", False)])
+@pytest.mark.parametrize(
+    ("arch", "zero"), [("resnet18", True), ("resnet10", True), ("resnet18_target", False)]
+)
 def test_residual_branches_start_at_zero_but_for_the_target(arch, zero):
-    norms = [m for name, m in models.build(arch, 32, 1).features.named_modules() if name.endswith(".bn2")]
+    norms = [
+        m for name, m in models.build(arch, 32, 1).features.named_modules() if name.endswith(".bn2")
+    ]
     assert norms and all(bool((m.weight == 0).all()) == zero for m in norms)
 
 
@@ -101,5 +113,7 @@ def test_same_seed_same_network_and_torchvision_names():
         torch.manual_seed(3)
         built.append(models.build("resnet18_target", 32, 0).state_dict())
     assert all(torch.equal(value, built[1][name]) for name, value in built[0].items())
-    theirs = {name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")}
+    theirs = {
+        name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")
+    }
     assert {name.removeprefix("features.") for name in built[0]} == theirs

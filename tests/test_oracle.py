@@ -1,17 +1,21 @@
-"""Pre-training on all of a source: the recipe of a distilled set with other images, and its row in the tables."""
+"""Pre-training on all of a source: the recipe of a distilled set with other images, and its row in
+the tables."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
+import distill
+import models
 import pretrain
-from benchmarks import tables
+from analysis import tables
 from data.distilled import load_distilled
 from data.images import load_images
 from distillers import method
-from distillers.target import load_target
 from models.saved import load_model
+from models.target import load_target
 from tests.conftest import command, stopping_at
 from utils import files, run
 from utils.errors import UserError
@@ -23,8 +27,19 @@ PLACE = "full/seed0/convnet3-x0.125"
 @pytest.fixture
 def toy(roots, runs, tmp_path):
     """Flags of a toy oracle on digits, in a run root of its own."""
-    return ["--source", "digits", *roots[:2], "--run-root", str(tmp_path), "--width", "0.125", "--log-every", "1",
-            "--target", str(runs / "target" / "seed0" / "target.pt")]  # fmt: skip
+    return [
+        "--source",
+        "digits",
+        *roots[:2],
+        "--run-root",
+        str(tmp_path),
+        "--width",
+        "0.125",
+        "--log-every",
+        "1",
+        "--target-network",
+        str(runs / "target" / "seed0" / "target.pt"),
+    ]
 
 
 @pytest.fixture
@@ -36,41 +51,67 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(toy, roots, runs, source, tmp_path):
+def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(
+    toy, roots, runs, source, tmp_path
+):
     """So it is the recipe for features, on X_t and g_phi(X_t); and the loss falls."""
     steps = ["--steps", "25", "--batch-size", "100"]
     pretrain.main([*toy, *steps])
-    target = load_target(runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32")
+    target = load_target(
+        runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
+    )
     every = torch.arange(len(source))
-    whole = method.packed(source.normalised(every, "cpu"), target.features_of(source), "feature", source)
+    whole = method.make_distilled(
+        source.normalised(every, "cpu"), target.features_of(source), "feature", source
+    )
     whole.meta |= dict(source="digits", method="all", preset="digits")
     files.save(tmp_path / "all" / "distilled.pt", "distilled", whole.content())
     with pytest.MonkeyPatch.context() as patch:  # no flag --steps where the recipe counts epochs
         recipe = preset("digits", "pretrain", "feature") | dict(epochs=0, steps=25)
-        patch.setattr(pretrain, "preset", lambda name, stage, *kind: recipe if kind else preset(name, stage))
-        pretrain.main(["--distilled", str(tmp_path / "all" / "distilled.pt"), "--width", "0.125", "--batch-size", "100",
-                       "--log-every", "1"])  # fmt: skip
-    oracle, of_set = (tmp_path / top for top in (f"digits/{PLACE}/seed0", "all/convnet3-x0.125/seed0"))
+        patch.setattr(
+            pretrain, "preset", lambda name, stage, *kind: recipe if kind else preset(name, stage)
+        )
+        pretrain.main(
+            [
+                "--distilled",
+                str(tmp_path / "all" / "distilled.pt"),
+                "--width",
+                "0.125",
+                "--batch-size",
+                "100",
+                "--log-every",
+                "1",
+            ]
+        )
+    oracle, of_set = (
+        tmp_path / top for top in (f"digits/{PLACE}/seed0", "all/convnet3-x0.125/seed0")
+    )
     curve = losses(oracle)
     assert curve == losses(of_set) and len(curve) == 25 and curve[-1] < 0.5 * curve[0]
     expected = load_model(of_set / "model.pt")["network"]
     made = load_model(oracle / "model.pt")["network"]
-    assert all(torch.equal(value, expected[name]) for name, value in made.items()) and made.keys() == expected.keys()
+    assert (
+        all(torch.equal(value, expected[name]) for name, value in made.items())
+        and made.keys() == expected.keys()
+    )
 
 
 def test_first_loss_and_gradient_are_those_of_the_mean_squared_error(toy, runs, source, tmp_path):
     """Batches of the whole source: the first line of the log does not depend on the order."""
-    import models
-
     pretrain.main([*toy, "--steps", "1", "--batch-size", str(len(source))])
-    target = load_target(runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32")
+    target = load_target(
+        runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
+    )
     torch.manual_seed(0)
     network = models.build("convnet3", 32, 64, 0.125).train()
     x = source.normalised(torch.arange(len(source)), "cpu")
     loss = (network(x) - target.features(x)).square().mean()
     loss.backward()
     norm = sum(weight.grad.square().sum() for weight in network.parameters()).sqrt()
-    [line] = [json.loads(text) for text in (tmp_path / f"digits/{PLACE}/seed0/log.jsonl").read_text().splitlines()]
+    [line] = [
+        json.loads(text)
+        for text in (tmp_path / f"digits/{PLACE}/seed0/log.jsonl").read_text().splitlines()
+    ]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert line["gradient"] == pytest.approx(norm.item(), rel=1e-3)
 
@@ -84,13 +125,23 @@ def test_stopped_it_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
         pretrain.main([*toy, "--run-root", parts])
     pretrain.main([*toy, "--run-root", parts])
     first, again = (load_model(f"{top}/digits/{PLACE}/seed0/model.pt") for top in (whole, parts))
-    assert all(torch.equal(value, again["network"][name]) for name, value in first["network"].items())
+    assert all(
+        torch.equal(value, again["network"][name]) for name, value in first["network"].items()
+    )
 
 
 def test_as_many_steps_as_the_distilled_set_of_the_preset():
-    for name, wanted in (("cifar100", 4000), ("tinyimagenet", 8000), ("imagenet", 4000), ("imagenette", 1000),
-                         ("quick-tinyimagenet", 240)):  # fmt: skip
-        recipe, of_set = preset(name, "pretrain", "source", "convnet4"), preset(name, "pretrain", "feature", "convnet4")
+    for name, wanted in (
+        ("cifar100", 4000),
+        ("tinyimagenet", 8000),
+        ("imagenet", 4000),
+        ("imagenette", 1000),
+        ("quick-tinyimagenet", 240),
+    ):
+        recipe, of_set = (
+            preset(name, "pretrain", "source", "convnet4"),
+            preset(name, "pretrain", "feature", "convnet4"),
+        )
         assert recipe["steps"] == wanted and recipe["epochs"] == 0
         assert {key for key in recipe if recipe[key] != of_set[key]} == {"steps", "epochs"}
 
@@ -100,32 +151,44 @@ def test_its_file_says_what_it_is_and_its_row_is_the_oracle(toy, roots, tmp_path
     path = tmp_path / f"digits/{PLACE}/seed0/model.pt"
     meta = load_model(path)["meta"]
     assert (meta["method"], meta["source"], meta["num_images"]) == ("full", "digits", 1437)
-    assert meta["scale"]["pretrain.steps"] == [2, 300] and meta["scale"]["target.epochs"] == [1, 30]
-    assert "num_images" not in meta["scale"] and "pretrain.epochs" not in meta["scale"]
-    done = command("finetune.py", "--weights", path, "--target", "digits", "--protocol", "knn", *roots[:2])
+    assert meta["deviations"]["pretrain.steps"] == [2, 300] and meta["deviations"][
+        "target.epochs"
+    ] == [1, 30]
+    assert "num_images" not in meta["deviations"] and "pretrain.epochs" not in meta["deviations"]
+    done = command(
+        "finetune.py", "--weights", path, "--dataset", "digits", "--protocol", "knn", *roots[:2]
+    )
     assert done.stdout.startswith("full convnet3 -> digits (knn): ")
-    shown = tables.document(tables.gathered([tmp_path]))["digits"]
+    shown = tables.document(tables.gather_results([tmp_path]))["digits"]
     assert "| full source (oracle) (convnet3-x0.125 at 32 px, m = 1437, digits) |" in shown
 
 
 def test_pre_training_on_a_set_knows_nothing_of_the_flags_for_a_source(weights, distilled):
     config = json.loads((weights.parent / "config.json").read_text())["settings"]
-    assert not {"target", "preset", "image_size"} & config.keys()
-    own = {name: pair for name, pair in load_model(weights)["meta"]["scale"].items()
-           if name not in load_distilled(distilled).meta["scale"]}  # fmt: skip
+    assert not {"target_network", "preset", "image_size"} & config.keys()
+    own = {
+        name: pair
+        for name, pair in load_model(weights)["meta"]["deviations"].items()
+        if name not in load_distilled(distilled).meta["deviations"]
+    }
     assert own == {"pretrain.epochs": [3, 300]}
 
 
 def test_flags_that_do_not_go_together(toy, distilled, tmp_path, capsys):
     both = ["--distilled", str(distilled)]
-    for flags, word in (([*toy, *both], "not allowed with"), ([], "one of the arguments --distilled --source"),
-                        ([*both, "--image-size", "32"], "--image-size goes with --source"),
-                        ([*both, "--preset", "digits"], "--preset goes with --source"),
-                        ([*both, "--target", "x.pt"], "--target goes with --source")):  # fmt: skip
+    for flags, word in (
+        ([*toy, *both], "not allowed with"),
+        ([], "one of the arguments --distilled --source"),
+        ([*both, "--image-size", "32"], "--image-size goes with --source"),
+        ([*both, "--preset", "digits"], "--preset goes with --source"),
+        ([*both, "--target-network", "x.pt"], "--target-network goes with --source"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             pretrain.main(flags)
         assert stopped.value.code == 2 and word in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"no such file; make it with: python pretrain_target.py --source digits"):
+    with pytest.raises(
+        UserError, match=r"no such file; make it with: python pretrain_target.py --source digits"
+    ):
         pretrain.main([*toy[:4], "--run-root", str(tmp_path)])
 
 
@@ -133,18 +196,27 @@ def made(*flags):
     """Distil by a command's own main; the set that it wrote."""
     words = [str(flag) for flag in flags]
     if words[0] == "krr_st":
-        import distill
-
         chosen = distill.METHOD
     else:
-        import importlib
-
         chosen = importlib.import_module(f"distillers.{words[0]}").METHOD
     method.main(chosen, ["--source", "digits", *words[1:]])
-    return load_distilled(f"{words[words.index('--run-root') + 1]}/digits/{words[0]}/seed0/distilled.pt")
+    return load_distilled(
+        f"{words[words.index('--run-root') + 1]}/digits/{words[0]}/seed0/distilled.pt"
+    )
 
 
-KRR = ["--width", 0.125, "--outer-steps", 6, "--outer-batch", 64, "--pool-size", 2, "--pool-steps", 3]
+KRR = [
+    "--width",
+    0.125,
+    "--outer-steps",
+    6,
+    "--outer-batch",
+    64,
+    "--pool-size",
+    2,
+    "--pool-steps",
+    3,
+]
 
 
 @pytest.mark.parametrize(
@@ -158,18 +230,27 @@ KRR = ["--width", 0.125, "--outer-steps", 6, "--outer-batch", 64, "--pool-size",
 )
 def test_distance_from_the_initial_images(roots, runs, source, tmp_path, capsys, name, flags):
     """In float64, from the set's own images and the pixels that it started from."""
-    target = ["--target", runs / "target" / "seed0" / "target.pt"] if name == "krr_st" else []
+    target = (
+        ["--target-network", runs / "target" / "seed0" / "target.pt"] if name == "krr_st" else []
+    )
     d = made(name, *roots[:2], "--run-root", tmp_path, "--num-images", 10, *target, *flags)
     pixels = d.images.double() * d.std[:, None, None] + d.mean[:, None, None]
     initial = source.pixels[torch.tensor(d.meta["initial"])].permute(0, 3, 1, 2).double() / 255
     moved = ((pixels - initial) / source.std.double()[:, None, None]).square().mean().sqrt().item()
     assert d.meta["distance_from_initial"] == pytest.approx(moved, rel=1e-4) and moved > 1e-4
-    assert f"images moved by {d.meta['distance_from_initial']:.4f} of" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        f"images moved by {d.meta['distance_from_initial']:.4f} of"
+        in capsys.readouterr().out.splitlines()[-1]
+    )
 
 
 def test_no_distance_where_there_is_none(roots, runs, tmp_path, capsys):
-    target = ["--target", runs / "target" / "seed0" / "target.pt"]
-    for name, flags in (("random", []), ("random_features", target), ("kmeans", target)):  # real images
+    target = ["--target-network", runs / "target" / "seed0" / "target.pt"]
+    for name, flags in (
+        ("random", []),
+        ("random_features", target),
+        ("kmeans", target),
+    ):  # real images
         d = made(name, *roots[:2], "--run-root", tmp_path, "--num-images", 10, *flags)
         assert d.meta["distance_from_initial"] == 0 and len(set(d.meta["initial"])) == 10
     capsys.readouterr()

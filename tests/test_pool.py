@@ -4,8 +4,15 @@ import torch
 
 from distillers.pool import Pool
 
-NETWORK = dict(arch="convnet3", image_size=32, num_outputs=4, width=0.01, device=torch.device("cpu"), lr=0.1,
-               weight_decay=1e-3)  # fmt: skip
+NETWORK = dict(
+    arch="convnet3",
+    image_size=32,
+    num_outputs=4,
+    width=0.01,
+    device=torch.device("cpu"),
+    lr=0.1,
+    weight_decay=1e-3,
+)
 
 
 def set_of(m=3):
@@ -77,11 +84,15 @@ def test_train_step_is_one_sgd_step_on_the_mean_squared_error():
     member, (x, y) = pool.members[0], set_of()
     before = {name: p.detach().clone() for name, p in member.network.named_parameters()}
     loss = (member.network.train()(x) - y).square().mean()
-    grads = dict(zip(before, torch.autograd.grad(loss, list(member.network.parameters())), strict=True))
+    grads = dict(
+        zip(before, torch.autograd.grad(loss, list(member.network.parameters())), strict=True)
+    )
     member.network.load_state_dict(before, strict=False)
     member.train_step(x, y)
     for name, p in member.network.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name] - 0.1 * (grads[name] + 1e-3 * before[name]))
+        torch.testing.assert_close(
+            p.detach(), before[name] - 0.1 * (grads[name] + 1e-3 * before[name])
+        )
 
 
 def test_embedding_neither_trains_nor_moves_running_statistics():
@@ -92,4 +103,6 @@ def test_embedding_neither_trains_nor_moves_running_statistics():
     member.embed(x).sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in member.network.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in member.network.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in member.network.state_dict().items()
+    )

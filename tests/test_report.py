@@ -1,4 +1,5 @@
-"""The report: one HTML file that shows what is there, names what is damaged, and refers to nothing outside itself."""
+"""The report: one HTML file that shows what is there, names what is damaged, and refers to nothing
+outside itself."""
 
 import base64
 import html.parser
@@ -14,18 +15,20 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from benchmarks import report
+from analysis import report
 from data.distilled import load_distilled
 from data.images import load_images
+from evaluation import results
 from tests.test_tables import line
-from utils import files, results
+from utils import files
 from utils.errors import UserError
 
 HOSTILE = """<script>alert('&"$x_1$')</script>"""
 
 
 class Parsed(html.parser.HTMLParser):
-    """The tags, attributes, text and pictures of a page; each tag must be closed where it should be."""
+    """The tags, attributes, text and pictures of a page; each tag must be closed where it should
+    be."""
 
     def __init__(self, page):
         super().__init__()
@@ -56,9 +59,31 @@ def read(root, roots, tmp_path):
     out = tmp_path / "out" / "page.html"
     report.main([str(root), *roots[:2], "--out", str(out)])
     page = Parsed(out.read_text())
-    assert page.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "tr", "th",
-                         "td", "strong", "details", "summary", "figure", "figcaption", "img", "ul", "li", "span"
-                         }  # fmt: skip
+    assert page.tags <= {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "p",
+        "div",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "strong",
+        "details",
+        "summary",
+        "figure",
+        "figcaption",
+        "img",
+        "ul",
+        "li",
+        "span",
+    }
     assert page.attributes <= {"lang", "charset", "name", "content", "class", "open", "alt", "src"}
     assert not re.search(r"https?:|url\(|@import|<link|<script", out.read_text())
     return page
@@ -76,7 +101,9 @@ def root(roots, weights, tmp_path):
     for folder in ("target/seed0", "krr_st/seed0", "krr_st/seed0/convnet3-x0.125/seed0"):
         (tmp_path / "runs" / "digits" / folder).mkdir(parents=True, exist_ok=True)
         for path in (Path(roots[3]) / "digits" / folder).iterdir():
-            if path.is_file() and path.name != "results.jsonl":  # not what other tests have left there
+            if (
+                path.is_file() and path.name != "results.jsonl"
+            ):  # not what other tests have left there
                 shutil.copy2(path, tmp_path / "runs" / "digits" / folder)
     return tmp_path / "runs"
 
@@ -89,19 +116,35 @@ def unfinished(folder, log, command="python -m distillers dm", **settings):
 
 
 def test_what_it_shows_of_finished_runs(root, roots, tmp_path):
-    results.append(root / "digits" / "krr_st" / "seed0" / "convnet3-x0.125" / "seed0", line(61.5, target="digits"))
+    results.append(
+        root / "digits" / "krr_st" / "seed0" / "convnet3-x0.125" / "seed0",
+        line(61.5, dataset="digits"),
+    )
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     page = read(root, roots, tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before  # nothing is changed
+    assert {
+        path: path.stat().st_mtime_ns for path in root.rglob("*")
+    } == before  # nothing is changed
     assert "61.50 ± 0.00 (n=1)" in page.text and "Left out" not in page.text
     assert "krr_st/seed0, finished" in page.text and "target/seed0, finished" in page.text
     changed = page.text.index("Settings that differ", page.text.index("krr_st/seed0, finished"))
     words = page.text[changed:].split()
-    assert words[words.index("outer_steps") :][:3] == ["outer_steps", "4", "300"]  # here, and the preset's
+    assert words[words.index("outer_steps") :][:3] == [
+        "outer_steps",
+        "4",
+        "300",
+    ]  # here, and the preset's
     assert page.text.index("outer_steps", changed) < page.text.index("other settings", changed)
-    moved = load_distilled(root / "digits" / "krr_st" / "seed0" / "distilled.pt").meta["distance_from_initial"]
+    moved = load_distilled(root / "digits" / "krr_st" / "seed0" / "distilled.pt").meta[
+        "distance_from_initial"
+    ]
     assert f"in the source's deviations) {moved:.4f}" in re.sub(r"\s+", " ", page.text)
-    assert {"train target: loss", "distil: loss", "distil: gradient", "t-SNE of the features"} <= page.pictures.keys()
+    assert {
+        "train target: loss",
+        "distil: loss",
+        "distil: gradient",
+        "t-SNE of the features",
+    } <= page.pictures.keys()
     assert any(title.endswith("convnet3-x0.125: pre-train") for title in page.pictures)
     again = (tmp_path / "out" / "page.html").read_bytes()
     read(root, roots, tmp_path)
@@ -117,9 +160,13 @@ def test_pictures_are_those_of_the_set(root, roots, data_root, tmp_path):
         [shown] = page.pictures[title]
         wanted = make_grid(pixels, nrow=10, padding=1, pad_value=1.0).permute(1, 2, 0).numpy() * 255
         assert shown.shape == wanted.shape and np.abs(shown - wanted).max() <= 1
-    colours = {tuple(map(int, pixel)) for pixel in page.pictures["t-SNE of the features"][0].reshape(-1, 3)}
-    near = [min(sum(abs(a - b) for a, b in zip(c, wanted, strict=True)) for c in colours)
-            for wanted in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xAA, 0xAA, 0xAA))]  # fmt: skip
+    colours = {
+        tuple(map(int, pixel)) for pixel in page.pictures["t-SNE of the features"][0].reshape(-1, 3)
+    }
+    near = [
+        min(sum(abs(a - b) for a, b in zip(c, wanted, strict=True)) for c in colours)
+        for wanted in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xAA, 0xAA, 0xAA))
+    ]
     assert max(near) < 30  # X_s, Y_s and X_t, in a palette
 
 
@@ -131,15 +178,24 @@ def test_initial_images_are_left_out_where_the_source_is_not_there(root, tmp_pat
 
 def test_unfinished_runs_and_half_written_logs(root, roots, tmp_path):
     lines = [dict(phase="distil", step=s, of=1200, loss=1 / s, seconds=1.0) for s in (50, 100)]
-    lines += [dict(phase="distil", step=150, of=1200, loss=float("nan")), dict(phase="distil", step=[1], loss=1),
-              dict(phase=["x"], step="late", loss=2), dict(phase="distil", step=200, of=1200, loss={})]  # fmt: skip
+    lines += [
+        dict(phase="distil", step=150, of=1200, loss=float("nan")),
+        dict(phase="distil", step=[1], loss=1),
+        dict(phase=["x"], step="late", loss=2),
+        dict(phase="distil", step=200, of=1200, loss={}),
+    ]
     log = "".join(json.dumps(each) + "\n" for each in lines) + '[1, 2]\n{"phase": "dist'
-    unfinished(root / "digits" / "dm" / "seed0", log, preset="digits", num_images=30, outer_steps=1200)
+    unfinished(
+        root / "digits" / "dm" / "seed0", log, preset="digits", num_images=30, outer_steps=1200
+    )
     unfinished(root / "digits" / "mtt" / "seed0", "", num_images=30)
     Image.new("RGB", (700, 300), "red").save(root / "digits" / "dm" / "seed0" / "images.png")
     (root / "digits" / "dm" / "seed0" / "log.jsonl").write_bytes(log.encode() + b"\xff\xfe")
     page = read(root, roots, tmp_path)
-    assert "unfinished: distil, step 200 of 1,200" in page.text and "unfinished, nothing logged yet" in page.text
+    assert (
+        "unfinished: distil, step 200 of 1,200" in page.text
+        and "unfinished, nothing logged yet" in page.text
+    )
     assert "2 of them unfinished" in page.text and "Left out" not in page.text
     assert page.pictures["images so far"][0].shape[1] == 520
     assert len(page.pictures["distil: loss"]) == 2  # of KRR-ST, and what is a number of dm's
@@ -148,35 +204,62 @@ def test_unfinished_runs_and_half_written_logs(root, roots, tmp_path):
 def test_damaged_files_are_named_and_left_out(root, roots, tmp_path):
     made = root / "digits" / "krr_st" / "seed0"
     for name in ("a", "b", "c"):
-        shutil.copytree(made, root / "digits" / name / "seed0", ignore=shutil.ignore_patterns("convnet*"))
+        shutil.copytree(
+            made, root / "digits" / name / "seed0", ignore=shutil.ignore_patterns("convnet*")
+        )
     whole = (made / "distilled.pt").read_bytes()
-    broken = [root / "digits" / "a" / "seed0" / "distilled.pt", root / "digits" / "b" / "seed0" / "config.json",
-              root / "digits" / "c" / "seed0" / "results.jsonl", root / "digits" / "c" / "seed0" / "images.png",
-              root / "x" / "results.jsonl"]  # fmt: skip
+    broken = [
+        root / "digits" / "a" / "seed0" / "distilled.pt",
+        root / "digits" / "b" / "seed0" / "config.json",
+        root / "digits" / "c" / "seed0" / "results.jsonl",
+        root / "digits" / "c" / "seed0" / "images.png",
+        root / "x" / "results.jsonl",
+    ]
     broken[0].write_bytes(whole[: len(whole) // 2])
     broken[1].write_text('{"settings": {')
     broken[2].write_text("no result\n")
     (root / "digits" / "c" / "seed0" / "distilled.pt").unlink()
     broken[3].write_bytes(b"\x89PNG no picture")
     broken[4].parent.mkdir()
-    good = line(61.5, target="digits")
-    wrong = [dict(digest="a"), good | dict(scale=[1]), good | dict(accuracy="high"), good | dict(arch=None),
-             good | dict(protocol="kd"), good | dict(images=3), good | dict(label_fraction="x")]  # fmt: skip
+    good = line(61.5, dataset="digits")
+    wrong = [
+        dict(digest="a"),
+        good | dict(deviations=[1]),
+        good | dict(accuracy="high"),
+        good | dict(arch=None),
+        good | dict(protocol="kd"),
+        good | dict(images=3),
+        good | dict(label_fraction="x"),
+    ]
     broken[4].write_text("".join(json.dumps(each) + "\n" for each in [good, *wrong]))
     page = read(root, roots, tmp_path)
     left_out = page.text[page.text.index("Left out") : page.text.index("Results ")]
     assert all(str(path) in left_out for path in broken)
-    assert all(word in left_out for word in ("scale", "accuracy", "arch", "images", "label_fraction"))
+    assert all(
+        word in left_out for word in ("deviations", "accuracy", "arch", "images", "label_fraction")
+    )
     assert "61.50 ± 0.00 (n=1)" in page.text and "Its settings cannot be read" in page.text
-    assert len(page.pictures["distilled"]) == 2  # of the whole set, and of the one whose settings are damaged
+    assert (
+        len(page.pictures["distilled"]) == 2
+    )  # of the whole set, and of the one whose settings are damaged
 
 
 def test_names_and_values_are_text(root, roots, tmp_path):
     folder = root / HOSTILE.replace("/", "") / "<b>&" / "seed0"
-    log = "".join(json.dumps({"phase": HOSTILE, "step": s, "<i>$\\frac{$": s}) + "\n" for s in (1, 2))
+    log = "".join(
+        json.dumps({"phase": HOSTILE, "step": s, "<i>$\\frac{$": s}) + "\n" for s in (1, 2)
+    )
     unfinished(folder, log, preset=HOSTILE, num_images=3, note=HOSTILE)
-    unfinished(folder / "convnet$3" / "seed0", log.replace("<i>$\\\\frac{$", "loss"), loss="mse", arch="<u>")
-    results.append(folder, line(50.0, target="digits", method=HOSTILE, source="<em>", scale={"<s>": ["<q>", 1]}))
+    unfinished(
+        folder / "convnet$3" / "seed0",
+        log.replace("<i>$\\\\frac{$", "loss"),
+        loss="mse",
+        arch="<u>",
+    )
+    results.append(
+        folder,
+        line(50.0, dataset="digits", method=HOSTILE, source="<em>", deviations={"<s>": ["<q>", 1]}),
+    )
     page = read(root, roots, tmp_path)  # where a tag of these would be found
     assert page.text.count(HOSTILE) >= 4 and "<b>&" in page.text and "<em>" in page.text
     assert any("convnet$3" in title for title in page.pictures)
@@ -184,7 +267,10 @@ def test_names_and_values_are_text(root, roots, tmp_path):
 
 def test_many_runs_stay_a_small_page(root, roots, tmp_path):
     below = root / "digits" / "krr_st" / "seed0" / "convnet3-x0.125"
-    log = "".join(json.dumps(dict(phase="pre-train", step=s, of=300, loss=1 / s)) + "\n" for s in range(1, 300))
+    log = "".join(
+        json.dumps(dict(phase="pre-train", step=s, of=300, loss=1 / s)) + "\n"
+        for s in range(1, 300)
+    )
     for seed in range(1, 120):
         unfinished(below / f"seed{seed}", log, "pretrain.py", loss="mse", lr=0.5)
         unfinished(root / "digits" / f"set{seed}" / "seed0", "", num_images=3)

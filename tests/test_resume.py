@@ -13,7 +13,8 @@ from utils import files, run
 
 @pytest.fixture
 def stopping(monkeypatch):
-    """Makes the next training loop stop after its second step, as a signal would; then undoes itself."""
+    """Makes the next training loop stop after its second step, as a signal would; then undoes
+    itself."""
 
     def arm():
         whole = run.Run.steps
@@ -48,8 +49,13 @@ def check(main, flags, artefact, kind, stopping, expected):
 
 
 @pytest.mark.parametrize("script", ["pretrain_target", "pretrain", "finetune", "kd"])
-def test_stopped_training_goes_on_to_the_same_weights(script, roots, distilled, weights, tmp_path, stopping):
-    data, teacher = roots[:2], ["--weights", "none", "--width", "0.125", "--target", "digits", "--steps", "1"]
+def test_stopped_training_goes_on_to_the_same_weights(
+    script, roots, distilled, weights, tmp_path, stopping
+):
+    data, teacher = (
+        roots[:2],
+        ["--weights", "none", "--width", "0.125", "--dataset", "digits", "--steps", "1"],
+    )
     copies = {}
     for name in ("whole", "parts"):  # pre-trained weights beside which the results go
         copies[name] = tmp_path / name / "model.pt"
@@ -63,13 +69,40 @@ def test_stopped_training_goes_on_to_the_same_weights(script, roots, distilled, 
         top, augment = tmp_path / name, "--augment"
         flags = {
             "pretrain_target": ["--source", "digits", *TARGET],
-            "pretrain": ["--distilled", str(top / "distilled.pt"), "--epochs", "4", "--width", "0.125", augment,
-                         "--batch-size", "7"],
-            "finetune": ["--weights", str(copies[name]), "--target", "digits", "--steps", "4", "--batch-size", "50"],
-            "kd": ["--weights", str(copies[name]), "--distilled", str(top / "distilled.pt"), "--target", "digits",
-                   "--teacher", str(tmp_path / "scratch/convnet3-x0.125_32px/digits_full_seed0/model.pt"),
-                   "--epochs", "4"],
-        }[script]  # fmt: skip
+            "pretrain": [
+                "--distilled",
+                str(top / "distilled.pt"),
+                "--epochs",
+                "4",
+                "--width",
+                "0.125",
+                augment,
+                "--batch-size",
+                "7",
+            ],
+            "finetune": [
+                "--weights",
+                str(copies[name]),
+                "--dataset",
+                "digits",
+                "--steps",
+                "4",
+                "--batch-size",
+                "50",
+            ],
+            "kd": [
+                "--weights",
+                str(copies[name]),
+                "--distilled",
+                str(top / "distilled.pt"),
+                "--dataset",
+                "digits",
+                "--teacher",
+                str(tmp_path / "scratch/convnet3-x0.125_32px/digits_full_seed0/model.pt"),
+                "--epochs",
+                "4",
+            ],
+        }[script]
         artefact = {
             "pretrain_target": top / "digits" / "target" / "seed0" / "target.pt",
             "pretrain": top / "convnet3-x0.125" / "seed0" / "model.pt",
@@ -78,7 +111,12 @@ def test_stopped_training_goes_on_to_the_same_weights(script, roots, distilled, 
         }[script]
         return [*flags, *data, "--run-root", str(top)], artefact
 
-    main = {"pretrain_target": pretrain_target, "pretrain": pretrain, "finetune": finetune, "kd": kd}[script].main
+    main = {
+        "pretrain_target": pretrain_target,
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "kd": kd,
+    }[script].main
     kind = "target" if script == "pretrain_target" else "model"
     flags, artefact = call("whole")
     main(flags)
@@ -106,5 +144,8 @@ def test_lines_logged_after_the_checkpoint_are_dropped(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"phase": "tra')  # in the middle of a line
     logging(5)
-    steps = [int(line.split('"step": ')[1].split(",")[0]) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [
+        int(line.split('"step": ')[1].split(",")[0])
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4, 5]

@@ -12,36 +12,54 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import finetune
-from benchmarks.tables import document, gathered
+from analysis.tables import document, gather_results
 from data.distilled import load_distilled
 from data.images import load_images
+from evaluation import results
 from models.saved import load_model, rebuild
 from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, command
-from utils import files, results
+from utils import files
 from utils.errors import UserError
 
 
 def test_target_file_carries_settings_statistics_and_accuracy(runs):
     target = files.load(runs / "target" / "seed0" / "target.pt", "target")
-    assert target["settings"]["epochs"] == 1 and target["source"] == "digits" and target["feature_dim"] == 64
-    assert target["mean"].shape == target["std"].shape == (3,) and 10 < target["quality"]["knn"] <= 100
-    log = [json.loads(line) for line in (runs / "target" / "seed0" / "log.jsonl").read_text().splitlines()]
+    assert (
+        target["settings"]["epochs"] == 1
+        and target["source"] == "digits"
+        and target["feature_dim"] == 64
+    )
+    assert (
+        target["mean"].shape == target["std"].shape == (3,) and 10 < target["quality"]["knn"] <= 100
+    )
+    log = [
+        json.loads(line)
+        for line in (runs / "target" / "seed0" / "log.jsonl").read_text().splitlines()
+    ]
     assert log[-1]["step"] == 1437 // 128 and log[-1]["loss"] > 0
 
 
 def test_distilled_file_log_and_picture(distilled):
     d = load_distilled(distilled)
-    assert d.images.shape == (20, 3, 32, 32) and d.targets.shape == (20, 64) and d.target_kind == "feature"
+    assert (
+        d.images.shape == (20, 3, 32, 32)
+        and d.targets.shape == (20, 64)
+        and d.target_kind == "feature"
+    )
     assert (d.meta["method"], d.meta["source"], d.meta["seed"]) == ("krr_st", "digits", 0)
     assert d.meta["settings"]["outer_steps"] == 4
     assert Image.open(distilled.parent / "images.png").size == (10 * 66 + 2, 2 * 66 + 2)
-    assert json.loads((distilled.parent / "config.json").read_text())["settings"]["num_images"] == 20
+    assert (
+        json.loads((distilled.parent / "config.json").read_text())["settings"]["num_images"] == 20
+    )
 
 
 def test_finished_run_is_not_done_again_and_other_settings_are_refused(distilled, roots):
     before = distilled.stat().st_mtime_ns
     assert "there already" in command("distill.py", "--source", "digits", *DISTILL, *roots).stdout
-    other = command("distill.py", "--source", "digits", *DISTILL, "--outer-lr", "0.5", *roots, check=False)
+    other = command(
+        "distill.py", "--source", "digits", *DISTILL, "--outer-lr", "0.5", *roots, check=False
+    )
     assert other.returncode == 2 and "outer_lr: " in other.stderr and "0.5 now" in other.stderr
     assert distilled.stat().st_mtime_ns == before
 
@@ -58,8 +76,10 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
         "--log-every",
         "1",
     ]
-    words += ["--target", str(runs / "target" / "seed0" / "target.pt")]
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    words += ["--target-network", str(runs / "target" / "seed0" / "target.pt")]
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     log = tmp_path / "digits" / "krr_st" / "seed0" / "log.jsonl"
     deadline = time.time() + 120
     while not (log.is_file() and log.read_text().count("\n") > 2):
@@ -67,31 +87,50 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 130
+        and "the same command goes on" in errors
+        and "Traceback" not in errors
+    )
     assert (log.parent / "checkpoint.pt").is_file() and not (log.parent / "distilled.pt").exists()
     command(*words)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 401))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
+        range(1, 401)
+    )
     assert load_distilled(log.parent / "distilled.pt").images.isfinite().all()
 
 
 def test_random_images_with_features_are_what_distillation_starts_from(roots, runs, distilled):
-    command("-m", "distillers", "random_features", "--source", "digits", "--num-images", "20", *roots)
+    command(
+        "-m", "distillers", "random_features", "--source", "digits", "--num-images", "20", *roots
+    )
     real = load_distilled(runs / "random_features" / "seed0" / "distilled.pt")
-    assert real.target_kind == "feature" and real.targets.shape == load_distilled(distilled).targets.shape
-    assert (real.images - load_distilled(distilled).images).abs().max() < 0.1  # four small steps away
+    assert (
+        real.target_kind == "feature"
+        and real.targets.shape == load_distilled(distilled).targets.shape
+    )
+    assert (
+        real.images - load_distilled(distilled).images
+    ).abs().max() < 0.1  # four small steps away
 
 
 def accuracy_of(content, roots):
     """Of a network's own head on the digits' test split, in percent."""
     test = load_images("digits", "test", 32, roots[1])
     with torch.no_grad():
-        predicted = rebuild(content).eval()(test.normalised(torch.arange(len(test)), "cpu")).argmax(1)
+        predicted = (
+            rebuild(content).eval()(test.normalised(torch.arange(len(test)), "cpu")).argmax(1)
+        )
     return 100 * (predicted == test.labels).float().mean().item()
 
 
 def test_pretraining_by_kind_of_target(roots, runs, weights):
     saved = load_model(weights)
-    assert saved["num_outputs"] == 64 and saved["meta"]["method"] == "krr_st" and saved["width"] == 0.125
+    assert (
+        saved["num_outputs"] == 64
+        and saved["meta"]["method"] == "krr_st"
+        and saved["width"] == 0.125
+    )
     command("-m", "distillers", "random", "--source", "digits", "--num-images", "20", *roots)
     path = runs / "random" / "seed0" / "distilled.pt"
     assert load_distilled(path).targets.bincount().tolist() == [2] * 10
@@ -99,53 +138,144 @@ def test_pretraining_by_kind_of_target(roots, runs, weights):
     saved = load_model(path.parent / "convnet3-x0.125" / "seed1" / "model.pt")
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["loss"] == "cross_entropy"
     assert saved["meta"]["settings"]["augment"] is True
-    flags = ["--weights", path.parent / "convnet3-x0.125" / "seed1" / "model.pt", "--target", "digits", *roots]
+    flags = [
+        "--weights",
+        path.parent / "convnet3-x0.125" / "seed1" / "model.pt",
+        "--dataset",
+        "digits",
+        *roots,
+    ]
     command("finetune.py", *flags, "--protocol", "head")
     [line] = results.read(path.parent / "convnet3-x0.125" / "seed1" / "results.jsonl")
-    assert line["protocol"] == "head" and line["accuracy"] == pytest.approx(accuracy_of(saved, roots), abs=1e-3)
+    assert line["protocol"] == "head" and line["accuracy"] == pytest.approx(
+        accuracy_of(saved, roots), abs=1e-3
+    )
 
     soft = load_distilled(path)
     soft.targets, soft.target_kind = torch.eye(10)[soft.targets], "soft"
     path = runs / "soft" / "seed0" / "distilled.pt"
     files.save(path, "distilled", soft.content())
-    command("pretrain.py", "--distilled", path, "--steps", "3", "--width", "0.125", "--arch", "vgg11", *roots)
+    command(
+        "pretrain.py",
+        "--distilled",
+        path,
+        "--steps",
+        "3",
+        "--width",
+        "0.125",
+        "--arch",
+        "vgg11",
+        *roots,
+    )
     saved = load_model(path.parent / "vgg11-x0.125" / "seed0" / "model.pt")
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["optimizer"] == "adamw"
 
 
 def test_finetuning_protocols_and_results(weights, roots):
-    flags = ["--weights", weights, "--target", "digits", "--labels-per-class", "2", *roots]
+    flags = ["--weights", weights, "--dataset", "digits", "--labels-per-class", "2", *roots]
     for protocol in ("linear", "knn"):
         assert "2 labels a class" in command("finetune.py", *flags, "--protocol", protocol).stdout
     command("finetune.py", *flags, "--steps", "2")
     assert "was there already" in command("finetune.py", *flags, "--steps", "2").stdout
-    command("finetune.py", "--weights", weights, "--target", "digits", "--label-fraction", "0.1", "--steps", "2",
-            "--seed", "5", *roots)  # fmt: skip
+    command(
+        "finetune.py",
+        "--weights",
+        weights,
+        "--dataset",
+        "digits",
+        "--label-fraction",
+        "0.1",
+        "--steps",
+        "2",
+        "--seed",
+        "5",
+        *roots,
+    )
     lines = results.read(weights.parent / "results.jsonl")
-    assert [(line["protocol"], line["seed"]) for line in lines] == [("linear", 0), ("knn", 0), ("full", 0), ("full", 5)]
+    assert [(line["protocol"], line["seed"]) for line in lines] == [
+        ("linear", 0),
+        ("knn", 0),
+        ("full", 0),
+        ("full", 5),
+    ]
     for line in lines:
-        assert line["method"] == "krr_st" and line["source"] == line["target"] == "digits" and line["width"] == 0.125
-        assert 0 <= line["accuracy"] <= 100 and line["versions"]["torch"] and line["digest"] and line["device"] == "cpu"
+        assert (
+            line["method"] == "krr_st"
+            and line["source"] == line["dataset"] == "digits"
+            and line["width"] == 0.125
+        )
+        assert (
+            0 <= line["accuracy"] <= 100
+            and line["versions"]["torch"]
+            and line["digest"]
+            and line["device"] == "cpu"
+        )
         assert line["seconds"] > 0 and line["peak_memory_mib"] > 50
-        assert line["scale"]["num_images"] == [20, 30] and line["scale"]["pretrain.epochs"] == [3, 300]
-        assert line["scale"].get("finetune.steps") == ([2, 100] if line["protocol"] == "full" else None)
-    assert lines[0]["name"] == "digits_linear_2perclass_seed0" and lines[3]["name"] == "digits_full_0.1_seed5"
-    assert load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
-    shown = document(gathered([weights.parents[4]]))["digits"]
-    assert "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) " in shown and "knn, 2 labels/class" in shown
+        assert line["deviations"]["num_images"] == [20, 30] and line["deviations"][
+            "pretrain.epochs"
+        ] == [3, 300]
+        assert line["deviations"].get("finetune.steps") == (
+            [2, 100] if line["protocol"] == "full" else None
+        )
+    assert (
+        lines[0]["name"] == "digits_linear_2perclass_seed0"
+        and lines[3]["name"] == "digits_full_0.1_seed5"
+    )
+    assert (
+        load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
+    )
+    shown = document(gather_results([weights.parents[4]]))["digits"]
+    assert (
+        "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) " in shown
+        and "knn, 2 labels/class" in shown
+    )
 
 
 def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, roots):
-    scratch = ["--weights", "none", "--arch", "resnet10", "--width", "0.125", "--target", "digits", "--steps", "2"]
+    scratch = [
+        "--weights",
+        "none",
+        "--arch",
+        "resnet10",
+        "--width",
+        "0.125",
+        "--dataset",
+        "digits",
+        "--steps",
+        "2",
+    ]
     command("finetune.py", *scratch, *roots)
-    teacher = distilled.parents[3] / "scratch" / "resnet10-x0.125_32px" / "digits_full_seed0" / "model.pt"
-    command("kd.py", "--weights", weights, "--distilled", distilled, "--teacher", teacher, "--target", "digits",
-            "--epochs", "2", *roots)  # fmt: skip
-    [line] = [line for line in results.read(weights.parent / "results.jsonl") if line["protocol"] == "kd"]
-    assert {"accuracy", "accuracy_running_statistics", "teacher", "teacher_running_statistics"} <= line.keys()
+    teacher = (
+        distilled.parents[3] / "scratch" / "resnet10-x0.125_32px" / "digits_full_seed0" / "model.pt"
+    )
+    command(
+        "kd.py",
+        "--weights",
+        weights,
+        "--distilled",
+        distilled,
+        "--teacher",
+        teacher,
+        "--dataset",
+        "digits",
+        "--epochs",
+        "2",
+        *roots,
+    )
+    [line] = [
+        line for line in results.read(weights.parent / "results.jsonl") if line["protocol"] == "kd"
+    ]
+    assert {
+        "accuracy",
+        "accuracy_running_statistics",
+        "teacher",
+        "teacher_running_statistics",
+    } <= line.keys()
     assert line["images"] == {"source": "digits", "method": "krr_st", "seed": 0, "num_images": 20}
-    assert line["scale"]["teacher's finetune.steps"] == [2, 100] and line["scale"]["num_images"] == [20, 30]
-    assert load_model(teacher)["meta"]["scale"]["finetune.steps"] == [2, 100]
+    assert line["deviations"]["teacher's finetune.steps"] == [2, 100] and line["deviations"][
+        "num_images"
+    ] == [20, 30]
+    assert load_model(teacher)["meta"]["deviations"]["finetune.steps"] == [2, 100]
     assert len(list(weights.parent.glob("digits_kd_krr_st-*_seed0/model.pt"))) == 1
 
 
@@ -155,16 +285,29 @@ def test_a_changed_target_is_evaluated_anew_and_not_gone_on_with(weights, roots,
             (tmp_path / "pets" / split / name).mkdir(parents=True, exist_ok=True)
             noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i))
             save_image(noise, tmp_path / "pets" / split / name / f"{i}.png")
-    words = ["--weights", str(weights), "--target", str(tmp_path / "pets"), *roots]
+    words = ["--weights", str(weights), "--dataset", str(tmp_path / "pets"), *roots]
     finetune.main([*words, "--steps", "2"])
     finetune.main([*words, "--protocol", "knn"])
     (tmp_path / "pets" / "test" / "b" / "7.png").unlink()
     with pytest.raises(UserError, match=r"holds a run of other settings .fingerprints"):
         finetune.main([*words, "--steps", "2"])
     finetune.main([*words, "--protocol", "knn"])
-    found = [line for line in results.read(weights.parent / "results.jsonl") if line["target"].startswith("pets")]
+    found = [
+        line
+        for line in results.read(weights.parent / "results.jsonl")
+        if line["dataset"].startswith("pets")
+    ]
     assert [line["protocol"] for line in found] == ["full", "knn", "knn"]
-    assert len([line for line in gathered([weights.parent]) if line["target"].startswith("pets")]) == 2  # the last
+    assert (
+        len(
+            [
+                line
+                for line in gather_results([weights.parent])
+                if line["dataset"].startswith("pets")
+            ]
+        )
+        == 2
+    )  # the last
 
 
 def test_own_folder_of_images_as_a_source(tmp_path):
@@ -176,7 +319,14 @@ def test_own_folder_of_images_as_a_source(tmp_path):
             patch = Image.fromarray(image).crop((30 * j, 20 * i, 30 * j + 60, 20 * i + 60 + j))
             (tmp_path / "photos" / str(i)).mkdir(parents=True, exist_ok=True)
             patch.save(tmp_path / "photos" / str(i) / f"{j}.jpg")
-    roots = ["--data-root", tmp_path / "data", "--run-root", tmp_path / "runs", "--source", tmp_path / "photos"]
+    roots = [
+        "--data-root",
+        tmp_path / "data",
+        "--run-root",
+        tmp_path / "runs",
+        "--source",
+        tmp_path / "photos",
+    ]
     size = ["--preset", "digits", "--image-size", "48"]
     command("pretrain_target.py", *roots, *size, *TARGET, "--batch-size", "16")
     command("distill.py", *roots, *size, *DISTILL)
@@ -185,7 +335,9 @@ def test_own_folder_of_images_as_a_source(tmp_path):
     command("pretrain.py", "--distilled", path, *PRETRAIN)
 
 
-@pytest.mark.parametrize("script", ["pretrain_target.py", "distill.py", "pretrain.py", "finetune.py", "kd.py"])
+@pytest.mark.parametrize(
+    "script", ["pretrain_target.py", "distill.py", "pretrain.py", "finetune.py", "kd.py"]
+)
 def test_help(script):
     shown = command(script, "--help").stdout
     assert f"python {script}" in shown and "--data-root" in shown

@@ -1,4 +1,5 @@
-"""What is fast must change nothing: folded batch norm, chunks, and the whole step beside the plain one."""
+"""What is fast must change nothing: folded batch norm, chunks, and the whole step beside the plain
+one."""
 
 import json
 import sys
@@ -9,7 +10,7 @@ import torch
 
 import distill
 import models
-from benchmarks import growth, speed
+from benchmarks import scaling, speed
 from distillers import method
 from models.frozen import Frozen
 from tests.conftest import DISTILL, command
@@ -34,7 +35,9 @@ def test_frozen_features_and_their_gradient_are_those_of_the_network_in_eval_mod
     before = {name: value.clone() for name, value in network.state_dict().items()}
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     found = [frozen_features(network, x, chunk) for chunk in (0, 2)]
-    assert network.training and all(p.requires_grad and p.grad is None for p in network.parameters())
+    assert network.training and all(
+        p.requires_grad and p.grad is None for p in network.parameters()
+    )
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     expected = network.eval().embed(x)
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
@@ -68,7 +71,10 @@ def test_frozen_features_follow_the_weights():
 
 
 def test_chunks_keep_no_layers_for_the_backward_pass():
-    frozen, x = Frozen(trained("convnet4")), torch.randn(40, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    frozen, x = (
+        Frozen(trained("convnet4")),
+        torch.randn(40, 3, 32, 32, dtype=torch.float64, requires_grad=True),
+    )
 
     def kept(chunk):
         bytes_kept = []
@@ -85,14 +91,28 @@ def test_chunks_keep_no_layers_for_the_backward_pass():
 
 
 def losses(roots, name, *flags):
-    words = ["distill.py", "--source", "digits", *roots, *DISTILL, "--outer-steps", "50", "--log-every", "1"]
+    words = [
+        "distill.py",
+        "--source",
+        "digits",
+        *roots,
+        *DISTILL,
+        "--outer-steps",
+        "50",
+        "--log-every",
+        "1",
+    ]
     command(*words, "--name", name, *flags)
-    return [line["loss"] for line in read_log(Path(roots[3]) / "digits" / name / "seed0") if line["phase"] == "distil"]
+    return [
+        line["loss"]
+        for line in read_log(Path(roots[3]) / "digits" / name / "seed0")
+        if line["phase"] == "distil"
+    ]
 
 
 def test_fifty_losses_are_those_of_the_plain_step(roots):
-    """To rounding, which training makes larger step by step: another instruction set or number of threads moves the
-    losses of such a run by up to 1 % too."""
+    """To rounding, which training makes larger step by step: another instruction set or number of
+    threads moves the losses of such a run by up to 1 % too."""
     ours, plain = losses(roots, "ours"), losses(roots, "plain", "--reference")
     assert len(ours) == 50
     assert plain[:5] == pytest.approx(ours[:5], rel=1e-4)
@@ -105,21 +125,49 @@ def test_precision_is_the_fast_one_of_the_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
         return method.parse_args(distill.METHOD, ["--source", "digits", *flags]).precision
 
-    assert found(gpu=False) == found("--device", "cpu", gpu=True) == found(gpu=True, bf16=False) == "fp32"
+    assert (
+        found(gpu=False)
+        == found("--device", "cpu", gpu=True)
+        == found(gpu=True, bf16=False)
+        == "fp32"
+    )
     assert found(gpu=True) == found("--device", "cuda", gpu=True) == "bf16"
     assert found("--precision", "tf32", gpu=True) == "tf32"
     assert found("--reference", gpu=True) == "fp32"
 
 
 def test_reference_is_plain(roots):
-    words = ["distill.py", "--source", "digits", *roots, *DISTILL, "--name", "refused", "--reference"]
+    words = [
+        "distill.py",
+        "--source",
+        "digits",
+        *roots,
+        *DISTILL,
+        "--name",
+        "refused",
+        "--reference",
+    ]
     done = command(*words, "--augment-outer", check=False)
-    assert done.returncode == 2 and done.stderr.startswith("distill.py: error: --reference goes with")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "distill.py: error: --reference goes with"
+    )
+    assert not Path(roots[3], "digits", "refused").exists()
 
 
 def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.jsonl")
-    words = ["--width", "0.05", "--num-images", "10", "--outer-batch", "12", "--pairs", "1", "--device", "cpu"]
+    words = [
+        "--width",
+        "0.05",
+        "--num-images",
+        "10",
+        "--outer-batch",
+        "12",
+        "--pairs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(speed, "PEAK_SIZES", (64,))
     speed.RESULTS.write_text(json.dumps(dict.fromkeys(speed.KEY, "another")) + "\n")
     for flags in ([], ["--chunk", "4"]):
@@ -160,15 +208,21 @@ print((resident() - before) // 2**20)
 
 
 def test_growth_measures_each_axis_and_draws_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(growth, "BASE", dict(num_images=6, outer_batch=8, image_size=32, source=20, chunk=0))
-    monkeypatch.setattr(growth, "AXES", {"num_images": (6, 12), "chunk": (0, 4)} | {
-        name: (growth.BASE[name],) for name in ("outer_batch", "image_size", "source")})  # fmt: skip
-    args = growth.parse_args(["--width", "0.05", "--device", "cpu"])
-    lines = [growth.measure(setting, args) for _, setting in growth.settings()]
-    text = growth.markdown(lines)
+    monkeypatch.setattr(
+        scaling, "BASE", dict(num_images=6, outer_batch=8, image_size=32, source=20, chunk=0)
+    )
+    monkeypatch.setattr(
+        scaling,
+        "AXES",
+        {"num_images": (6, 12), "chunk": (0, 4)}
+        | {name: (scaling.BASE[name],) for name in ("outer_batch", "image_size", "source")},
+    )
+    args = scaling.parse_args(["--width", "0.05", "--device", "cpu"])
+    lines = [scaling.measure(setting, args) for _, setting in scaling.all_settings()]
+    text = scaling.markdown(lines)
     rows = [row.split("|")[1:3] for row in text.splitlines() if row.startswith("| ")][1:]
     assert ["distilled images m", "12"] in [[cell.strip() for cell in row] for row in rows]
     assert ["--chunk", "4"] in [[cell.strip() for cell in row] for row in rows]
     assert all(line["memory_gib"] > 0 for line in lines)
-    growth.draw(lines, tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    scaling.draw(lines, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

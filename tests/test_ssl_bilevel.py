@@ -1,4 +1,4 @@
-"""The naive bilevel method: its meta-gradient, its objective on fixed draws, and the real command."""
+"""The naive bilevel method: meta-gradient, objective on fixed draws, and the real command."""
 
 import copy
 import itertools
@@ -24,8 +24,26 @@ from utils.run import read_log
 
 ARGS = SimpleNamespace(off_diagonal=0.1, inner_lr=0.3, precision="fp32")
 VIEWS = SimpleNamespace(crop_min=0.3, jitter=0.8, greyscale=0.2, solarise=0.2, flip=0.5)
-TOY = ["--source", "digits", "--num-images", "12", "--width", "0.03", "--projector-dim", "16", "--inner-steps", "2",
-       "--inner-batch", "8", "--outer-batch", "32", "--outer-steps", "4", "--log-every", "1"]  # fmt: skip
+TOY = [
+    "--source",
+    "digits",
+    "--num-images",
+    "12",
+    "--width",
+    "0.03",
+    "--projector-dim",
+    "16",
+    "--inner-steps",
+    "2",
+    "--inner-batch",
+    "8",
+    "--outer-batch",
+    "32",
+    "--outer-steps",
+    "4",
+    "--log-every",
+    "1",
+]
 
 
 def normal(seed, *shape):
@@ -34,22 +52,33 @@ def normal(seed, *shape):
 
 @pytest.fixture
 def tiny():
-    """A network with batch norm and its projector in float64, three batches of two views, and views of real images."""
+    """A network with batch norm and its projector in float64, three batches of two views, and views
+    of real images."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.AvgPool2d(3), nn.Flatten())
+    network = nn.Sequential(
+        nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.AvgPool2d(3), nn.Flatten()
+    )
     learner = nn.Sequential(network, barlow_twins.projector(8, 4)).double()
     for module in learner.modules():
         if isinstance(module, nn.ReLU):
-            module.forward = nn.functional.softplus  # smooth, so that differences converge
+            module.forward = nn.functional.softplus  # smooth, so that deviations converge
     inner = [(normal(3 * k, 6, 3, 8, 8), normal(3 * k + 1, 6, 3, 8, 8)) for k in range(3)]
-    return learner, unroll.flat(learner), inner, (normal(20, 9, 3, 8, 8), normal(21, 9, 3, 8, 8))
+    return (
+        learner,
+        unroll.flatten_parameters(learner),
+        inner,
+        (normal(20, 9, 3, 8, 8), normal(21, 9, 3, 8, 8)),
+    )
 
 
 def reached(learner, start, inner, outer):
     """The objective the naive way: one graph through all steps, Barlow Twins written out."""
 
     def loss(theta, views):
-        z = [torch.func.functional_call(learner, unroll.unflat(theta, learner), (x,)) for x in views]
+        z = [
+            torch.func.functional_call(learner, unroll.unflatten_parameters(theta, learner), (x,))
+            for x in views
+        ]
         z = [(each - each.mean(0)) / (each.var(0, correction=0) + 1e-5).sqrt() for each in z]
         c = z[0].T @ z[1] / len(z[0])
         weights = torch.full((4, 4), 0.1, dtype=c.dtype).fill_diagonal_(1)
@@ -68,31 +97,49 @@ def test_meta_gradient_agrees_with_one_graph_and_central_differences(tiny):
     expected = reached(learner, start, leaves, outer)
     torch.testing.assert_close(loss, expected.detach())
     flat = [x for views in leaves for x in views]
-    for ours, theirs in zip([g for each in by_views for g in each], torch.autograd.grad(expected, flat), strict=True):
+    for ours, theirs in zip(
+        [g for each in by_views for g in each], torch.autograd.grad(expected, flat), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
     h = 1e-5
     for seed in range(3):
-        directions = [[normal(100 + 10 * seed + 2 * k + i, *x.shape) for i, x in enumerate(each)]
-                      for k, each in enumerate(inner)]  # fmt: skip
+        directions = [
+            [normal(100 + 10 * seed + 2 * k + i, *x.shape) for i, x in enumerate(each)]
+            for k, each in enumerate(inner)
+        ]
         up, down = (
-            reached(learner, start, [[x + s * h * d for x, d in zip(*pair, strict=True)]
-                                     for pair in zip(inner, directions, strict=True)], outer).detach()
+            reached(
+                learner,
+                start,
+                [
+                    [x + s * h * d for x, d in zip(*pair, strict=True)]
+                    for pair in zip(inner, directions, strict=True)
+                ],
+                outer,
+            ).detach()
             for s in (1, -1)
-        )  # fmt: skip
+        )
         product = sum(
-            (g * d).sum() for pair in zip(by_views, directions, strict=True) for g, d in zip(*pair, strict=True)
+            (g * d).sum()
+            for pair in zip(by_views, directions, strict=True)
+            for g, d in zip(*pair, strict=True)
         )
         torch.testing.assert_close(product, (up - down) / (2 * h), rtol=1e-4, atol=1e-9)
 
 
 def test_gradient_passes_through_the_views(data_root, roots):
-    """Through crop, jitter and solarisation: against central differences under a fixed draw, on images that are grey,
-    where hue has no gradient, and on coloured ones."""
+    """Through crop, jitter and solarisation: against central deviations under a fixed draw, on
+    images that are grey, where hue has no gradient, and on coloured ones."""
     source = load_images("digits", "train", 32, data_root)
     source = SimpleNamespace(mean=source.mean, std=source.std)
-    for images in (0.3 + 0.1 * normal(0, 4, 3, 32, 32).clamp(-2, 2), 0.4 + 0.1 * normal(1, 4, 1, 32, 32).clamp(-2, 2)):
+    for images in (
+        0.3 + 0.1 * normal(0, 4, 3, 32, 32).clamp(-2, 2),
+        0.4 + 0.1 * normal(1, 4, 1, 32, 32).clamp(-2, 2),
+    ):
         pixels = images.expand(4, 3, 32, 32)
-        x = ((pixels - source.mean.double()[:, None, None]) / source.std.double()[:, None, None]).requires_grad_()
+        x = (
+            (pixels - source.mean.double()[:, None, None]) / source.std.double()[:, None, None]
+        ).requires_grad_()
 
         def objective(x):
             views = ssl_bilevel.two_views(x, source, torch.Generator().manual_seed(5), VIEWS)
@@ -102,12 +149,21 @@ def test_gradient_passes_through_the_views(data_root, roots):
         assert gradient.isfinite().all() and gradient.abs().max() > 0
         if images.shape[1] == 3:  # on grey ones the hue turns at a kink
             direction, h = normal(9, *x.shape), 1e-7
-            difference = (objective(x + h * direction) - objective(x - h * direction)).detach() / (2 * h)
-            torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-4)
+            difference = (objective(x + h * direction) - objective(x - h * direction)).detach() / (
+                2 * h
+            )
+            torch.testing.assert_close(
+                (gradient * direction).sum(), difference, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_hue_of_grey_images_has_a_finite_gradient():
-    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).expand(2, 3, 4, 4).clone().requires_grad_()
+    x = (
+        torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        .expand(2, 3, 4, 4)
+        .clone()
+        .requires_grad_()
+    )
     turned = augment.shift_hue(x, torch.tensor([0.1, -0.2]))
     torch.testing.assert_close(turned, x)
     turned.sum().backward()
@@ -121,14 +177,19 @@ def test_objective_on_a_fixed_draw_falls(tiny):
     for _ in range(20):
         loss, by_views = ssl_bilevel.meta_gradient(learner, start, inner, outer, ARGS)
         losses.append(loss.item())
-        inner = [tuple(x - 0.3 * g for x, g in zip(*pair, strict=True)) for pair in zip(inner, by_views, strict=True)]
+        inner = [
+            tuple(x - 0.3 * g for x, g in zip(*pair, strict=True))
+            for pair in zip(inner, by_views, strict=True)
+        ]
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
 @pytest.fixture
 def distil(roots, tmp_path):
     def call(*flags, top="runs"):
-        distillers.main(["ssl_bilevel", *TOY, *roots[:2], "--run-root", str(tmp_path / top), *flags])
+        distillers.main(
+            ["ssl_bilevel", *TOY, *roots[:2], "--run-root", str(tmp_path / top), *flags]
+        )
         [artefact] = (tmp_path / top).rglob("distilled.pt")
         return artefact
 
@@ -138,7 +199,11 @@ def distil(roots, tmp_path):
 def test_command_writes_images_without_targets(distil, data_root, capsys):
     artefact = distil()
     d = load_distilled(artefact)
-    assert d.images.shape == (12, 3, 32, 32) and d.target_kind == "none" and "fresh_noise" not in d.meta
+    assert (
+        d.images.shape == (12, 3, 32, 32)
+        and d.target_kind == "none"
+        and "fresh_noise" not in d.meta
+    )
     source = load_images("digits", "train", 32, data_root)
     initial = source.normalised(torch.tensor(d.meta["initial"]), torch.device("cpu"))
     moved = (d.images - initial).abs()
@@ -157,7 +222,10 @@ def test_stopped_run_goes_on_to_the_same_bits_and_seeds_decide(distil, monkeypat
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
         patch.setattr(run.Run, "steps", stopping_at([("distil", 1)]))
         distil(top="parts")
-    parts, other = load_distilled(distil(top="parts")), load_distilled(distil("--seed", "1", top="other"))
+    parts, other = (
+        load_distilled(distil(top="parts")),
+        load_distilled(distil("--seed", "1", top="other")),
+    )
     assert torch.equal(parts.images, whole.images)
     assert not torch.equal(other.images, whole.images)
     assert parts.meta["objective_distilled"] == whole.meta["objective_distilled"]
@@ -167,4 +235,6 @@ def test_settings_follow_the_source():
     for name in ("cifar100", "tinyimagenet", "digits"):
         ours, krr, target = (preset(name, stage) for stage in ("ssl_bilevel", "distill", "target"))
         assert all(ours[key] == krr[key] for key in ("num_images", "arch", "width", "outer_lr"))
-        assert all(ours[key] == target[key] for key in ("projector_dim", "off_diagonal", *vars(VIEWS)))
+        assert all(
+            ours[key] == target[key] for key in ("projector_dim", "off_diagonal", *vars(VIEWS))
+        )

@@ -1,16 +1,20 @@
-"""Kill each stage again and again and see that it ends with the very same file as when nothing had happened.
+"""Kill each stage again and again and see that it ends with the very same file as when nothing had
+happened.
 
     python -m tests.torture                          # 200 kills of every stage
     python -m tests.torture distill --kills 20
 
-A stage runs on digits at toy size, with a checkpoint after every step, in a process of its own that gets SIGKILL: at a
-random one of the moments at which it writes, flushes, renames or deletes a file or logs a step, or some milliseconds
-later, wherever it is then. The same command follows until that many kills are done and a run has ended; one that ends
-before is compared and begun afresh. Now and then a byte of the newest checkpoint is flipped in between. In the end the
-artefact must have the bytes of an undisturbed run, the log the same lines but for the seconds, results.jsonl one line,
-and nothing half-written may be left. Prints a Markdown table; exits with an error at the first difference.
+A stage runs on digits at toy size, with a checkpoint after every step, in a process of its own that
+gets SIGKILL: at a random one of the moments at which it writes, flushes, renames or deletes a file
+or logs a step, or some milliseconds later, wherever it is then. The same command follows until that
+many kills are done and a run has ended; one that ends before is compared and begun afresh. Now and
+then a byte of the newest checkpoint is flipped in between. In the end the artefact must have the
+bytes of an undisturbed run, the log the same lines but for the seconds, results.jsonl one line, and
+nothing half-written may be left. Prints a Markdown table; exits with an error at the first
+difference.
 
-Processes are forked from this one, which has imported everything and computed nothing, so a kill costs no start-up.
+Processes are forked from this one, which has imported everything and computed nothing, so a kill
+costs no start-up.
 """
 
 import argparse
@@ -34,8 +38,16 @@ import torch
 
 from utils import files, run
 
-IMPORTED = ("sklearn.cluster", "sklearn.datasets", "distillers.kmeans", "pretrain_target", "distill", "pretrain",
-            "finetune", "kd")  # fmt: skip
+IMPORTED = (
+    "sklearn.cluster",
+    "sklearn.datasets",
+    "distillers.kmeans",
+    "pretrain_target",
+    "distill",
+    "pretrain",
+    "finetune",
+    "kd",
+)
 MILLISECONDS = 60  # at most, after the chosen moment
 WRITES = 25  # of the many writes that make a file, each 25th is a moment
 ANYWHERE = 0.2  # share of the moments that are drawn from the whole of a run
@@ -44,8 +56,8 @@ FLIPPED = 0.2  # share of the kills after which a byte of the newest checkpoint 
 
 @dataclass(frozen=True)
 class Stage:
-    """`words`: the command after `python`, `{runs}` for its run root; `artefact`: below that; `needs`: the stages whose
-    artefacts it reads."""
+    """`words`: the command after `python`, `{runs}` for its run root; `artefact`: below that;
+    `needs`: the stages whose artefacts it reads."""
 
     words: str
     artefact: str
@@ -57,28 +69,37 @@ MODEL = "digits/krr_st/seed0/convnet3-x0.125/seed0/model.pt"
 TUNED = "digits/krr_st/seed0/convnet3-x0.125/seed0/digits_full_seed0/model.pt"
 STAGES = {
     "target": Stage(
-        "pretrain_target.py --width 0.0625 --epochs 1 --batch-size 64 --warmup-epochs 0 --projector-dim 16",
+        "pretrain_target.py --width 0.0625 --epochs 1 --batch-size 64 --warmup-epochs 0 "
+        "--projector-dim 16",
         "digits/target/seed0/target.pt",
     ),
     "distill": Stage(
-        "distill.py --num-images 10 --width 0.125 --outer-steps 24 --outer-batch 32 --pool-size 2 --pool-steps 5 "
+        "distill.py --num-images 10 --width 0.125 --outer-steps 24 --outer-batch 32 --pool-size 2 "
+        "--pool-steps 5 "
         "--image-every 10",
         DISTILLED,
         ("target",),
     ),
-    "kmeans": Stage("-m distillers kmeans --num-images 20", "digits/kmeans/seed0/distilled.pt", ("target",)),
+    "kmeans": Stage(
+        "-m distillers kmeans --num-images 20", "digits/kmeans/seed0/distilled.pt", ("target",)
+    ),
     "dm": Stage(
         "-m distillers dm --num-images 10 --width 0.125 --outer-steps 24 --real-batch 4",
         "digits/dm/seed0/distilled.pt",
     ),
     "pretrain": Stage(
-        f"pretrain.py --distilled {{runs}}/{DISTILLED} --width 0.125 --epochs 24 --augment", MODEL, ("distill",)
+        f"pretrain.py --distilled {{runs}}/{DISTILLED} --width 0.125 --epochs 24 --augment",
+        MODEL,
+        ("distill",),
     ),
     "finetune": Stage(
-        f"finetune.py --weights {{runs}}/{MODEL} --target digits --steps 24 --batch-size 32", TUNED, ("pretrain",)
+        f"finetune.py --weights {{runs}}/{MODEL} --dataset digits --steps 24 --batch-size 32",
+        TUNED,
+        ("pretrain",),
     ),
     "kd": Stage(
-        f"kd.py --weights {{runs}}/{MODEL} --distilled {{runs}}/{DISTILLED} --teacher {{runs}}/{TUNED} --target digits "
+        f"kd.py --weights {{runs}}/{MODEL} --distilled {{runs}}/{DISTILLED} --teacher "
+        f"{{runs}}/{TUNED} --dataset digits "
         "--epochs 24",
         "digits/krr_st/seed0/convnet3-x0.125/seed0/digits_kd_*/model.pt",
         ("distill", "pretrain", "finetune"),
@@ -87,8 +108,8 @@ STAGES = {
 
 
 def child(stage, root, at, pausing, pipe):
-    """Run the stage's command in this process, tell `pipe` the name of its moment number `at`, and stay there if
-    `pausing`; at its end tell how many moments there were."""
+    """Run the stage's command in this process, tell `pipe` the name of its moment number `at`, and
+    stay there if `pausing`; at its end tell how many moments there were."""
     moments = writes = 0
 
     def moment(name):
@@ -111,13 +132,20 @@ def child(stage, root, at, pausing, pipe):
 
         return wrapped
 
-    files._Sink.write = told("write", files._Sink.write)
+    files._HashingWriter.write = told("write", files._HashingWriter.write)
     run.Run.log = told("step", run.Run.log)
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, told(name, getattr(os, name)))
     run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0, math.inf
     words = stage.words.format(runs=root / "runs").split()
-    words += ["--data-root", str(root / "data"), "--run-root", str(root / "runs"), "--log-every", "1"]
+    words += [
+        "--data-root",
+        str(root / "data"),
+        "--run-root",
+        str(root / "runs"),
+        "--log-every",
+        "1",
+    ]
     call = runpy.run_path
     if words[0] == "-m":
         call, words = runpy.run_module, words[1:]
@@ -127,7 +155,8 @@ def child(stage, root, at, pausing, pipe):
 
 
 def attempt(stage, root, at=0, wait=None):
-    """One process: the name of the moment at which it was killed, or the number of its moments as it ended by itself.
+    """One process: the name of the moment at which it was killed, or the number of its moments as
+    it ended by itself.
 
     It is killed at its moment number `at`, or `wait` seconds later; never where `at` is 0.
     """
@@ -142,7 +171,9 @@ def attempt(stage, root, at=0, wait=None):
             child(stage, root, at, wait is None, writing)
             os._exit(0)
         except BaseException as error:
-            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+            code = (
+                error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+            )
             if code:
                 traceback.print_exc()
                 sys.stderr.flush()
@@ -214,13 +245,20 @@ def flip_a_byte(root, stage, dice):
 
 
 def torture(name, reference, moments, kills, folder, dice):
-    """A row of the table: that many kills of a stage, and comparisons with `reference`, which had `moments`."""
+    """A row of the table: that many kills of a stage, and comparisons with `reference`, which had
+    `moments`."""
     stage, root, started = STAGES[name], folder / name, time.monotonic()
     done, flipped, compared = Counter(), 0, 0
     fresh(root, reference, stage)
     while True:
-        soon = 2 * moments // min(kills, 20)  # so that a run is killed some 20 times; now and then anywhere
-        at = dice.randint(1, moments if dice.random() < ANYWHERE else max(2, soon)) if done.total() < kills else 0
+        soon = (
+            2 * moments // min(kills, 20)
+        )  # so that a run is killed some 20 times; now and then anywhere
+        at = (
+            dice.randint(1, moments if dice.random() < ANYWHERE else max(2, soon))
+            if done.total() < kills
+            else 0
+        )
         wait = dice.choice((None, dice.random() * MILLISECONDS / 1000))
         killed = attempt(stage, root, at, wait)
         if isinstance(killed, str):
@@ -234,7 +272,9 @@ def torture(name, reference, moments, kills, folder, dice):
         fresh(root, reference, stage)
     shutil.rmtree(root)
     seconds = time.monotonic() - started
-    counts = " | ".join(str(done[kind]) for kind in ("write", "fsync", "replace", "unlink", "step", "later"))
+    counts = " | ".join(
+        str(done[kind]) for kind in ("write", "fsync", "replace", "unlink", "step", "later")
+    )
     return f"| {name} | {done.total()} | {counts} | {flipped} | {compared} | {seconds:.0f} |"
 
 
@@ -248,8 +288,11 @@ def main():
     needed = set(wanted)
     for name in reversed(STAGES):
         needed |= set(STAGES[name].needs) if name in needed else set()
-    print("| stage | kills | at a write | flush | rename | deletion | step | up to 60 ms later | bytes flipped "
-          "| runs compared | s |")  # fmt: skip
+    print(
+        "| stage | kills | at a write | flush | rename | deletion | step | up to 60 ms later | "
+        "bytes flipped "
+        "| runs compared | s |"
+    )
     print("|---|" + "---:|" * 10, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder, "reference")
@@ -258,11 +301,16 @@ def main():
             if name in needed:
                 moments = attempt(stage, reference)
                 if name in wanted:
-                    print(torture(name, reference, moments, args.kills, Path(folder), dice), flush=True)
+                    print(
+                        torture(name, reference, moments, args.kills, Path(folder), dice),
+                        flush=True,
+                    )
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--kills", type=int, default=200, help="of each stage (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -2,4 +2,5 @@
 
 
 class UserError(Exception):
-    """Something the user can put right; the command line prints it in one line and exits with code 2."""
+    """Something the user can put right; the command line prints it in one line and exits with code
+    2."""

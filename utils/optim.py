@@ -7,11 +7,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per tensor by the ratio of the norms of weight and gradient.
+    """SGD with momentum whose step is scaled per tensor by the ratio of the norms of weight and
+    gradient.
 
-    You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, equation 6, with the scaled
-    rate clipped at `lr`. Tensors of one dimension (biases, batch norm) take plain momentum steps without weight
-    decay. Defaults are those of the recipe in `pretrain_target.py`.
+    You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, equation 6,
+    with the scaled rate clipped at `lr`. Tensors of one dimension (biases, batch norm) take plain
+    momentum steps without weight decay. Defaults are those of the recipe in `pretrain_target.py`.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02):
@@ -29,8 +30,12 @@ class LARS(torch.optim.Optimizer):
                 if weight.ndim > 1:
                     norm, grad_norm = weight.norm(), update.norm()
                     rate = group["eta"] * norm / (grad_norm + group["weight_decay"] * norm + 1e-8)
-                    rate = torch.where((norm > 0) & (grad_norm > 0), rate, group["lr"])  # 0/0: a plain step
-                    update = (update + group["weight_decay"] * weight) * (rate / group["lr"]).clamp(max=1.0)
+                    rate = torch.where(
+                        (norm > 0) & (grad_norm > 0), rate, group["lr"]
+                    )  # 0/0: a plain step
+                    update = (update + group["weight_decay"] * weight) * (rate / group["lr"]).clamp(
+                        max=1.0
+                    )
                 state = self.state[weight]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
@@ -41,8 +46,9 @@ class LARS(torch.optim.Optimizer):
 class LAMB(torch.optim.Optimizer):
     """Adam whose step is scaled per tensor to `lr` times the tensor's norm.
 
-    You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020, Algorithm 2,
-    with phi the identity and no weight decay. A tensor or a step of norm 0 takes Adam's own step.
+    You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR
+    2020, Algorithm 2, with phi the identity and no weight decay. A tensor or a step of norm 0 takes
+    Adam's own step.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
@@ -56,12 +62,19 @@ class LAMB(torch.optim.Optimizer):
                     continue
                 state = self.state[weight]
                 if not state:
-                    state["step"], state["m"], state["v"] = 0, torch.zeros_like(weight), torch.zeros_like(weight)
+                    state["step"], state["m"], state["v"] = (
+                        0,
+                        torch.zeros_like(weight),
+                        torch.zeros_like(weight),
+                    )
                 state["step"] += 1
-                for name, beta, sample in zip("mv", group["betas"], (weight.grad, weight.grad.square()), strict=True):
+                for name, beta, sample in zip(
+                    "mv", group["betas"], (weight.grad, weight.grad.square()), strict=True
+                ):
                     state[name].lerp_(sample, 1 - beta)
                 m, v = (
-                    state[name] / (1 - beta ** state["step"]) for name, beta in zip("mv", group["betas"], strict=True)
+                    state[name] / (1 - beta ** state["step"])
+                    for name, beta in zip("mv", group["betas"], strict=True)
                 )
                 update = m / (v.sqrt() + group["eps"])
                 norm, update_norm = weight.norm(), update.norm()
@@ -70,8 +83,8 @@ class LAMB(torch.optim.Optimizer):
 
 
 def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
-    """`name`: sgd (with `momentum`), adam or adamw (betas 0.9 and 0.999), lars (momentum 0.9) or lamb (as Adam, without
-    weight decay)."""
+    """`name`: sgd (with `momentum`), adam or adamw (betas 0.9 and 0.999), lars (momentum 0.9) or
+    lamb (as Adam, without weight decay)."""
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "lamb":
@@ -82,14 +95,17 @@ def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
 
 def gradient_norm(params):
     """Euclidean norm of all gradients together, as a () tensor on their device."""
-    return torch.nn.utils.get_total_norm([weight.grad for weight in params if weight.grad is not None])
+    return torch.nn.utils.get_total_norm(
+        [weight.grad for weight in params if weight.grad is not None]
+    )
 
 
 def schedule(optimizer, name, steps, warmup=0):
-    """A scheduler to be stepped after each of `steps` optimiser steps; the first `warmup` rise linearly from near 0.
+    """A scheduler to be stepped after each of `steps` optimiser steps; the first `warmup` rise
+    linearly from near 0.
 
-    `name`: constant; linear, to 1/1000 of the initial rate; cosine, to 0; cosine_to_tenth; halfway, divided by 10 after
-    half the steps.
+    `name`: constant; linear, to 1/1000 of the initial rate; cosine, to 0; cosine_to_tenth; halfway,
+    divided by 10 after half the steps.
     """
     length = max(1, steps - warmup)
     curves = {

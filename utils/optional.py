@@ -1,4 +1,4 @@
-"""Packages that a single feature needs: imported where they are used."""
+"""Packages that a single feature needs. They are imported where they are used."""
 
 import importlib
 
@@ -6,7 +6,10 @@ from utils.errors import UserError
 
 
 def optional(module, purpose, package=None):
-    """The module of that name. Raises UserError, which says what to install, where its package is missing."""
+    """The module of that name.
+
+    Raises UserError where its package is missing; it says what to install for `purpose`.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

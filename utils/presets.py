@@ -1,10 +1,14 @@
-"""Every hyperparameter, once, each with its source; the defaults of all scripts' flags come from here.
+"""Every hyperparameter, once, each with its source; the defaults of all scripts' flags come from
+here.
 
-Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the paper is silent;
-[S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most likely trained with (neither paper
-nor code says); [DC] the code of dataset condensation (DM, DSA), [MTT] that of trajectory matching, [FRePo] and [KIP]
-those methods' papers and code; [ours] chosen here, for a machine that the paper's settings do not fit.
+Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the
+paper is silent; [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most
+likely trained with (neither paper nor code says); [DC] the code of dataset condensation (DM, DSA),
+[MTT] that of trajectory matching, [FRePo] and [KIP] those methods' papers and code; [ours] chosen
+here, for a machine that the paper's settings do not fit.
 """
+
+SMALLEST_IMAGE_SIZE = 32  # VGG11 and ConvNet5 halve the image five times
 
 TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing else is given
     arch="resnet18_target",  # [P 4.1] ResNet18; stem [C]
@@ -45,13 +49,16 @@ DISTILL = dict(  # distill.py
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
 )
 
-SAME = object()  # in a method's settings: the value that distill.py, or else pretrain_target.py, has for the source
-RANDOM = dict(num_images=SAME)  # distillers/random.py, random_features.py, kmeans.py, gaussian.py
+# in a method's settings: the value that distill.py, or else pretrain_target.py, has for the source
+INHERITED = object()
+RANDOM = dict(
+    num_images=INHERITED
+)  # distillers/random.py, random_features.py, kmeans.py, gaussian.py
 
 FREPO = dict(  # distillers/frepo.py; KRR-ST's release lists no settings of its re-run
-    num_images=SAME,
-    arch=SAME,
-    width=SAME,
+    num_images=INHERITED,
+    arch=INHERITED,
+    width=INHERITED,
     outer_steps=500_000,  # [FRePo]
     outer_lr=3e-4,  # [FRePo] LAMB, cosine to a tenth
     outer_batch=1024,  # [FRePo]
@@ -63,7 +70,7 @@ FREPO = dict(  # distillers/frepo.py; KRR-ST's release lists no settings of its 
 )
 
 KIP = dict(  # distillers/kip.py
-    num_images=SAME,
+    num_images=INHERITED,
     kernel="conv",  # [KIP] but without its pooling [ours]
     depth=3,  # [KIP]
     outer_steps=1000,  # [KIP] of its published sets
@@ -74,18 +81,18 @@ KIP = dict(  # distillers/kip.py
 )
 
 DM = dict(  # distillers/dm.py
-    num_images=SAME,
+    num_images=INHERITED,
     arch="dc_convnet3",  # [DC]
-    width=SAME,
+    width=INHERITED,
     outer_steps=20_000,  # [DC]
     outer_lr=1.0,  # [DC]
     real_batch=256,  # [DC]
 )
 
 DSA = dict(  # distillers/dsa.py
-    num_images=SAME,
+    num_images=INHERITED,
     arch="dc_convnet3",  # [DC]
-    width=SAME,
+    width=INHERITED,
     networks=1000,  # [DC]
     outer_loops=0,  # [DC] as many as images per class
     inner_epochs=0,  # [DC] a table, by images per class
@@ -96,9 +103,9 @@ DSA = dict(  # distillers/dsa.py
 )
 
 MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without ZCA
-    num_images=SAME,
+    num_images=INHERITED,
     arch="dc_convnet3",  # [MTT]
-    width=SAME,
+    width=INHERITED,
     outer_steps=5_000,  # [MTT]
     outer_lr=1e3,  # [MTT]
     rate_lr=1e-5,  # [MTT]
@@ -112,38 +119,62 @@ MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without 
 )
 
 SSL_BILEVEL = dict(  # distillers/ssl_bilevel.py; the paper tried it (3.1) and gives no settings
-    num_images=SAME,
-    arch=SAME,
-    width=SAME,
-    outer_steps=SAME,
-    outer_lr=SAME,
-    outer_batch=SAME,
+    num_images=INHERITED,
+    arch=INHERITED,
+    width=INHERITED,
+    outer_steps=INHERITED,
+    outer_lr=INHERITED,
+    outer_batch=INHERITED,
     inner_steps=10,  # [ours] K
     inner_lr=0.1,  # [ours]
     inner_batch=256,  # [S] as the target's batch
-    projector_dim=SAME,
-    off_diagonal=SAME,
-    crop_min=SAME,
-    jitter=SAME,
-    greyscale=SAME,
-    solarise=SAME,
-    flip=SAME,
+    projector_dim=INHERITED,
+    off_diagonal=INHERITED,
+    crop_min=INHERITED,
+    jitter=INHERITED,
+    greyscale=INHERITED,
+    solarise=INHERITED,
+    flip=INHERITED,
 )
 
 PRETRAIN = {  # pretrain.py, by the kind of targets
     "feature": dict(  # [P 4.1]; no augmentation, constant rate [C]
-        loss="mse", optimizer="sgd", lr=0.1, weight_decay=1e-3, schedule="constant", warmup=0, batch_size=256,
-        epochs=1000, steps=0, augment=False,
+        loss="mse",
+        optimizer="sgd",
+        lr=0.1,
+        weight_decay=1e-3,
+        schedule="constant",
+        warmup=0,
+        batch_size=256,
+        epochs=1000,
+        steps=0,
+        augment=False,
     ),
     "class": dict(  # [C]
-        loss="cross_entropy", optimizer="sgd", lr=0.01, weight_decay=5e-4, schedule="halfway", warmup=0,
-        batch_size=256, epochs=1000, steps=0, augment=True,
+        loss="cross_entropy",
+        optimizer="sgd",
+        lr=0.01,
+        weight_decay=5e-4,
+        schedule="halfway",
+        warmup=0,
+        batch_size=256,
+        epochs=1000,
+        steps=0,
+        augment=True,
     ),
     "soft": dict(  # [C]
-        loss="half_squared", optimizer="adamw", lr=3e-4, weight_decay=0.0, schedule="cosine", warmup=500,
-        batch_size=500, epochs=0, steps=10_000, augment=True,
+        loss="half_squared",
+        optimizer="adamw",
+        lr=3e-4,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup=500,
+        batch_size=500,
+        epochs=0,
+        steps=10_000,
+        augment=True,
     ),
-}  # fmt: skip
+}
 
 FINETUNE = dict(  # finetune.py
     lr=0.01,  # [P 4.1] SGD, momentum 0.9, cosine to 0
@@ -163,18 +194,24 @@ KD = dict(  # kd.py
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
 _AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
-_LABELLED_AT_64 = {stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")}  # [ours] as TinyImageNet
+_LABELLED_AT_64 = {
+    stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")
+}  # [ours] as TinyImageNet
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
-    "cifar10": dict(image_size=32, dm=dict(outer_lr=10.0), **_LONG),  # [DC] for 100 images per class and more
+    "cifar10": dict(
+        image_size=32, dm=dict(outer_lr=10.0), **_LONG
+    ),  # [DC] for 100 images per class and more
     "tinyimagenet": dict(
         image_size=64,  # [P 4.1]
         distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
         pretrain={"soft": dict(steps=40_000), ("soft", "mobilenet"): dict(batch_size=256)},  # [C]
         dm=dict(arch="dc_convnet4"),  # [DC]
         dsa=dict(arch="dc_convnet4"),  # [DC]
-        mtt=dict(arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200),  # [MTT]
+        mtt=dict(
+            arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200
+        ),  # [MTT]
         **_LONG,
     ),
     "imagenet": dict(image_size=64, distill=_AT_64, **_LABELLED_AT_64),  # [P 4.1]
@@ -183,7 +220,9 @@ PRESETS = {  # what differs from the values above
         target=dict(arch="resnet50_target", weights="hub"),  # [C] Barlow Twins on ImageNet, 2048-d
         distill=dict(arch="convnet5", num_images=10, outer_lr=1e-5),  # [C]
         pretrain=dict(soft=dict(steps=1_000, batch_size=10)),  # [C]
-        **{stage: dict(arch="dc_convnet5") for stage in ("dm", "dsa", "mtt")},  # [ours] as deep as KRR-ST's
+        **{
+            stage: dict(arch="dc_convnet5") for stage in ("dm", "dsa", "mtt")
+        },  # [ours] as deep as KRR-ST's
     ),
     "digits": dict(  # [ours] sized for the quick start on two CPU cores
         image_size=32,
@@ -206,7 +245,14 @@ PRESETS = {  # what differs from the values above
             pool_size=5,
             pool_steps=60,
         ),
-        frepo=dict(outer_steps=150, outer_lr=0.02, outer_batch=256, pool_size=5, pool_steps=40, pool_lr=3e-3),
+        frepo=dict(
+            outer_steps=150,
+            outer_lr=0.02,
+            outer_batch=256,
+            pool_size=5,
+            pool_steps=40,
+            pool_lr=3e-3,
+        ),
         kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
         dm=dict(outer_steps=60, real_batch=64),
         dsa=dict(networks=8, outer_loops=4, inner_epochs=5, real_batch=64),
@@ -220,13 +266,24 @@ PRESETS = {  # what differs from the values above
             expert_batch=64,
         ),
         ssl_bilevel=dict(outer_steps=15, outer_batch=128, inner_steps=5),
-        pretrain={"feature": dict(epochs=300), "soft": dict(steps=200, warmup=20), "class": dict(epochs=200)},
+        pretrain={
+            "feature": dict(epochs=300),
+            "soft": dict(steps=200, warmup=20),
+            "class": dict(epochs=200),
+        },
         finetune=dict(steps=100, flip=False),
         kd=dict(lr=1e-3, epochs=200),
     ),
     "small": dict(  # [ours] any folder of images, on two CPU cores
         image_size=64,
-        target=dict(arch="resnet10", width=0.25, epochs=20, batch_size=128, warmup_epochs=2, projector_dim=256),
+        target=dict(
+            arch="resnet10",
+            width=0.25,
+            epochs=20,
+            batch_size=128,
+            warmup_epochs=2,
+            projector_dim=256,
+        ),
         distill=dict(
             arch="convnet4",
             num_images=30,
@@ -236,7 +293,8 @@ PRESETS = {  # what differs from the values above
             outer_batch=256,
             pool_size=5,
             pool_steps=60,
-            pool_lr=0.05,  # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
+            # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
+            pool_lr=0.05,
         ),
         **_LABELLED_AT_64,
         pretrain={"feature": dict(epochs=300, lr=0.05)},
@@ -251,10 +309,18 @@ _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hou
     distill=dict(outer_steps=1200, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=100),
     dm=dict(outer_steps=200, real_batch=16),
     dsa=dict(networks=10, outer_loops=2, inner_epochs=5, real_batch=16),
-    mtt=dict(outer_steps=80, inner_steps=10, inner_batch=100, max_start=2, match_epochs=1, experts=2),
-    frepo=dict(outer_steps=700, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=40, pool_lr=3e-3),
+    mtt=dict(
+        outer_steps=80, inner_steps=10, inner_batch=100, max_start=2, match_epochs=1, experts=2
+    ),
+    frepo=dict(
+        outer_steps=700, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=40, pool_lr=3e-3
+    ),
     kip=dict(kernel="fc", outer_steps=200, outer_batch=500),
-    pretrain={"feature": dict(epochs=120), "class": dict(epochs=120), "soft": dict(steps=240, warmup=20)},
+    pretrain={
+        "feature": dict(epochs=120),
+        "class": dict(epochs=120),
+        "soft": dict(steps=240, warmup=20),
+    },
 )
 _QUICK_SETS = {  # m is a multiple of the classes; the paper's network, narrower
     "cifar100": dict(arch="convnet3", width=0.25, num_images=300),
@@ -262,7 +328,10 @@ _QUICK_SETS = {  # m is a multiple of the classes; the paper's network, narrower
     "imagenet": dict(arch="convnet4", width=0.5, num_images=1000),
     "imagenette": dict(arch="convnet5", width=0.5, num_images=10),
 }
-PRESETS |= {f"quick-{name}": _QUICK | dict(distill=_QUICK["distill"] | own) for name, own in _QUICK_SETS.items()}
+PRESETS |= {
+    f"quick-{name}": _QUICK | dict(distill=_QUICK["distill"] | values)
+    for name, values in _QUICK_SETS.items()
+}
 
 STAGES = {
     "target": TARGET,
@@ -282,18 +351,28 @@ STAGES = {
 def preset(name, stage, kind=None, arch=None):
     """The settings of `stage` (one of `STAGES`, or pretrain) under `PRESETS[name]`, as a new dict.
 
-    `kind` is the kind of targets and `arch` the network, for pretrain; the kind "source", which is all of a source with
-    the target's features, has the recipe for features and as many optimiser steps as that has on m images.
+    `kind` is the kind of targets and `arch` the network, for pretrain; the kind "source", which is
+    all of a source with the target's features, has the recipe for features and as many optimiser
+    steps as that has on m images.
     """
     changes = PRESETS[name].get(stage, {})
-    if stage == "pretrain" and kind == "source":  # [ours] so that only the images differ from a distilled set's
+    if (
+        stage == "pretrain" and kind == "source"
+    ):  # [ours] so that only the images differ from a distilled set's
         recipe, m = preset(name, stage, "feature", arch), preset(name, "distill")["num_images"]
         return recipe | dict(epochs=0, steps=recipe["epochs"] * -(-m // recipe["batch_size"]))
     if stage == "pretrain":
         return PRETRAIN[kind] | changes.get(kind, {}) | changes.get((kind, arch), {})
     values = STAGES[stage] | changes
-    same = {} if SAME not in values.values() else preset(name, "target") | preset(name, "distill")
-    return {key: same[key] if value is SAME else value for key, value in values.items()}
+    same = (
+        {} if INHERITED not in values.values() else preset(name, "target") | preset(name, "distill")
+    )
+    return {key: same[key] if value is INHERITED else value for key, value in values.items()}
+
+
+def preset_name(name):
+    """The preset of a data set's name: its own, or "other"."""
+    return name if name in PRESETS else "other"
 
 
 def image_size(name):
@@ -301,13 +380,16 @@ def image_size(name):
     return PRESETS[name]["image_size"]
 
 
-def differences(name, stage, settings, kind=None, arch=None):
-    """In what `settings` (name -> value) differ from those of `stage` under `PRESETS[name]`, which is how a result
-    tells its scale: {"stage.setting": [here, there]}. What several stages share is named without the stage."""
-    usual = preset(name, stage, kind, arch) | dict(image_size=image_size(name))
+def deviations(name, stage, settings, kind=None, arch=None):
+    """Where `settings` (name -> value) deviate from those of `stage` under `PRESETS[name]`.
+
+    Returns {"stage.setting": [here, in the preset]}, which is stored with every result; {} is the
+    paper's scale. Settings that several stages share are named without the stage.
+    """
+    expected = preset(name, stage, kind, arch) | dict(image_size=image_size(name))
     shared = {"image_size"} if stage == "target" else {"image_size", "num_images", "width"}
     return {
         key if key in shared else f"{stage}.{key}": [settings[key], value]
-        for key, value in usual.items()
+        for key, value in expected.items()
         if settings.get(key, value) != value
     }

@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "sgd": lambda params, lr, decay: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=decay),
     "adamw": lambda params, lr, decay: torch.optim.AdamW(params, lr, weight_decay=decay),
 }
-SCHEDULES = {  # the share of the learning rate by the share of the steps that are done
+SCHEDULES = {  # the factor on the learning rate, by the fraction of the steps taken
     "constant": lambda done: 1.0,
     "halfway": lambda done: 1.0 if done < 0.5 else 0.1,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -23,22 +23,26 @@ SCHEDULES = {  # the share of the learning rate by the share of the steps that a
 
 
 def pretrain(dataset, info, seed=0, device="cpu"):
-    """A network fitted to the set by its recipe; its features are network.embed(x), (b, d)."""
+    """A network trained on the set by its recipe; its features are network.embed(x), (b, d)."""
     recipe, (images, targets) = info["recipe"], (tensor.to(device) for tensor in dataset.tensors)
     torch.manual_seed(seed)
-    order, draws = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed + 1)
+    order = torch.Generator().manual_seed(seed)
+    draws = torch.Generator(device).manual_seed(seed + 1)
     network = build().to(device).train()
     batch_size = min(recipe["batch_size"], len(images))
     steps = recipe["steps"] or recipe["epochs"] * -(-len(images) // batch_size)
     warmup, curve = recipe["warmup"], SCHEDULES[recipe["schedule"]]
 
     def rate(step):
-        return (step + 1) / warmup if step < warmup else curve((step - warmup) / max(1, steps - warmup))
+        done = (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else curve(done)
 
-    optimizer = OPTIMIZERS[recipe["optimizer"]](network.parameters(), recipe["lr"], recipe["weight_decay"])
+    make = OPTIMIZERS[recipe["optimizer"]]
+    optimizer = make(network.parameters(), recipe["lr"], recipe["weight_decay"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    epochs = (torch.randperm(len(images), generator=order).split(batch_size) for _ in itertools.count())
-    for batch in itertools.islice(itertools.chain.from_iterable(epochs), steps):
+    orders = (torch.randperm(len(images), generator=order) for _ in itertools.count())
+    batches = itertools.chain.from_iterable(each.split(batch_size) for each in orders)
+    for batch in itertools.islice(batches, steps):
         x = images[batch]
         if recipe["augment"]:
             from augment import diff_augment  # the file beside this one

@@ -1,4 +1,5 @@
-"""Accuracy of a network or of its frozen features. Nothing here changes a network, its mode or its buffers."""
+"""Accuracy of a network or of its frozen features. Nothing here changes a network, its mode or its
+buffers."""
 
 import contextlib
 
@@ -7,17 +8,20 @@ import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.images import normalise
-from utils.cli import autocast
+from utils.device import autocast
 
 BATCH = 512
 
 
 @contextlib.contextmanager
 def evaluating(network, batch_statistics=False):
-    """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own statistics and
-    leaves its running ones as they are (the paper's distillation of knowledge, departure D12 of README)."""
+    """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own
+    statistics and leaves its running ones as they are (the paper's distillation of knowledge,
+    departure D12 kd-details)."""
     modes = {module: module.training for module in network.modules()}
-    norms = [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []
+    norms = (
+        [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []
+    )
     network.eval()
     try:
         for norm in norms:
@@ -48,8 +52,8 @@ def outputs(function, images, device, precision="fp32", mean=None, std=None):
 def accuracy(network, images, device, precision="fp32", batch_statistics=False):
     """Share of correctly classified images in percent.
 
-    With `batch_statistics` the images are taken in a fixed random order, since a batch of one class has other
-    statistics than a batch of all.
+    With `batch_statistics` the images are taken in a fixed random order, since a batch of one class
+    has other statistics than a batch of all.
     """
     order = torch.arange(len(images))
     if batch_statistics:
@@ -63,12 +67,14 @@ def accuracy(network, images, device, precision="fp32", batch_statistics=False):
 
 
 def knn_accuracy(embed, train, test, device, precision="fp32"):
-    """Accuracy in percent of `knn_accuracy_of` the features `embed` of the images of `test` among those of `train`."""
+    """Accuracy in percent of `knn_accuracy_of` the features `embed` of the images of `test` among
+    those of `train`."""
     return knn_accuracy_of(*_labelled_features(embed, train, test, device, precision))
 
 
 def linear_accuracy(embed, train, test, device, precision="fp32"):
-    """Accuracy in percent of `linear_accuracy_of` the features `embed`, fitted to `train`, on `test`."""
+    """Accuracy in percent of `linear_accuracy_of` the features `embed`, fitted to `train`, on
+    `test`."""
     return linear_accuracy_of(*_labelled_features(embed, train, test, device, precision))
 
 
@@ -76,15 +82,18 @@ def _labelled_features(embed, train, test, device, precision):
     """Features and labels of both sets, normalised as `train` is, and the number of classes."""
     parts = []
     for images in (train, test):
-        parts += [outputs(embed, images, device, precision, train.mean, train.std), images.labels.to(device)]
+        parts += [
+            outputs(embed, images, device, precision, train.mean, train.std),
+            images.labels.to(device),
+        ]
     return *parts, len(train.classes)
 
 
 def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, temperature=0.07):
     """Accuracy in percent of weighted nearest neighbours by cosine similarity.
 
-    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4:
-    each of the k neighbours votes with weight exp(similarity / temperature).
+    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
+    2018, section 3.4: each of the k neighbours votes with weight exp(similarity / temperature).
 
     Args:
         features: (n, d), with `labels` (n,) in 0..num_classes-1.
@@ -102,8 +111,9 @@ def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, tem
 def linear_accuracy_of(features, labels, tests, test_labels, num_classes):
     """Accuracy in percent of a linear classifier on features, fitted to convergence.
 
-    Features are standardised by the training images'; multinomial logistic regression, with half the squared weights
-    beside the summed cross-entropy, is minimised by L-BFGS. The minimum is unique: no seed, no rate, no schedule.
+    Features are standardised by the training images'; multinomial logistic regression, with half
+    the squared weights beside the summed cross-entropy, is minimised by L-BFGS. The minimum is
+    unique: no seed, no rate, no schedule.
 
     Args:
         features: (n, d), with `labels` (n,) in 0..num_classes-1.
@@ -113,11 +123,15 @@ def linear_accuracy_of(features, labels, tests, test_labels, num_classes):
     features, tests = ((f - mean) / std.clamp(min=1e-6) for f in (features, tests))
     weight = torch.zeros(features.shape[1], num_classes, device=features.device, requires_grad=True)
     bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
-    fit = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    fit = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         fit.zero_grad()
-        loss = F.cross_entropy(features @ weight + bias, labels) + weight.square().sum() / (2 * len(labels))
+        loss = F.cross_entropy(features @ weight + bias, labels) + weight.square().sum() / (
+            2 * len(labels)
+        )
         loss.backward()
         return loss
 

@@ -5,7 +5,7 @@ import torch
 
 import models
 from data.images import ImageSet
-from utils import evaluate
+from evaluation import probes
 
 CPU = torch.device("cpu")
 
@@ -14,10 +14,14 @@ def images(n=90, classes=3, seed=0, signal=0.6):
     """Noise with a class-dependent brightness."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    x = torch.rand(n, 32, 32, 3, generator=g) * (1 - signal) + signal * labels[:, None, None, None] / (classes - 1)
+    x = torch.rand(n, 32, 32, 3, generator=g) * (1 - signal) + signal * labels[
+        :, None, None, None
+    ] / (classes - 1)
     pixels = (x * 255).to(torch.uint8)
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.3)
-    return ImageSet("noise", pixels, labels, [str(c) for c in range(classes)], mean, std, fingerprint="")
+    return ImageSet(
+        "noise", pixels, labels, [str(c) for c in range(classes)], mean, std, fingerprint=""
+    )
 
 
 def network(seed=0, outputs=3):
@@ -33,9 +37,9 @@ def test_evaluating_restores_modes_and_changes_no_buffer():
     modes = [module.training for module in net.modules()]
     state = {name: value.clone() for name, value in net.state_dict().items()}
     for batch_statistics in (False, True):
-        evaluate.accuracy(net, images(), CPU, batch_statistics=batch_statistics)
-    evaluate.knn_accuracy(net.embed, images(), images(seed=1), CPU)
-    evaluate.linear_accuracy(net.embed, images(), images(seed=1), CPU)
+        probes.accuracy(net, images(), CPU, batch_statistics=batch_statistics)
+    probes.knn_accuracy(net.embed, images(), images(seed=1), CPU)
+    probes.linear_accuracy(net.embed, images(), images(seed=1), CPU)
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
@@ -45,25 +49,27 @@ def test_batch_size_does_not_matter(monkeypatch):
     net, data = network(), images()
     results = []
     for size in (7, 90):
-        monkeypatch.setattr(evaluate, "BATCH", size)
-        results.append((evaluate.accuracy(net, data, CPU), evaluate.outputs(net.embed, data, CPU)))
+        monkeypatch.setattr(probes, "BATCH", size)
+        results.append((probes.accuracy(net, data, CPU), probes.outputs(net.embed, data, CPU)))
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
 def test_accuracy_is_the_share_of_correct_eval_mode_predictions():
     net, data = network().train(), images()
-    accuracy = evaluate.accuracy(net, data, CPU)
+    accuracy = probes.accuracy(net, data, CPU)
     predicted = net.eval()(data.normalised(torch.arange(90), CPU)).argmax(1)
     assert accuracy == pytest.approx(100 * (predicted == data.labels).double().mean().item())
 
 
 def test_batch_statistics_are_those_of_training_mode(monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH", 1000)
+    monkeypatch.setattr(probes, "BATCH", 1000)
     net, data = network(), images()
-    accuracy = evaluate.accuracy(net, data, CPU, batch_statistics=True)
+    accuracy = probes.accuracy(net, data, CPU, batch_statistics=True)
     predicted = net.train()(data.normalised(torch.arange(90), CPU)).argmax(1)
-    assert accuracy == pytest.approx(100 * (predicted == data.labels).double().mean().item(), abs=1.2)
+    assert accuracy == pytest.approx(
+        100 * (predicted == data.labels).double().mean().item(), abs=1.2
+    )
 
 
 def test_knn_follows_its_formula():
@@ -77,7 +83,7 @@ def test_knn_follows_its_formula():
         for i in similarity.argsort(descending=True)[:20]:
             votes[train.labels[i]] += float(torch.exp(similarity[i] / 0.07))
         correct += max(range(3), key=votes.__getitem__) == truth
-    assert evaluate.knn_accuracy(net.embed, train, test, CPU) == pytest.approx(100 * correct / 20)
+    assert probes.knn_accuracy(net.embed, train, test, CPU) == pytest.approx(100 * correct / 20)
 
 
 def test_linear_probe_agrees_with_scikit_learn():
@@ -85,9 +91,12 @@ def test_linear_probe_agrees_with_scikit_learn():
 
     net, train, test = network().eval(), images(60, signal=0.05), images(200, seed=1, signal=0.05)
     with torch.no_grad():
-        f, q = (net.embed(d.normalised(torch.arange(len(d)), CPU)).double().numpy() for d in (train, test))
+        f, q = (
+            net.embed(d.normalised(torch.arange(len(d)), CPU)).double().numpy()
+            for d in (train, test)
+        )
     mean, std = f.mean(0), f.std(0).clip(1e-6)
     theirs = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit((f - mean) / std, train.labels)
-    ours = evaluate.linear_accuracy(net.embed, train, test, CPU)
+    ours = probes.linear_accuracy(net.embed, train, test, CPU)
     assert ours == pytest.approx(100 * theirs.score((q - mean) / std, test.labels), abs=1.0)
     assert 40 < ours < 100

@@ -1,30 +1,36 @@
-"""Theorem 1 of the paper, measured: is the gradient through a self-supervised inner problem biased, and by how much?
+"""Theorem 1 of the paper, measured: is the gradient through a self-supervised inner problem biased,
+and by how much?
 
-    python -m benchmarks.bias --out runs/bias       # about 3 minutes of one CPU core
-    python -m benchmarks.bias --fast                # seconds: fewer draws, fewer r
+    python -m experiments.bias --out runs/bias       # about 3 minutes of one CPU core
+    python -m experiments.bias --fast                # seconds: fewer draws, fewer r
 
-Distilled images X_s (8 of scikit-learn's digits at 4 x 4 pixels), real images X_t (100 others), a linear network theta,
-float64. An outcome xi of the augmentation is one of 6, so that L(theta; X) = E_xi[l_xi(theta, X)] is a sum:
+Distilled images X_s (8 of scikit-learn's digits at 4 x 4 pixels), real images X_t (100 others), a
+linear network theta, float64. An outcome xi of the augmentation is one of 6, so that L(theta; X) =
+E_xi[l_xi(theta, X)] is a sum:
 
     Barlow Twins, SimCLR    two different ones of 4 shifts by a pixel, the views of all images of X
     masked reconstruction   one of the 6 masks that hide two quarters of each image
-    MSE                     equation 2 of the paper, with a ridge head; xi is drawn as for the others but plays no part
+    MSE                     equation 2 of the paper, with a ridge head; xi is drawn as for the
+                            others but plays no part
 
-theta*(X_s) minimises L(theta; X_s) + mu/2 |theta - theta_0|^2 (without the second term, which is the same for all xi,
-Barlow Twins and SimCLR have whole surfaces of minimisers); theta^(X_s) has the mean of r drawn l_xi in place of L. Both
-are found by Newton's method from theta_0, the latter also from theta*, and the lower minimum is taken. `bilevel` holds
-dL(theta^(X_s); X_t)/dX_s, by the implicit function theorem, against the true dL(theta*(X_s); X_t)/dX_s. `ordinary` is
-the gradient by theta at theta_0 of the mean, over the r drawn outcomes, of the loss of each, which is an unbiased
-estimator for any loss. (One Barlow Twins loss of a correlation that is pooled over the r pairs would not be: the loss
-is not linear in the correlation.) `mini-batch` is KRR-ST's outer gradient on r random real images.
+theta*(X_s) minimises L(theta; X_s) + mu/2 |theta - theta_0|^2 (without the second term, which is
+the same for all xi, Barlow Twins and SimCLR have whole surfaces of minimisers); theta^(X_s) has the
+mean of r drawn l_xi in place of L. Both are found by Newton's method from theta_0, the latter also
+from theta*, and the lower minimum is taken. `bilevel` holds dL(theta^(X_s); X_t)/dX_s, by the
+implicit function theorem, against the true dL(theta*(X_s); X_t)/dX_s. `ordinary` is the gradient by
+theta at theta_0 of the mean, over the r drawn outcomes, of the loss of each, which is an unbiased
+estimator for any loss. (One Barlow Twins loss of a correlation that is pooled over the r pairs
+would not be: the loss is not linear in the correlation.) `mini-batch` is KRR-ST's outer gradient on
+r random real images.
 
-Prints a Markdown table, and writes bias.jsonl and bias.png to --out. All numbers but p are in units of the norm of the
-true gradient: `along` is the bias in the true gradient's direction with a 95 % interval, split as in the proof into the
-shift of the means E[v]E[A] - v*A* and the covariance of v = dL/dtheta and A = dtheta^/dX_s; `norm` that of the whole
-bias, freed of the draws' noise (an unbiased estimate of its square, with that one's sign); `exact` the same two by
-summation over all draws there are, for small r; `sd` the root of the summed variances of one gradient. p: of the
-hypothesis that no coordinate is biased, by the largest |t| of all coordinates under flipped signs. `biased`: p is below
-5 % / number of rows.
+Prints a Markdown table, and writes bias.jsonl and bias.png to --out. All numbers but p are in units
+of the norm of the true gradient: `along` is the bias in the true gradient's direction with a 95 %
+interval, split as in the proof into the shift of the means E[v]E[A] - v*A* and the covariance of v
+= dL/dtheta and A = dtheta^/dX_s; `norm` that of the whole bias, freed of the draws' noise (an
+unbiased estimate of its square, with that one's sign); `exact` the same two by summation over all
+draws there are, for small r; `sd` the root of the summed variances of one gradient. p: of the
+hypothesis that no coordinate is biased, by the largest |t| of all coordinates under flipped signs.
+`biased`: p is below 5 % / number of rows.
 """
 
 import itertools
@@ -39,11 +45,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from scipy import stats
+from sklearn.datasets import load_digits
 from torch.func import grad, jacfwd, jacrev, vmap
 
-from benchmarks import figures
 from distillers.krr import ridge_predict
 from utils import cli, files, progress
+from utils.plots import COLOURS, INK, MARKERS, label_axis, make_panels, save_figure
 from utils.run import versions
 
 SIDE, IMAGES, REAL = 4, 8, 100  # pixels of a side, m, n
@@ -51,7 +58,10 @@ PIXELS = SIDE * SIDE
 OUTPUTS, FEATURES = 3, 32  # d_y, and d_h of the ridge head's random features
 OUTCOMES = 6  # of xi
 OFF_DIAGONAL, TEMPERATURE = 0.1, 0.5  # of Barlow Twins, of SimCLR
-PULL, RIDGE = 1.0, 0.01  # mu of the losses of two views, a tenth for masking; of KRR-ST's head, of the kernel's trace
+PULL, RIDGE = (
+    1.0,
+    0.01,
+)  # mu of the losses of two views, a tenth for masking; of KRR-ST's head, of the kernel's trace
 TOLERANCE = 1e-11  # on each entry of the inner gradient at a minimiser
 STEPS, HALVINGS = 200, 40  # at most, of Newton's method and of its line search
 CHUNK = 16  # inner problems solved at once; larger ones gain little and take more memory
@@ -62,8 +72,8 @@ ENUMERATED = 126  # multisets of outcomes that are summed over, at most
 
 
 class Problem(NamedTuple):
-    """An inner problem. `losses(theta, x)`: l_xi for each xi, (D,), of images x (n, 16); `outer(theta)`: the loss on
-    X_t; theta (p,) starts at `start`, and `mu` is its pull to there."""
+    """An inner problem. `losses(theta, x)`: l_xi for each xi, (D,), of images x (n, 16);
+    `outer(theta)`: the loss on X_t; theta (p,) starts at `start`, and `mu` is its pull to there."""
 
     losses: Callable
     outer: Callable
@@ -76,9 +86,8 @@ class Problem(NamedTuple):
 
 
 def images(generator):
-    """X_s (m, 16) and X_t (n, 16): digits as means over 2 x 2 pixels, centred per pixel, of variance 1 over all."""
-    from sklearn.datasets import load_digits
-
+    """X_s (m, 16) and X_t (n, 16): digits as means over 2 x 2 pixels, centred per pixel, of
+    variance 1 over all."""
     x = F.avg_pool2d(torch.tensor(load_digits().images)[:, None], 2).flatten(1)
     x = (x - x.mean(0)) / (x - x.mean(0)).std()
     chosen = torch.randperm(len(x), generator=generator)
@@ -89,17 +98,28 @@ def shifts():
     """Shifts to the four sides, with zeros moving in, as matrices: x @ shifts() is (4, n, 16)."""
     pixels = F.pad(torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, SIDE, SIDE), [1] * 4)
     corners = ((0, 1), (1, 0), (1, 2), (2, 1))
-    return torch.stack([pixels[:, top : top + SIDE, left : left + SIDE].flatten(1) for top, left in corners])
+    return torch.stack(
+        [pixels[:, top : top + SIDE, left : left + SIDE].flatten(1) for top, left in corners]
+    )
 
 
 def masks():
     """One for each pair of quarters that it hides: (6, 16) of ones and zeros."""
-    quarter = torch.arange(4).view(2, 2).repeat_interleave(SIDE // 2, 0).repeat_interleave(SIDE // 2, 1).flatten()
-    return torch.stack([((quarter != a) & (quarter != b)).double() for a, b in itertools.combinations(range(4), 2)])
+    quarter = (
+        torch.arange(4)
+        .view(2, 2)
+        .repeat_interleave(SIDE // 2, 0)
+        .repeat_interleave(SIDE // 2, 1)
+        .flatten()
+    )
+    return torch.stack(
+        [((quarter != a) & (quarter != b)).double() for a, b in itertools.combinations(range(4), 2)]
+    )
 
 
 def barlow_twins_loss(z1, z2):
-    """`barlow_twins.barlow_twins_loss` in plain operations, which vmap takes several derivatives of."""
+    """`barlow_twins.barlow_twins_loss` in plain operations, which vmap takes several derivatives
+    of."""
     z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
     off = z1.T @ z2 / len(z1) - torch.eye(OUTPUTS, dtype=z1.dtype)
     on = off.diagonal().square().sum()
@@ -107,8 +127,9 @@ def barlow_twins_loss(z1, z2):
 
 
 def simclr_loss(z1, z2):
-    """Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, equation 1, as a
-    mean over the embeddings of both views, each (n, d); with a cosine of vectors z / (1 + |z|^2)^(1/2), smooth at 0."""
+    """Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
+    2020, equation 1, as a mean over the embeddings of both views, each (n, d); with a cosine of
+    vectors z / (1 + |z|^2)^(1/2), smooth at 0."""
     z = torch.cat([z1, z2])
     z = z / (1 + z.square().sum(1, keepdim=True)).sqrt()
     similar = z @ z.T / TEMPERATURE  # (2n, 2n)
@@ -128,16 +149,17 @@ def two_views(loss):
     return losses
 
 
-def masked(theta, x):
-    """`losses` of a linear map that predicts the hidden pixels from the others: squared error per pixel."""
+def masking_losses(theta, x):
+    """`losses` of a linear map that predicts the hidden pixels from the others: squared error per
+    pixel."""
     seen = masks()[:, None]  # (6, 1, 16)
     error = (x * seen) @ theta.view(PIXELS, PIXELS) - x
     return (error * (1 - seen)).square().sum((1, 2)) / (len(x) * PIXELS / 2)
 
 
 def problems(x_syn, x_real, generator):
-    """The self-supervised ones by name, and KRR-ST's with a function of X_s that is its outer loss of each real image,
-    (n,), in closed form."""
+    """The self-supervised ones by name, and KRR-ST's with a function of X_s that is its outer loss
+    of each real image, (n,), in closed form."""
 
     def made(losses, start, mu):
         return Problem(losses, lambda theta: losses(theta, x_real).mean(), start, mu)
@@ -149,7 +171,9 @@ def problems(x_syn, x_real, generator):
     ssl = {
         "Barlow Twins": made(two_views(barlow_twins_loss), encoder, PULL),
         "SimCLR": made(two_views(simclr_loss), encoder, PULL),
-        "masking": made(masked, torch.zeros(PIXELS * PIXELS, dtype=torch.float64), PULL / 10),
+        "masking": made(
+            masking_losses, torch.zeros(PIXELS * PIXELS, dtype=torch.float64), PULL / 10
+        ),
     }
     # g_phi is trained on X_t by Barlow Twins, as the paper's; Y_s are its features of X_s.
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
@@ -178,9 +202,9 @@ def problems(x_syn, x_real, generator):
 
 
 def minimise(problem, weights, x, start=None):
-    """Minima theta (k, p) of the inner loss under each row of `weights` (k, D), by Newton's method from `start` (p,)
-    or the problem's, to `TOLERANCE`. Curvature is taken without its sign, so that saddles repel; steps
-    are halved until the loss falls.
+    """Minima theta (k, p) of the inner loss under each row of `weights` (k, D), by Newton's method
+    from `start` (p,) or the problem's, to `TOLERANCE`. Curvature is taken without its sign, so that
+    saddles repel; steps are halved until the loss falls.
 
     Raises RuntimeError where that does not come to an end.
     """
@@ -197,29 +221,41 @@ def minimise(problem, weights, x, start=None):
             return result
         theta, w, gradient, active = theta[far], w[far], gradient[far], active[far]
         values, vectors = torch.linalg.eigh(curvature(theta, w))
-        along = (vectors.mT @ gradient[:, :, None])[:, :, 0] / values.abs().clamp(min=problem.mu / 10)
+        along = (vectors.mT @ gradient[:, :, None])[:, :, 0] / values.abs().clamp(
+            min=problem.mu / 10
+        )
         step = -(vectors @ along[:, :, None])[:, :, 0]
         before, expected = loss(theta, w), (gradient * step).sum(1)
         size = torch.ones_like(before)
         for _ in range(HALVINGS):
-            worse = loss(theta + size[:, None] * step, w) > before + 1e-4 * size * expected + 1e-14 * before.abs()
+            worse = (
+                loss(theta + size[:, None] * step, w)
+                > before + 1e-4 * size * expected + 1e-14 * before.abs()
+            )
             if not worse.any():
                 break
             size = torch.where(worse, size / 2, size)
         result[active] = theta + size[:, None] * step
-    raise RuntimeError(f"{len(active)} of {len(weights)} inner problems did not converge in {STEPS} steps")
+    raise RuntimeError(
+        f"{len(active)} of {len(weights)} inner problems did not converge in {STEPS} steps"
+    )
 
 
-def lower(problem, weights, x, start):
+def lower_minimum(problem, weights, x, start):
     """As `minimise`, from the problem's start and from `start`: of the two minima the lower one."""
-    both = torch.stack([minimise(problem, weights, x, each) for each in (problem.start, start)])  # (2, k, p)
-    first, second = (vmap(lambda theta, w: problem.inner(theta, w, x))(theta, weights) for theta in both)
+    both = torch.stack(
+        [minimise(problem, weights, x, each) for each in (problem.start, start)]
+    )  # (2, k, p)
+    first, second = (
+        vmap(lambda theta, w: problem.inner(theta, w, x))(theta, weights) for theta in both
+    )
     return torch.where((second < first)[:, None], both[1], both[0])
 
 
-def through(problem, theta, weights, x):
-    """v = dL(theta; X_t)/dtheta (k, p) and A = dtheta/dX_s (k, p, q) at minimisers `theta` (k, p) under `weights`
-    (k, D), by the implicit function theorem: A = -H^-1 d^2 l/dtheta dX_s. v A is the meta-gradient.
+def implicit_gradient(problem, theta, weights, x):
+    """v = dL(theta; X_t)/dtheta (k, p) and A = dtheta/dX_s (k, p, q) at minimisers `theta` (k, p)
+    under `weights` (k, D), by the implicit function theorem: A = -H^-1 d^2 l/dtheta dX_s. v A is
+    the meta-gradient.
 
     Raises torch.linalg.LinAlgError where the Hessian H is not positive definite: no minimum.
     """
@@ -232,42 +268,55 @@ def through(problem, theta, weights, x):
     return v, -torch.cholesky_solve(mixed, torch.linalg.cholesky(h))
 
 
-def summed(problem, counts, weights, x, start, truth):
-    """Sums of v, A, the meta-gradient v A and its squared distance from `truth` (q,) over groups of draws: (G, p),
-    (G, p, q), (G, q), (G,). `start` as in `lower`.
+def sum_over_draws(problem, counts, weights, x, start, truth):
+    """Sums of v, A, the meta-gradient v A and its squared distance from `truth` (q,) over groups of
+    draws: (G, p), (G, p, q), (G, q), (G,). `start` as in `lower_minimum`.
 
-    `counts` (G, k): how often each row of `weights` (k, D) stands in each group, or how probable it is there.
+    `counts` (G, k): how often each row of `weights` (k, D) stands in each group, or how probable it
+    is there.
     """
     total = None
-    for w, n in progress.bar([*zip(weights.split(CHUNK), counts.split(CHUNK, 1), strict=True)], desc="inner problems"):
-        v, a = through(problem, lower(problem, w, x, start), w, x)
+    for w, n in progress.bar(
+        [*zip(weights.split(CHUNK), counts.split(CHUNK, 1), strict=True)], desc="inner problems"
+    ):
+        v, a = implicit_gradient(problem, lower_minimum(problem, w, x, start), w, x)
         g = torch.einsum("kp,kpq->kq", v, a)
-        part = n @ v, (n @ a.flatten(1)).view(len(n), *a.shape[1:]), n @ g, n @ (g - truth).square().sum(1)
+        part = (
+            n @ v,
+            (n @ a.flatten(1)).view(len(n), *a.shape[1:]),
+            n @ g,
+            n @ (g - truth).square().sum(1),
+        )
         total = [sum(each) for each in zip(total, part, strict=True)] if total else part
     return total
 
 
-def terms(v, a, g, v_true, a_true):
-    """The proof's split of mean(g) - g_true, each (q,): shift of v, of A, of both, and covariance; v, a, g are means
-    over draws."""
+def split_bias(v, a, g, v_true, a_true):
+    """The proof's split of mean(g) - g_true, each (q,): shift of v, of A, of both, and covariance;
+    v, a, g are means over draws."""
     dv, da = v - v_true, a - a_true
     return dict(dv=dv @ a_true, da=v_true @ da, both=dv @ da, covariance=g - v @ a)
 
 
 def jackknife(statistic, groups, *sums):
-    """`statistic` of the sums over all groups, and half the width of its 95 % interval, leaving out one at a time."""
+    """`statistic` of the sums over all groups, and half the width of its 95 % interval, leaving out
+    one at a time."""
     whole = [each.sum(0) for each in sums]
     value = statistic(groups, *whole)
     left = torch.stack(
-        [statistic(groups - 1, *(w - each[i] for w, each in zip(whole, sums, strict=True))) for i in range(groups)]
+        [
+            statistic(groups - 1, *(w - each[i] for w, each in zip(whole, sums, strict=True)))
+            for i in range(groups)
+        ]
     )
     error = ((groups - 1) / groups * (left - left.mean(0)).square().sum(0)).sqrt()
     return value, stats.t.ppf(0.975, groups - 1) * error
 
 
 def sign_flips(differences, size, generator):
-    """p of the hypothesis that the groups' mean errors `differences` (G, q) lie symmetrically about 0 in every
-    coordinate: the share of random signs under which the largest |t| is no less. `size`: of the true gradient."""
+    """p of the hypothesis that the groups' mean errors `differences` (G, q) lie symmetrically about
+    0 in every coordinate: the share of random signs under which the largest |t| is no less. `size`:
+    of the true gradient."""
     n = len(differences)
     square = differences.square().mean(0)
 
@@ -280,39 +329,47 @@ def sign_flips(differences, size, generator):
     return (1 + (largest(signs @ differences / n) >= observed).sum().item()) / (1 + FLIPS)
 
 
-def compared(g_sums, per_group, squares, truth, generator):
-    """What a row has for any gradient: `g_sums` (G, q) sums over groups of `per_group` draws, `squares` the sum of all
-    squared distances from `truth` (q,)."""
+def summarise(g_sums, per_group, squares, truth, generator):
+    """What a row has for any gradient: `g_sums` (G, q) sums over groups of `per_group` draws,
+    `squares` the sum of all squared distances from `truth` (q,)."""
     size, groups = truth.norm(), len(g_sums)
     draws, differences = groups * per_group, g_sums / per_group - truth
     off = differences.mean(0)
-    spread = (squares - draws * off.square().sum()).clamp(min=0) / (draws - 1)  # trace of a gradient's covariance
+    spread = (squares - draws * off.square().sum()).clamp(min=0) / (
+        draws - 1
+    )  # trace of a gradient's covariance
 
     along = differences @ truth / size**2  # (G,)
     noise = (differences - differences.mean(0)).square().sum() / (groups * (groups - 1)) / size**2
     square = off.square().sum() / size**2 - noise  # its mean is the bias's squared norm
     return dict(
-        draws=draws, size=size.item(), along=along.mean().item(),
+        draws=draws,
+        size=size.item(),
+        along=along.mean().item(),
         along_half=(stats.t.ppf(0.975, groups - 1) * along.std() / math.sqrt(groups)).item(),
-        norm=math.copysign(square.abs().sqrt().item(), square), noise=noise.sqrt().item(),
-        sd=(spread.sqrt() / size).item(), p=sign_flips(differences, size, generator),
-    )  # fmt: skip
+        norm=math.copysign(square.abs().sqrt().item(), square),
+        noise=noise.sqrt().item(),
+        sd=(spread.sqrt() / size).item(),
+        p=sign_flips(differences, size, generator),
+    )
 
 
 def multisets(r):
     """All multisets of r outcomes as counts (k, D), with their probabilities (k,)."""
-    rows = [torch.bincount(torch.tensor(each), minlength=OUTCOMES)
-            for each in itertools.combinations_with_replacement(range(OUTCOMES), r)]  # fmt: skip
+    rows = [
+        torch.bincount(torch.tensor(each), minlength=OUTCOMES)
+        for each in itertools.combinations_with_replacement(range(OUTCOMES), r)
+    ]
     counts = torch.stack(rows).double()
     log = math.lgamma(r + 1) - torch.lgamma(counts + 1).sum(1) - r * math.log(OUTCOMES)
     return counts, log.exp()
 
 
-def bilevel(problem, x_syn, r, draws, generator):
+def bilevel_row(problem, x_syn, r, draws, generator):
     """A row for the meta-gradient with r drawn outcomes."""
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
     best = minimise(problem, uniform, x_syn)
-    v_true, a_true = (each[0] for each in through(problem, best, uniform, x_syn))
+    v_true, a_true = (each[0] for each in implicit_gradient(problem, best, uniform, x_syn))
     truth, size = v_true @ a_true, (v_true @ a_true).norm()
     drawn = torch.multinomial(uniform.expand(draws, -1), r, replacement=True, generator=generator)
     drawn = F.one_hot(drawn, OUTCOMES).sum(1).double()  # (draws, D)
@@ -322,12 +379,12 @@ def bilevel(problem, x_syn, r, draws, generator):
     each = F.one_hot(which, len(distinct)).double()
     exact = probability @ each[: len(every)]  # (k,)
     counts = torch.cat([each[len(every) :].view(GROUPS, -1, len(distinct)).sum(1), exact[None]])
-    *sums, squares = summed(problem, counts, distinct / r, x_syn, best[0], truth)
+    *sums, squares = sum_over_draws(problem, counts, distinct / r, x_syn, best[0], truth)
     exact_g, sums = sums[2][-1], [each[:-1] for each in sums]  # v, A and v A
-    row = compared(sums[2], draws // GROUPS, squares[:-1].sum(), truth, generator)
+    row = summarise(sums[2], draws // GROUPS, squares[:-1].sum(), truth, generator)
 
     def split(n, v, a, g):
-        parts = terms(*(each / (n * (draws // GROUPS)) for each in (v, a, g)), v_true, a_true)
+        parts = split_bias(*(each / (n * (draws // GROUPS)) for each in (v, a, g)), v_true, a_true)
         return torch.stack([part @ truth for part in parts.values()]) / size**2
 
     values, halves = jackknife(split, GROUPS, *sums)
@@ -335,22 +392,31 @@ def bilevel(problem, x_syn, r, draws, generator):
     row |= dict(zip(names, values.tolist(), strict=True))
     row |= {f"{name}_half": half for name, half in zip(names, halves.tolist(), strict=True)}
     mean_v, mean_a, mean_g = (each.sum(0) / draws for each in sums)
-    parts = terms(mean_v, mean_a, mean_g, v_true, a_true)
+    parts = split_bias(mean_v, mean_a, mean_g, v_true, a_true)
     row["left_over"] = ((mean_g - truth - sum(parts.values())).norm() / size).item()
     row["covariance_norm"] = (parts["covariance"].norm() / size).item()
     if few:
         bias = exact_g - truth
-        row |= dict(exact_along=(bias @ truth / size**2).item(), exact_norm=(bias.norm() / size).item())
+        row |= dict(
+            exact_along=(bias @ truth / size**2).item(), exact_norm=(bias.norm() / size).item()
+        )
     return row
 
 
-def sampled(gradients, r, draws, generator):
-    """A row for the mean of r of the rows of `gradients` (D, q), drawn with replacement; the truth is their mean."""
+def sampled_row(gradients, r, draws, generator):
+    """A row for the mean of r of the rows of `gradients` (D, q), drawn with replacement; the truth
+    is their mean."""
     uniform = torch.full((draws, len(gradients)), 1.0, dtype=torch.float64)
     drawn = torch.multinomial(uniform, r, replacement=True, generator=generator)
     g = F.one_hot(drawn, len(gradients)).sum(1).double() / r @ gradients  # (draws, q)
     groups = g.view(GROUPS, -1, g.shape[1]).sum(1)
-    return compared(groups, draws // GROUPS, (g - gradients.mean(0)).square().sum(), gradients.mean(0), generator)
+    return summarise(
+        groups,
+        draws // GROUPS,
+        (g - gradients.mean(0)).square().sum(),
+        gradients.mean(0),
+        generator,
+    )
 
 
 def measure(sizes, draws, seed):
@@ -365,25 +431,33 @@ def measure(sizes, draws, seed):
 
     for r in progress.bar(sizes, desc="r"):
         for name, problem in (ssl | {"MSE (KRR-ST)": krr}).items():
-            add(name, "bilevel", r, bilevel(problem, x_syn, r, draws, generator))
+            add(name, "bilevel", r, bilevel_row(problem, x_syn, r, draws, generator))
         for name, problem in ssl.items():
-            each = jacfwd(lambda theta, problem=problem: problem.losses(theta, x_syn))(problem.start)  # (D, p)
-            add(name, "ordinary", r, sampled(each, r, draws, generator))
+            each = jacfwd(lambda theta, problem=problem: problem.losses(theta, x_syn))(
+                problem.start
+            )  # (D, p)
+            add(name, "ordinary", r, sampled_row(each, r, draws, generator))
         each = torch.autograd.functional.jacobian(closed, x_syn).flatten(1)  # (n, q)
-        add("MSE (KRR-ST)", "mini-batch", r, sampled(each, r, draws, generator))
+        add("MSE (KRR-ST)", "mini-batch", r, sampled_row(each, r, draws, generator))
     for row in rows:
         row["biased"] = row["p"] < 0.05 / len(rows)
     return rows
 
 
-def shown(rows):
+def markdown(rows):
     """The Markdown table of `rows`."""
     lines = [
-        "| loss | gradient | r | along | of it means | covariance | norm | exact: along, norm | sd | p | biased |",
+        "| loss | gradient | r | along | of it means | covariance | norm | exact: along, norm | sd "
+        "| p | biased |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
-        cells = [row["loss"], row["gradient"], str(row["r"]), f"{row['along']:+.3f} ± {row['along_half']:.3f}"]
+        cells = [
+            row["loss"],
+            row["gradient"],
+            str(row["r"]),
+            f"{row['along']:+.3f} ± {row['along_half']:.3f}",
+        ]
         split = ""
         if "covariance" in row:
             split = (
@@ -391,14 +465,20 @@ def shown(rows):
                 f"{row['covariance']:+.3f} ± {row['covariance_half']:.3f}",
             )
         exact = f"{row['exact_along']:+.3f}, {row['exact_norm']:.3f}" if "exact_norm" in row else ""
-        cells += [*(split or ("", "")), f"{row['norm']:.3f}", exact, f"{row['sd']:.2f}", f"{row['p']:.4f}"]
+        cells += [
+            *(split or ("", "")),
+            f"{row['norm']:.3f}",
+            exact,
+            f"{row['sd']:.2f}",
+            f"{row['p']:.4f}",
+        ]
         lines.append("| " + " | ".join([*cells, "yes" if row["biased"] else "no"]) + " |")
     return "\n".join(lines).replace("-0.000", "+0.000")
 
 
-def picture(rows, out):
+def draw(rows, out):
     """Bias along the true gradient, its norm, and its parts, against r."""
-    figure, (along, norm, parts) = figures.panels(3, width=4.4)
+    figure, (along, norm, parts) = make_panels(3, width=4.4)
     series = {}
     for row in rows:
         series.setdefault((row["loss"], row["gradient"]), []).append(row)
@@ -406,23 +486,49 @@ def picture(rows, out):
     for k, ((loss, gradient), line) in enumerate(series.items()):
         look = losses.index(loss)
         whole = gradient == "bilevel"
-        style = dict(color=figures.COLOURS[look], marker=figures.MARKERS[look], markersize=5,
-                     linestyle="-" if whole else ":", markerfacecolor=None if whole else "white",
-                     label=f"{loss}, {gradient}")  # fmt: skip
+        style = dict(
+            color=COLOURS[look],
+            marker=MARKERS[look],
+            markersize=5,
+            linestyle="-" if whole else ":",
+            markerfacecolor=None if whole else "white",
+            label=f"{loss}, {gradient}",
+        )
         r = [row["r"] * 1.03 ** (k - 3) for row in line]  # side by side
-        along.errorbar(r, [row["along"] for row in line], [row["along_half"] for row in line], capsize=2, **style)
+        along.errorbar(
+            r,
+            [row["along"] for row in line],
+            [row["along_half"] for row in line],
+            capsize=2,
+            **style,
+        )
         if whole and max(row["sd"] for row in line) > ROUNDING:
             there = [row for row in line if row["norm"] > 0]
             norm.plot([row["r"] for row in there], [row["norm"] for row in there], **style)
-            norm.plot([row["r"] for row in line], [row["sd"] for row in line], color=style["color"],
-                      linestyle="--", marker=style["marker"], markersize=3, linewidth=0.8,
-                      label=f"{loss}, sd of one gradient")  # fmt: skip
+            norm.plot(
+                [row["r"] for row in line],
+                [row["sd"] for row in line],
+                color=style["color"],
+                linestyle="--",
+                marker=style["marker"],
+                markersize=3,
+                linewidth=0.8,
+                label=f"{loss}, sd of one gradient",
+            )
             for name, dash, fill in (("means", "--", "white"), ("covariance", "-", None)):
-                value = [row["along"] - row["covariance"] if fill else row["covariance"] for row in line]
-                parts.plot(r, value, **style | dict(linestyle=dash, markerfacecolor=fill, label=f"{loss}, {name}"))
-    figures.tidy(along, "bias along the true gradient", "r", "share of the true gradient")
-    figures.tidy(norm, "norm of the bias, and noise", "r", "share of the true gradient")
-    figures.tidy(parts, "the bias along the true gradient, in parts", "r", "share of the true gradient")
+                value = [
+                    row["along"] - row["covariance"] if fill else row["covariance"] for row in line
+                ]
+                parts.plot(
+                    r,
+                    value,
+                    **style | dict(linestyle=dash, markerfacecolor=fill, label=f"{loss}, {name}"),
+                )
+    label_axis(along, "bias along the true gradient", "r", "share of the true gradient")
+    label_axis(norm, "norm of the bias, and noise", "r", "share of the true gradient")
+    label_axis(
+        parts, "the bias along the true gradient, in parts", "r", "share of the true gradient"
+    )
     norm.set_yscale("log")
     for axis in (along, norm, parts):
         axis.set_xscale("log", base=2)
@@ -431,28 +537,32 @@ def picture(rows, out):
         axis.set_xticks(sorted({row["r"] for row in rows}))
         axis.legend(fontsize=6, frameon=False)
     for axis in (along, parts):
-        axis.axhline(0, color=figures.INK, linewidth=0.8)
-    figures.saved(figure, out)
+        axis.axhline(0, color=INK, linewidth=0.8)
+    save_figure(figure, out)
 
 
 def main(argv):
     args, started = parse_args(argv), time.monotonic()
     rows = measure(*((1, 2), 100) if args.fast else (SIZES, DRAWS), args.seed)
-    print(shown(rows))
+    print(markdown(rows))
     facts = versions()
     text = "".join(json.dumps(row | facts) + "\n" for row in rows)
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_text(args.out / "bias.jsonl", text)
-    picture(rows, args.out / "bias.png")
+    draw(rows, args.out / "bias.png")
     print(f"wrote {args.out / 'bias.jsonl'}; {time.monotonic() - started:.0f} s")
 
 
 def parse_args(argv):
     parser = cli.Parser(__doc__)
-    parser.prog = "python -m benchmarks.bias"
-    parser.add_argument("--out", type=Path, default=Path("runs/bias"), help="folder to write to (default: runs/bias)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bias"),
+        help="folder to write to (default: runs/bias)",
+    )
     parser.add_argument("--fast", action="store_true", help="seconds: fewer draws, r = 1 and 2")
-    parser.add_argument("--seed", type=cli.count, default=0)
+    parser.add_argument("--seed", type=cli.non_negative_int, default=0)
     return parser.parse_args(argv)
 
 

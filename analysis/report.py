@@ -1,13 +1,15 @@
-"""All runs of a folder on one page: settings, curves, images, t-SNE and tables, in one HTML file without references.
+"""All runs of a folder on one page: settings, curves, images, t-SNE and tables, in one HTML file
+without references.
 
-    python -m benchmarks.report runs                    # writes runs/report.html
-    python -m benchmarks.report runs --out page.html
+    python -m analysis.report runs                    # writes runs/report.html
+    python -m analysis.report runs --out page.html
 
-Shows what is there, of finished and of unfinished runs: the tables of `benchmarks.tables`; for each target network and
-distilled set the settings that differ from its preset, the curves of its log, the images beside those that they started
-from, and t-SNE where the target network and the prepared source are at hand (those of the first sets only); below it
-the networks that were trained on it. What is damaged is named and left out. Nothing is changed, and nothing is decoded
-or downloaded. Half a minute for ten sets, and under 10 MB.
+Shows what is there, of finished and of unfinished runs: the tables of `analysis.tables`; for each
+target network and distilled set the settings that differ from its preset, the curves of its log,
+the images beside those that they started from, and t-SNE where the target network and the prepared
+source are at hand (those of the first sets only); below it the networks that were trained on it.
+What is damaged is named and left out. Nothing is changed, and nothing is decoded or downloaded.
+Half a minute for ten sets, and under 10 MB.
 """
 
 import base64
@@ -25,18 +27,21 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from benchmarks import figures, tables
+from analysis import figures, tables
 from data.distilled import load_distilled
-from data.images import prepared_images
-from distillers import __main__ as distillers
-from distillers.target import load_target
-from utils import cli, files, results
+from data.images import load_prepared_images
+from distillers import registry
+from evaluation import results
+from models.target import load_target
+from utils import cli, files
 from utils.errors import UserError
-from utils.presets import PRESETS, PRETRAIN, STAGES, differences
+from utils.presets import PRESETS, PRETRAIN, deviations, preset_name
 from utils.run import read_log
 
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
-MADE_BY = {"pretrain_target.py": "target", "distill.py": "distill", "finetune.py": "finetune", "kd.py": "kd"}
+MADE_BY = {"pretrain_target.py": "target", "finetune.py": "finetune", "kd.py": "kd"} | {
+    entry.command.split()[-1]: entry.stage for entry in registry.ENTRIES if entry.module
+}  # the last word of a command -> the stage of its settings
 FEW_SETS = 12  # up to which each set has more images and its t-SNE, and is shown unfolded
 FEW_FAULTS = 8  # up to which they are shown unfolded
 MOST_IMAGES, FEWER_IMAGES = 40, 10  # of a set
@@ -44,26 +49,31 @@ MOST_PIXELS = 64  # of a side, of an image
 MOST_CURVES = 8  # in one panel
 MOST_POINTS = 400  # of each part of a t-SNE
 MEASURED = {
-    "distance_from_initial": "images moved from their initial ones (root mean square, in the source's deviations)",
+    "distance_from_initial": "images moved from their initial ones (root mean square, in the "
+    "source's deviations)",
     "outer_loss_initial": "outer loss of the initial images",
     "outer_loss_distilled": "outer loss of the distilled images",
     "objective_initial": "objective of the initial images",
     "objective_distilled": "objective of the distilled images",
 }
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --page: #fff; --faint: #666; --line: #ccc; --box: #f4f4f4; }
+:root { color-scheme: light dark;
+        --ink: #222; --page: #fff; --faint: #666; --line: #ccc; --box: #f4f4f4; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ddd; --page: #161616; --faint: #999; --line: #444; --box: #222; }
 }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+       margin: 0 auto;
        max-width: 1200px; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 .faint { color: var(--faint); font-size: .85rem; }
 .wide { overflow-x: auto; margin: .5rem 0 1.5rem; }
 table { border-collapse: collapse; font-size: .85rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: left;
+         vertical-align: top; }
 .numbers td:nth-child(n+2), .numbers th { white-space: nowrap; overflow-wrap: normal; }
 .numbers td:first-child { min-width: 9rem; overflow-wrap: normal; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
@@ -76,17 +86,20 @@ img { max-width: 100%; height: auto; display: block; background: #fff; border-ra
 img.pixels { width: 520px; image-rendering: pixelated; }
 img.plot { width: 340px; }
 @media print {
-  body { font-size: 11px; max-width: none; } .set { border: 0; padding: 0; } .wide { overflow: visible; }
-  .numbers td, .numbers th { white-space: normal !important; } img.plot { width: 220px; } img.pixels { width: 320px; }
-  figure, tr { break-inside: avoid; } details::details-content { content-visibility: visible; display: block; }
+  body { font-size: 11px; max-width: none; }
+  .set { border: 0; padding: 0; } .wide { overflow: visible; }
+  .numbers td, .numbers th { white-space: normal !important; }
+  img.plot { width: 220px; } img.pixels { width: 320px; }
+  figure, tr { break-inside: avoid; }
+  details::details-content { content-visibility: visible; display: block; }
 }
 """
 
 
 @dataclass
 class Folder:
-    """A run: its folder, its path below the run root, the content of its config.json (None where damaged), the name of
-    its artefact or None, and the last line of its log or {}."""
+    """A run: its folder, its path below the run root, the content of its config.json (None where
+    damaged), the name of its artefact or None, and the last line of its log or {}."""
 
     path: Path
     name: str
@@ -109,22 +122,21 @@ class Folder:
         return f"unfinished: {self.last['phase']}, step {number(self.last['step'])}{of}"
 
     def changes(self, default):
-        """{setting: [here, in the preset]} where these differ; `default` is the preset where the settings name none."""
-        words = str([*(self.config or {}).get("command", []), ""][0]).split()
-        made_by = Path(words[-1]).name if words else ""
+        """{setting: [here, in the preset]} where these differ; `default` is the preset where the
+        settings name none."""
+        command = [*map(str, (self.config or {}).get("command", [])), "", ""]
+        made_by = command[1] if command[0] == "python -m distillers" else Path(command[0]).name
         settings, kind = self.settings, None
         stage, name = MADE_BY.get(made_by), settings.get("preset") or default
         if made_by == "pretrain.py":
             stage = "pretrain"
             losses = {recipe["loss"]: kind for kind, recipe in PRETRAIN.items()}
             kind = "source" if settings.get("source") else losses.get(settings.get("loss"))
-        elif made_by in distillers.METHODS:
-            stage = made_by if made_by in STAGES else "random"
         elif stage in ("finetune", "kd"):
-            name = cli.preset_name(settings.get("target"))
+            name = preset_name(settings.get("dataset"))
         if not stage or name not in PRESETS or (stage == "pretrain" and not kind):
             return {}
-        found = differences(name, stage, settings, kind, settings.get("arch"))
+        found = deviations(name, stage, settings, kind, settings.get("arch"))
         return {key.removeprefix(f"{stage}."): pair for key, pair in found.items()}
 
 
@@ -152,13 +164,21 @@ class Page:
     def runs(self):
         """The `Folder`s below the root by name, those on what another made in its `below` too."""
         found = {}
-        for config in sorted(self.root.rglob("config.json"), key=lambda path: tables.natural(str(path))):
+        for config in sorted(
+            self.root.rglob("config.json"), key=lambda path: tables.natural_key(str(path))
+        ):
             path = config.parent
             content = self.attempt(files.read_json, config, "settings file")
             content = content if content and isinstance(content.get("settings"), dict) else None
             artefact = next((name for name in ARTEFACTS if (path / name).is_file()), None)
-            log = [line for line in self.attempt(read_log, path) or [] if figures.is_number(line["step"])]
-            run = Folder(path, str(path.relative_to(self.root)), content, artefact, log[-1] if log else {})
+            log = [
+                line
+                for line in self.attempt(read_log, path) or []
+                if figures.is_number(line["step"])
+            ]
+            run = Folder(
+                path, str(path.relative_to(self.root)), content, artefact, log[-1] if log else {}
+            )
             found[run.name] = run
             above = [found[str(each)] for each in Path(run.name).parents if str(each) in found]
             if above:
@@ -169,7 +189,7 @@ class Page:
         """Lines of all results.jsonl, without those that are no results."""
         for path in sorted(self.root.rglob("results.jsonl")):
             for line in self.attempt(results.read, path) or ():
-                if fault := fault_of(line):
+                if fault := find_fault(line):
                     self.faults.append(f"{path}: a result with {fault}")
                 else:
                     yield line
@@ -179,55 +199,75 @@ class Page:
         for title, lines in found.items():
             shown = dict(itertools.islice(lines.items(), MOST_CURVES))
             figure, axis = plt.subplots(figsize=(3.6, 2.7), layout="constrained")
-            figures.draw(axis, title, shown, [*shown])
+            figures.draw_curves(axis, title, shown, [*shown])
             axis.title.set_size(10)
             if len(shown) > 1:
                 axis.legend(frameon=False, fontsize=7)
             more = f" ({len(shown)} of {len(lines)} runs)" if len(lines) > len(shown) else ""
-            yield picture(plotted(figure), f"{title}{more}", more)
+            yield image_html(render_figure(figure), f"{title}{more}", more)
 
     def networks(self, runs, default):
-        """What was trained on a set: a curve of the losses for each kind of run, and a line for each run."""
+        """What was trained on a set: a curve of the losses for each kind of run, and a line for
+        each run."""
         losses = {}
         for run in runs:
             kind = re.sub(r"seed\d+", "seed*", run.name)
-            for (phase, scalar), lines in (self.attempt(figures.logged, [run.path]) or {}).items():
+            for (phase, scalar), lines in (
+                self.attempt(figures.read_curves, [run.path]) or {}
+            ).items():
                 if scalar == "loss":
                     own = " ".join(re.findall(r"seed\d+", run.name)[-1:]) or run.path.name
-                    title = short(kind, phase)
-                    losses.setdefault(title, {})[own if own not in losses[title] else run.name] = lines[run.path]
+                    title = short_title(kind, phase)
+                    losses.setdefault(title, {})[own if own not in losses[title] else run.name] = (
+                        lines[run.path]
+                    )
         yield f'<div class="pictures">{"".join(self.panels(losses))}</div>'
         rows = []
         for run in runs:
-            changed = ", ".join(f"{key} {here} ({there})" for key, (here, there) in run.changes(default).items())
+            changed = ", ".join(
+                f"{key} {here} ({there})" for key, (here, there) in run.changes(default).items()
+            )
             loss = run.last.get("loss")
-            rows.append([run.name, run.state, f"{loss:.4g}" if figures.is_number(loss) else "", changed])
-        yield plain_table(["run", "state", "last loss", "settings that differ from the preset (there)"], rows)
+            rows.append(
+                [run.name, run.state, f"{loss:.4g}" if figures.is_number(loss) else "", changed]
+            )
+        yield plain_table(
+            ["run", "state", "last loss", "settings that differ from the preset (there)"], rows
+        )
 
     def set(self, run, many):
-        """A target network's or distilled set's part of the page; `many`: whether there are many of these."""
-        default = cli.preset_name(Path(run.name).parts[0])
+        """A target network's or distilled set's part of the page; `many`: whether there are many of
+        these."""
+        default = preset_name(Path(run.name).parts[0])
         changed = run.changes(default)
         if run.config is None:
             yield "<p>Its settings cannot be read.</p>"
         elif changed:
             preset = text(run.settings.get("preset", default))
             yield f"<p>Settings that differ from the preset {preset}:</p>"
-            yield plain_table(["setting", "here", "preset"], [[key, *pair] for key, pair in changed.items()])
+            yield plain_table(
+                ["setting", "here", "preset"], [[key, *pair] for key, pair in changed.items()]
+            )
         elif run.artefact in (None, "distilled.pt", "target.pt"):
-            yield f"<p>Settings: those of the preset {text(run.settings.get('preset', default))}.</p>"
+            preset = text(run.settings.get("preset", default))
+            yield f"<p>Settings: those of the preset {preset}.</p>"
         others = [[key, value] for key, value in run.settings.items() if key not in changed]
         if others:
             inside = plain_table(["setting", "value"], others)
-            yield f"<details><summary>{len(others)} {'other ' if changed else ''}settings</summary>{inside}</details>"
-        log = self.attempt(figures.logged, [run.path]) or {}
-        curves = {f"{phase}: {scalar}": {"": lines[run.path]} for (phase, scalar), lines in log.items()}
+            summary = f"{len(others)} {'other ' if changed else ''}settings"
+            yield f"<details><summary>{summary}</summary>{inside}</details>"
+        log = self.attempt(figures.read_curves, [run.path]) or {}
+        curves = {
+            f"{phase}: {scalar}": {"": lines[run.path]} for (phase, scalar), lines in log.items()
+        }
         yield f'<div class="pictures">{"".join(self.panels(curves))}</div>'
         if run.artefact == "distilled.pt":
             if distilled := self.attempt(load_distilled, run.path / run.artefact):
                 yield from self.images(run, distilled, many)
-        elif (run.path / "images.png").is_file() and (shown := self.attempt(shrunk, run.path / "images.png")):
-            yield picture(shown, *["images so far"] * 2, look="pixels")
+        elif (run.path / "images.png").is_file() and (
+            shown := self.attempt(shrink_png, run.path / "images.png")
+        ):
+            yield image_html(shown, *["images so far"] * 2, look="pixels")
         if run.below:
             inside = "".join(self.networks(run.below, run.settings.get("preset") or default))
             yield f"<details><summary>{len(run.below)} runs on it</summary>{inside}</details>"
@@ -235,12 +275,20 @@ class Page:
     def images(self, run, distilled, many):
         """What was measured of a distilled set, its images, and its t-SNE."""
         meta, size = distilled.meta, distilled.images.shape[-1]
-        rows = [["images", len(distilled.images)], ["pixels of a side", size], ["targets", distilled.target_kind]]
-        rows += [[said, f"{meta[name]:.4f}"] for name, said in MEASURED.items() if figures.is_number(meta.get(name))]
+        rows = [
+            ["images", len(distilled.images)],
+            ["pixels of a side", size],
+            ["targets", distilled.target_kind],
+        ]
+        rows += [
+            [said, f"{meta[name]:.4f}"]
+            for name, said in MEASURED.items()
+            if figures.is_number(meta.get(name))
+        ]
         yield plain_table(["", ""], rows)
         source, why = None, ""
         try:
-            source = prepared_images(str(meta.get("source")), size, self.data_root)
+            source = load_prepared_images(str(meta.get("source")), size, self.data_root)
             if source.fingerprint != run.settings.get("fingerprint"):
                 source, why = None, f"{source.name} is another version than the set was made from"
         except (UserError, OSError) as error:
@@ -248,32 +296,46 @@ class Page:
         if meta.get("initial") is None and "fingerprint" not in run.settings:
             why = ""
         pictures = []
-        for title, pixels in figures.grids(distilled, source, FEWER_IMAGES if many else MOST_IMAGES):
+        for title, pixels in figures.initial_and_distilled(
+            distilled, source, FEWER_IMAGES if many else MOST_IMAGES
+        ):
             title = (
-                f"{title} ({len(pixels)} of {len(distilled.images)})" if len(pixels) < len(distilled.images) else title
+                f"{title} ({len(pixels)} of {len(distilled.images)})"
+                if len(pixels) < len(distilled.images)
+                else title
             )
-            pictures.append(picture(grid(pixels), title, title, look="pixels"))
+            pictures.append(image_html(image_grid(pixels), title, title, look="pixels"))
         if source and distilled.target_kind == "feature" and not many:
             try:
-                pictures.append(picture(self.tsne(run, distilled, source), *["t-SNE of the features"] * 2))
+                pictures.append(
+                    image_html(self.tsne(run, distilled, source), *["t-SNE of the features"] * 2)
+                )
             except (UserError, OSError) as error:
                 why = str(error)
         yield f'<div class="pictures">{"".join(pictures)}</div>'
         if why:
-            yield f'<p class="faint">Initial images and t-SNE, or one of them, left out: {text(why)}.</p>'
+            left_out = "Initial images and t-SNE, or one of them, left out"
+            yield f'<p class="faint">{left_out}: {text(why)}.</p>'
 
     def tsne(self, run, distilled, source):
         """A t-SNE plot as bytes, under the target network that the set was made with."""
-        home, wanted = run.path.parents[1] / "target", run.settings.get("target")
-        path = next((each for each in sorted(home.glob("*/target.pt")) if files.digest(each) == wanted), None)
+        home, wanted = run.path.parents[1] / "target", run.settings.get("target_network")
+        path = next(
+            (each for each in sorted(home.glob("*/target.pt")) if files.digest(each) == wanted),
+            None,
+        )
         if path is None:
             raise UserError(f"{home}: its target network is not there")
         target = load_target(path, source, torch.device("cpu"), "fp32")
         if wanted not in self._real:
-            self._real[wanted] = figures.features_of_some(source, target, MOST_POINTS)
-        few = type(distilled)(**vars(distilled) | {name: getattr(distilled, name)[:MOST_POINTS]
-                                                   for name in ("images", "targets")})  # fmt: skip
-        return plotted(figures.tsne_figure(few, source, target, self._real[wanted], size=(3.6, 3.9)))
+            self._real[wanted] = figures.sample_features(source, target, MOST_POINTS)
+        few = type(distilled)(
+            **vars(distilled)
+            | {name: getattr(distilled, name)[:MOST_POINTS] for name in ("images", "targets")}
+        )
+        return render_figure(
+            figures.draw_tsne(few, source, target, self._real[wanted], size=(3.6, 3.9))
+        )
 
     def body(self):
         """The page between its heading and its end."""
@@ -281,9 +343,15 @@ class Page:
         if not runs and not lines:
             raise UserError(f"{self.root}: no runs there (no config.json, no results.jsonl)")
         below = {each.name for run in runs.values() for each in run.below}
-        sets, rest = {}, {}  # by the first part of the name; other runs by the folder that they lie in
+        sets, rest = (
+            {},
+            {},
+        )  # by the first part of the name; other runs by the folder that they lie in
         for run in runs.values():
-            if run.artefact in ("target.pt", "distilled.pt") or {"num_images", "projector_dim"} & run.settings.keys():
+            if (
+                run.artefact in ("target.pt", "distilled.pt")
+                or {"num_images", "projector_dim"} & run.settings.keys()
+            ):
                 sets.setdefault(str(Path(run.name).parents[1]), []).append(run)
             elif run.name not in below:
                 rest.setdefault(str(Path(run.name).parent), []).extend([run, *run.below])
@@ -291,43 +359,64 @@ class Page:
         tables_shown, sections = [table(*each[1:]) for each in tables.blocks(lines)], []
         for source, these in sets.items():
             sections.append(f"<h2>{text(source)}</h2>")
-            for run in sorted(these, key=lambda run: (Path(run.name).parts[-2] != "target", tables.natural(run.name))):
+            for run in sorted(
+                these,
+                key=lambda run: (
+                    Path(run.name).parts[-2] != "target",
+                    tables.natural_key(run.name),
+                ),
+            ):
                 label = Path(run.name).parts[-2]
-                title = text(tables.METHODS.get(label, label))
+                title = text(registry.title(label))
                 title += f" <span class=state>{text(run.name)}, {text(run.state)}</span>"
                 opened = " open" if count <= FEW_SETS else ""
                 inside = "".join(self.set(run, count > FEW_SETS))
-                sections.append(f'<details class="set"{opened}><summary>{title}</summary>{inside}</details>')
+                sections.append(
+                    f'<details class="set"{opened}><summary>{title}</summary>{inside}</details>'
+                )
         if rest:
             sections.append("<h2>Networks on no distilled set</h2>")
         for folder, these in rest.items():
-            inside = "".join(self.networks(these, cli.preset_name(Path(folder).parts[0] if folder != "." else None)))
-            sections.append(f'<details class="set"><summary>{text(folder)} <span class=state>{len(these)} runs</span>'
-                            f"</summary>{inside}</details>")  # fmt: skip
+            inside = "".join(
+                self.networks(these, preset_name(Path(folder).parts[0] if folder != "." else None))
+            )
+            sections.append(
+                f'<details class="set"><summary>{text(folder)} <span class=state>{len(these)} '
+                "runs</span>"
+                f"</summary>{inside}</details>"
+            )
         unfinished = [run for run in runs.values() if not run.artefact]
-        yield f"<p>{len(runs)} runs, {len(unfinished)} of them unfinished; {len(lines)} results.</p>"
+        counts = f"{len(runs)} runs, {len(unfinished)} of them unfinished; {len(lines)} results."
+        yield f"<p>{counts}</p>"
         if self.faults:
             faults = [*dict.fromkeys(self.faults)]
             named = "".join(f"<li>{text(fault)}</li>" for fault in faults)
             opened = " open" if len(faults) <= FEW_FAULTS else ""
-            yield f"<h2>Left out</h2><details{opened}><summary>{len(faults)} faults</summary><ul>{named}</ul></details>"
+            yield f"<h2>Left out</h2><details{opened}><summary>{len(faults)} faults</summary>"
+            yield f"<ul>{named}</ul></details>"
         yield "<h2>Results</h2>" + ("".join(tables_shown) or "<p>None yet.</p>")
         yield from sections
 
 
-def fault_of(line):
+def find_fault(line):
     """What makes a dict no result that a table can show, in words, or None."""
     fid, kd = line.get("protocol") == "fid", line.get("protocol") == "kd"
-    words = ["method", "target", "protocol", *(["network", "source"] if fid else ["arch"])]
+    words = ["method", "dataset", "protocol", *(["network", "source"] if fid else ["arch"])]
     numbers = ["fid"] if fid else ["accuracy", "width", "image_size"]
     optional = {"num_images": int, "distilled_seed": int, "source": str, "labels_per_class": int}
-    images, scale = line.get("images", {}), line.get("scale", {})
+    images, changed = line.get("images", {}), line.get("deviations", {})
     faults = [name for name in words if not isinstance(line.get(name), str)]
     faults += [name for name in numbers if not figures.is_number(line.get(name))]
-    faults += [name for name, kind in optional.items() if not isinstance(line.get(name), (kind, type(None)))]
+    faults += [
+        name
+        for name, kind in optional.items()
+        if not isinstance(line.get(name), (kind, type(None)))
+    ]
     faults += ["label_fraction"] if not figures.is_number(line.get("label_fraction") or 0) else []
-    if not isinstance(scale, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in scale.values()):
-        faults.append("scale")
+    if not isinstance(changed, dict) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in changed.values()
+    ):
+        faults.append("deviations")
     whole = isinstance(images, dict) and {"source", "method", "seed", "num_images"} <= images.keys()
     if (kd or "images" in line) and not (whole and isinstance(images["method"], str)):
         faults.append("images")
@@ -336,7 +425,7 @@ def fault_of(line):
     return f"no or a wrong {', '.join(faults)}" if faults else None
 
 
-def short(kind, phase):
+def short_title(kind, phase):
     """What a panel of losses is called: the last two parts of the path, without the seeds."""
     parts = [part for part in Path(kind).parts if part != "seed*"]
     return f"{' '.join(parts[-2:]).replace('_seed*', '')}: {phase}"
@@ -345,59 +434,72 @@ def short(kind, phase):
 def table(heading, rows):
     """The rows of `tables.Cell`s under their heading."""
     said = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text(heading))
-    cells = [[f"<strong>{text(cell.text)}</strong>" if cell.best else text(cell.text) for cell in row] for row in rows]
+    cells = [
+        [f"<strong>{text(cell.text)}</strong>" if cell.best else text(cell.text) for cell in row]
+        for row in rows
+    ]
     head = "".join(f"<th>{cell}</th>" for cell in cells[0])
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells[1:])
-    return f'<p>{said}</p><div class="wide"><table class="numbers"><tr>{head}</tr>{lines}</table></div>'
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells[1:]
+    )
+    inside = f'<table class="numbers"><tr>{head}</tr>{lines}</table>'
+    return f'<p>{said}</p><div class="wide">{inside}</div>'
 
 
 def plain_table(heads, rows):
     head = "".join(f"<th>{text(each)}</th>" for each in heads)
-    lines = "".join("<tr>" + "".join(f"<td>{text(each)}</td>" for each in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table>{f"<tr>{head}</tr>" if any(heads) else ""}{lines}</table></div>'
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{text(each)}</td>" for each in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide"><table>{f"<tr>{head}</tr>" if any(heads) else ""}{lines}</table></div>'
+    )
 
 
-def picture(content, alt, caption="", look="plot"):
+def image_html(content, alt, caption="", look="plot"):
     """PNG bytes as an image within the page."""
     data = base64.b64encode(content).decode()
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
-    return f'<figure><img class="{look}" alt="{text(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
+    source = f"data:image/png;base64,{data}"
+    return f'<figure><img class="{look}" alt="{text(alt)}" src="{source}">{below}</figure>'
 
 
-def plotted(figure):
+def render_figure(figure):
     """A matplotlib figure as PNG bytes, the same for the same numbers."""
     out = io.BytesIO()
     figure.savefig(out, dpi=130, metadata={"Software": None})
     plt.close(figure)
     out.seek(0)
-    return compressed(Image.open(out).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE))
+    return compress_png(Image.open(out).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE))
 
 
-def compressed(image):
+def compress_png(image):
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-def grid(pixels):
+def image_grid(pixels):
     """Images (k, 3, S, S) in [0, 1] as PNG bytes, ten in a row, of at most `MOST_PIXELS` a side."""
     if pixels.shape[-1] > MOST_PIXELS:
         pixels = F.interpolate(pixels, size=(MOST_PIXELS, MOST_PIXELS), mode="area")
-    return compressed(to_pil_image(make_grid(pixels, nrow=min(10, len(pixels)), padding=1, pad_value=1.0)))
+    return compress_png(
+        to_pil_image(make_grid(pixels, nrow=min(10, len(pixels)), padding=1, pad_value=1.0))
+    )
 
 
-def shrunk(path):
+def shrink_png(path):
     """A picture on disk as PNG bytes, at most as wide as it is shown."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
             image.thumbnail((520, 520))
-            return compressed(image)
+            return compress_png(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable picture") from error
 
 
-def page(root, data_root):
+def render_page(root, data_root):
     """The whole page as text. Raises UserError where the run root holds no runs."""
     title = text(f"Runs in {root}")
     body = "\n".join(Page(root, data_root).body())
@@ -413,7 +515,7 @@ def main(argv):
     if not args.run_root.is_dir():
         raise UserError(f"{args.run_root}: no such folder")
     out = args.out or args.run_root / "report.html"
-    content = page(args.run_root, args.data_root)
+    content = render_page(args.run_root, args.data_root)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, content)
     print(f"wrote {out} ({len(content) / 1e6:.1f} MB)")
@@ -421,8 +523,13 @@ def main(argv):
 
 def parse_args(argv):
     parser = cli.Parser(__doc__)
-    parser.prog = "python -m benchmarks.report"
-    parser.add_argument("run_root", nargs="?", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    parser.add_argument(
+        "run_root",
+        nargs="?",
+        type=Path,
+        default=Path("runs"),
+        help="folder of runs (default: runs)",
+    )
     parser.add_argument("--out", type=Path, help="the HTML file (default: RUN_ROOT/report.html)")
     cli.add_data_root(parser)
     return parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""Several processes on one run: the same mathematics as one, one writer, and an end and a resumption in order."""
+"""Several processes on one run: the same mathematics as one, one writer, and an end and a
+resumption in order."""
 
 import hashlib
 import os
@@ -24,19 +25,19 @@ from models.barlow_twins import barlow_twins_loss
 from models.sync_batch_norm import synchronised
 from tests.conftest import DISTILL, ROOT, TARGET, command
 from tests.ranked import ranked
-from utils import cli, files, ranks, run
+from utils import cli, distributed, files, run
 from utils.sampling import Batches, Randomness
 
 DIM, ROWS = 6, 10
 
 
 def joined(function, *args):
-    """In a process of several: `function(*args)` between `ranks.begin` and `ranks.end`."""
-    ranks.begin("cpu")
+    """In one of several processes: `function(*args)` between `initialise` and `shutdown`."""
+    distributed.initialise("cpu")
     try:
         return function(*args)
     finally:
-        ranks.end()
+        distributed.shutdown()
 
 
 def twins():
@@ -44,27 +45,35 @@ def twins():
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, DIM),
-        nn.BatchNorm1d(DIM), nn.ReLU(), nn.Linear(DIM, DIM),
-    ).double()  # fmt: skip
-    return [torch.randn(ROWS, 3, 4, 4, generator=g, dtype=torch.float64) * 2 + 1 for _ in range(2)], network
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, DIM),
+        nn.BatchNorm1d(DIM),
+        nn.ReLU(),
+        nn.Linear(DIM, DIM),
+    ).double()
+    return [
+        torch.randn(ROWS, 3, 4, 4, generator=g, dtype=torch.float64) * 2 + 1 for _ in range(2)
+    ], network
 
 
 def of_twins(rank=0, count=1):
-    """Loss, gradients and buffers after a Barlow Twins step on a part of the views; and a mean of the outputs in eval
-    mode, which asks no other rank."""
+    """Loss, gradients and buffers after a Barlow Twins step on a part of the views; and a mean of
+    the outputs in eval mode, which asks no other rank."""
     views, network = twins()
     weights = list(network.parameters())
     with synchronised(network):
         z1, z2 = (network(view.tensor_split(count)[rank]) for view in views)
-        loss = ranks.backward(barlow_twins_loss(z1, z2, 0.1, 0.5), weights)
+        loss = distributed.backward(barlow_twins_loss(z1, z2, 0.1, 0.5), weights)
         own = network.eval()(views[0][: rank + 1]).mean().item()
     whole = not any("forward" in vars(module) for module in network.modules())
     return loss.item(), [each.grad for each in weights], list(network.buffers()), own, whole
 
 
 def _twins():
-    return joined(lambda: of_twins(ranks.rank(), ranks.count()))
+    return joined(lambda: of_twins(distributed.rank(), distributed.world_size()))
 
 
 def test_four_processes_have_equal_sets_and_their_speed_is_a_table(home, data_root, tmp_path):
@@ -72,12 +81,24 @@ def test_four_processes_have_equal_sets_and_their_speed_is_a_table(home, data_ro
     found, codes = ranked(4, tmp_path / "a", call, distill.main, words)
     assert codes == [0] * 4, outputs(tmp_path / "a", 4)
     assert len(found[0]) == 2 and found.count(found[0]) == 4
-    words = ["--width", "0.05", "--num-images", "10", "--outer-batch", "12", "--pairs", "2", "--device", "cpu"]
+    words = [
+        "--width",
+        "0.05",
+        "--num-images",
+        "10",
+        "--outer-batch",
+        "12",
+        "--pairs",
+        "2",
+        "--device",
+        "cpu",
+    ]
     _, codes = ranked(4, tmp_path / "b", call, speed.main, words)
     out, *others = outputs(tmp_path / "b", 4)
     assert codes == [0] * 4 and not any(others[:3]), outputs(tmp_path / "b", 4)
     assert "4 processes" in out and "| of 4 at a time, with their exchange |" in out
-    # 10 images of 3 x 32 x 32 and 10 features of 512, four bytes each; in a ring of two each process sends all of it
+    # 10 images of 3 x 32 x 32 and 10 features of 512, four bytes each; in a ring of two each
+    # process sends all of it
     assert "exchanges 0.1 MB for the images and 0.0 MB" in out
     sent = 4 * 10 * (3 * 32 * 32 + 512) + 4
     assert f"| 2 | {sent / 1e6:.1f} | {1e3 * sent / 25e9:.3g} ms (" in out
@@ -105,10 +126,12 @@ def _gradient_of_a_mean():
         weight = torch.tensor([1.0, 2.0], requires_grad=True)
         batches = Batches(7, 7, torch.Generator().manual_seed(0), shared=True)
         index = batches.next()
-        loss = ranks.backward((weight[0] * index.float() ** 2 + weight[1]).mean(), [weight], batches.share)
-        start = torch.full((2, 2), float(ranks.rank())).t()
-        ranks.same([start])
-        top = ranks.most(10 - ranks.rank())
+        loss = distributed.backward(
+            (weight[0] * index.float() ** 2 + weight[1]).mean(), [weight], batches.loss_weight
+        )
+        start = torch.full((2, 2), float(distributed.rank())).t()
+        distributed.broadcast([start])
+        top = distributed.all_reduce_max(10 - distributed.rank())
         return index.tolist(), loss.item(), weight.grad.tolist(), start.tolist(), top
 
     return joined(work)
@@ -137,8 +160,10 @@ def test_parts_of_a_step_draw_differently_and_alike_in_each_run(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", str(rank))
         randomness = Randomness(0, torch.device("cpu"))
-        randomness.part()
-        return [torch.rand(3, generator=each) for each in (randomness.device, randomness.cpu)] + [torch.rand(3)]
+        randomness.reseed_for_rank()
+        return [torch.rand(3, generator=each) for each in (randomness.device, randomness.cpu)] + [
+            torch.rand(3)
+        ]
 
     first, second = draws(0), draws(1)
     assert not torch.equal(first[0], second[0]) and all(map(torch.equal, first[1:], second[1:]))
@@ -149,9 +174,10 @@ def test_parts_of_a_step_draw_differently_and_alike_in_each_run(monkeypatch):
 
 
 def at_step(phase, number, action):
-    """Let `action()` happen in the loop of `phase` after `number` steps, and write a checkpoint after each."""
+    """Let `action()` happen in the loop of `phase` after `number` steps, and write a checkpoint
+    after each."""
     steps = run.Run.steps
-    run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE, run.TALK_SECONDS = 0, 1e9, 0
+    run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE, run.SYNC_SECONDS = 0, 1e9, 0
 
     def stepping(self, name, total):
         for step in steps(self, name, total):
@@ -171,8 +197,8 @@ def be_stopped():
 
 
 def call(main, words, event=None, of_rank=None):
-    """In a process: the command, with `event` = (phase, step, action) in rank `of_rank`; the digest of what it would
-    have written last."""
+    """In a process: the command, with `event` = (phase, step, action) in rank `of_rank`; the digest
+    of what it would have written last."""
     digests = []
     finish = run.Run.finish
 
@@ -183,20 +209,32 @@ def call(main, words, event=None, of_rank=None):
         try:
             finish(self, kind, content)
         except SystemExit as end:
-            assert end.code == 0 and not ranks.first()
+            assert end.code == 0 and not distributed.is_main_process()
 
     run.Run.finish = finishing
     if event:
-        at_step(*event[:2], event[2] if ranks.rank() == of_rank else lambda: None)
+        at_step(*event[:2], event[2] if distributed.rank() == of_rank else lambda: None)
     cli.run(main, [*map(str, words)])
     return digests
 
 
 def outputs(folder, count):
-    return [(folder / f"{name}{rank}").read_text() for name in ("out", "err") for rank in range(count)]
+    return [
+        (folder / f"{name}{rank}").read_text() for name in ("out", "err") for rank in range(count)
+    ]
 
 
-DISTIL = ["--source", "digits", *DISTILL, "--outer-steps", "20", "--pool-steps", "5", "--log-every", "1"]
+DISTIL = [
+    "--source",
+    "digits",
+    *DISTILL,
+    "--outer-steps",
+    "20",
+    "--pool-steps",
+    "5",
+    "--log-every",
+    "1",
+]
 
 
 @pytest.fixture
@@ -220,19 +258,27 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
     out, other_out, err, other_err = outputs(tmp_path / "a", 2)
     assert "wrote" in out and "distil" in err and not other_out and not other_err
     expected = files.load(whole / "distilled.pt", "distilled")
-    assert expected["meta"]["scale"]["ranks"] == [2, 1]
+    assert expected["meta"]["deviations"]["ranks"] == [2, 1]
     assert expected["meta"]["settings"]["ranks"] == 2
     alone = tmp_path / "alone"
     (alone / "digits").mkdir(parents=True)
     (alone / "digits" / "target").symlink_to(home / "digits" / "target")
-    for which, event in ((0, ("initialise pool", 1, die)), (1, ("distil", 7, die)), (1, ("distil", 12, be_stopped))):
+    for which, event in (
+        (0, ("initialise pool", 1, die)),
+        (1, ("distil", 7, die)),
+        (1, ("distil", 12, be_stopped)),
+    ):
         found, codes = ranked(2, tmp_path / "b", call, distill.main, [*words, alone], event, which)
         text = outputs(tmp_path / "b", 2)
         if event[2] is die:
             assert codes[which] == -signal.SIGKILL and codes[1 - which] == 2
             assert "another process of this job cannot be reached" in text[3 - which], text
         else:
-            assert codes == [130, 130] and "stopped after step 13 of 20 (distil)" in text[2] and not text[3]
+            assert (
+                codes == [130, 130]
+                and "stopped after step 13 of 20 (distil)" in text[2]
+                and not text[3]
+            )
     assert "ranks: 2 there, 1 now" in command("distill.py", *words, alone, check=False).stderr
     found, codes = ranked(2, tmp_path / "c", call, distill.main, [*words, alone])
     assert codes == [0, 0] and found[0] == found[1]
@@ -243,11 +289,18 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
 
 
 def _steps_taken(words):
-    """What each rank saw at each step, and the gradients that it took; and how often ranks talked beside that."""
-    seen, outer_loss, average, most, talks = [], distill.outer_loss, ranks.average, ranks.most, []
-    run.TALK_SECONDS = 1e9
+    """What each rank saw at each step, and the gradients that it took; and how often ranks talked
+    beside that."""
+    seen, outer_loss, average, most, talks = (
+        [],
+        distill.STEP.loss,
+        distributed.all_reduce_mean,
+        distributed.all_reduce_max,
+        [],
+    )
+    run.SYNC_SECONDS = 1e9
 
-    def recording(member, x_real, y_real, x_syn, y_syn, args):
+    def recording(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
         tensors = [each.detach().clone() for each in (x_real, y_real, x_syn, y_syn)]
         weights = {name: value.clone() for name, value in member.network.state_dict().items()}
         seen.append([weights, tensors])
@@ -262,22 +315,30 @@ def _steps_taken(words):
         talks.append(value)
         return most(value)
 
-    distill.outer_loss, ranks.average, ranks.most = recording, averaging, talking
+    distill.STEP = distill.STEP._replace(loss=recording)
+    distributed.all_reduce_mean, distributed.all_reduce_max = averaging, talking
     call(distill.main, words)
     return [each for each in seen if len(each) == 3], len(talks)
 
 
-def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_and_batch(home, data_root, tmp_path):
+def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_and_batch(
+    home, data_root, tmp_path
+):
     words = [*DISTIL, "--pool-size", "4", "--outer-steps", "6", "--steps-equal-samples"]
     words += ["--data-root", data_root, "--run-root", home]
     found, codes = ranked(2, tmp_path / "a", _steps_taken, words)
     assert codes == [0, 0], outputs(tmp_path / "a", 2)
     found, talks = zip(*found, strict=True)
-    assert talks == (5, 5)  # how long to train the pool, then at the first and last step of both loops
+    assert talks == (
+        5,
+        5,
+    )  # how long to train the pool, then at the first and last step of both loops
     assert len(found[0]) == len(found[1]) == 3  # 6 steps of one process
     args = SimpleNamespace(ridge=1e-6, ridge_per_image=False, bias_column=True, chunk=0)
     for one, two in zip(*found, strict=True):
-        assert not torch.equal(one[1][0], two[1][0]) and all(map(torch.equal, one[1][2:], two[1][2:]))
+        assert not torch.equal(one[1][0], two[1][0]) and all(
+            map(torch.equal, one[1][2:], two[1][2:])
+        )
         assert not torch.equal(one[0]["fc.weight"], two[0]["fc.weight"])
         single = []
         for weights, (x_real, y_real, x_syn, y_syn), _ in (one, two):
@@ -288,12 +349,27 @@ def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_an
             loss.backward(inputs=[x, y])
             single.append([x.grad, y.grad, loss.detach()])
         for ours, a, b in zip(one[2], *single, strict=True):
-            torch.testing.assert_close(ours, (a + b) / 2, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+            torch.testing.assert_close(
+                ours, (a + b) / 2, rtol=1e-3, atol=1e-3 * float(ours.abs().max())
+            )
         assert all(map(torch.equal, one[2], two[2]))
 
 
-def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(distilled, data_root, tmp_path):
-    words = ["--epochs", "4", "--width", "0.125", "--batch-size", "7", "--lr", "1e-3", "--no-augment", "--distilled"]
+def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(
+    distilled, data_root, tmp_path
+):
+    words = [
+        "--epochs",
+        "4",
+        "--width",
+        "0.125",
+        "--batch-size",
+        "7",
+        "--lr",
+        "1e-3",
+        "--no-augment",
+        "--distilled",
+    ]
     places = {}
     for name in ("one", "two", "mixed"):
         places[name] = tmp_path / name / "distilled.pt"
@@ -306,12 +382,20 @@ def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(distil
     _, codes = ranked(2, tmp_path / "b", call, pretrain.main, [*words, places["mixed"]], event, 0)
     assert codes == [130, 130]
     _, codes = ranked(
-        3, tmp_path / "c", call, pretrain.main, [*words, places["mixed"]], ("pre-train", 9, be_stopped), 2
+        3,
+        tmp_path / "c",
+        call,
+        pretrain.main,
+        [*words, places["mixed"]],
+        ("pre-train", 9, be_stopped),
+        2,
     )
     assert codes == [130] * 3, outputs(tmp_path / "c", 3)
     pretrain.main([*words, str(places["mixed"])])
     model = "convnet3-x0.125/seed0/model.pt"
-    one, *others = (files.load(place.parent / model, "model")["network"] for place in places.values())
+    one, *others = (
+        files.load(place.parent / model, "model")["network"] for place in places.values()
+    )
     for other in others:
         assert not torch.equal(one["fc.weight"], torch.zeros_like(one["fc.weight"]))
         for name, value in one.items():
@@ -322,14 +406,45 @@ def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, d
     roots = ["--data-root", data_root, "--run-root", tmp_path]
     (tmp_path / "model.pt").write_bytes(weights.read_bytes())
     teacher = tmp_path / "scratch/convnet3-x0.125_32px/digits_full_seed0/model.pt"
-    for number, (main, words) in enumerate((
-        (pretrain_target.main, ["--source", "digits", *TARGET]),
-        (finetune.main, ["--weights", "none", "--width", "0.125", "--target", "digits", "--steps", "2"]),
-        (kd.main, ["--weights", tmp_path / "model.pt", "--distilled", distilled, "--target", "digits",
-                   "--teacher", teacher, "--epochs", "2"]),
-        (kd.main, ["--weights", tmp_path / "model.pt", "--distilled", distilled, "--target", "digits",
-                   "--teacher", teacher, "--epochs", "2"]),
-    )):  # fmt: skip
+    for number, (main, words) in enumerate(
+        (
+            (pretrain_target.main, ["--source", "digits", *TARGET]),
+            (
+                finetune.main,
+                ["--weights", "none", "--width", "0.125", "--dataset", "digits", "--steps", "2"],
+            ),
+            (
+                kd.main,
+                [
+                    "--weights",
+                    tmp_path / "model.pt",
+                    "--distilled",
+                    distilled,
+                    "--dataset",
+                    "digits",
+                    "--teacher",
+                    teacher,
+                    "--epochs",
+                    "2",
+                ],
+            ),
+            (
+                kd.main,
+                [
+                    "--weights",
+                    tmp_path / "model.pt",
+                    "--distilled",
+                    distilled,
+                    "--dataset",
+                    "digits",
+                    "--teacher",
+                    teacher,
+                    "--epochs",
+                    "2",
+                ],
+            ),
+        )
+    ):
         _, codes = ranked(2, tmp_path / str(number), call, main, [*words, *roots])
         assert codes == [0, 0], outputs(tmp_path / str(number), 2)
     assert "was there already" in (tmp_path / "3" / "out0").read_text()
@@ -340,15 +455,36 @@ def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, d
 
 def test_torchrun_with_one_process_is_the_ordinary_run(home, data_root, distilled, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    words = ["distill.py", "--source", "digits", *DISTILL, "--data-root", str(data_root), "--run-root", str(home)]
-    done = subprocess.run([*launch, "1", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = [
+        "distill.py",
+        "--source",
+        "digits",
+        *DISTILL,
+        "--data-root",
+        str(data_root),
+        "--run-root",
+        str(home),
+    ]
+    done = subprocess.run(
+        [*launch, "1", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    alone, ordinary = load_distilled(home / "digits" / "krr_st" / "seed0" / "distilled.pt"), load_distilled(distilled)
-    assert torch.equal(alone.images, ordinary.images) and torch.equal(alone.targets, ordinary.targets)
+    alone, ordinary = (
+        load_distilled(home / "digits" / "krr_st" / "seed0" / "distilled.pt"),
+        load_distilled(distilled),
+    )
+    assert torch.equal(alone.images, ordinary.images) and torch.equal(
+        alone.targets, ordinary.targets
+    )
     assert {**alone.meta, "settings": 0} == {**ordinary.meta, "settings": 0}
     words += ["--pool-size", "3", "--name", "x"]
-    done = subprocess.run([*launch, "2", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "--pool-size 3: must be a multiple of the number of processes, 2" in done.stderr
+    done = subprocess.run(
+        [*launch, "2", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (
+        done.returncode != 0
+        and "--pool-size 3: must be a multiple of the number of processes, 2" in done.stderr
+    )
 
 
 def test_bad_command_line_is_said_once_and_other_programs_refuse(monkeypatch, capsys):
@@ -357,11 +493,13 @@ def test_bad_command_line_is_said_once_and_other_programs_refuse(monkeypatch, ca
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(SystemExit) as end:
             cli.run(distill.main, ["--no-such-flag"])
-        assert end.value.code == 2 and ("unrecognized arguments: --no-such-flag" in capsys.readouterr().err) == (
-            not rank
-        )
-    for main, words in ((distillers.main, ["dm", "--source", "digits"]),
-                        (finetune.main, ["--weights", "none", "--target", "digits", "--protocol", "knn"])):  # fmt: skip
+        assert end.value.code == 2 and (
+            "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+        ) == (not rank)
+    for main, words in (
+        (distillers.main, ["dm", "--source", "digits"]),
+        (finetune.main, ["--weights", "none", "--dataset", "digits", "--protocol", "knn"]),
+    ):
         with pytest.raises(SystemExit):
             cli.run(main, words)
         assert "(rank 1): error: runs in one process, not under torchrun" in capsys.readouterr().err
@@ -371,7 +509,11 @@ def test_bar_is_of_the_first_rank_and_of_none_where_the_environment_says_so():
     code = "from utils import progress; list(progress.bar(range(3), desc='steps'))"
     shown = [
         subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | more, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | more,
+            capture_output=True,
+            text=True,
         ).stderr
         for more in ({}, {"TQDM_DISABLE": "1"}, {"RANK": "1", "WORLD_SIZE": "2"})
     ]

@@ -1,0 +1,299 @@
+"""Compare the rows of an experiment, paired by seed, as Markdown.
+
+    python -m analysis.compare departures runs/departures              # from its results
+    python -m analysis.compare departures --collect runs/departures    # store them in analysis/
+    python -m analysis.compare departures                              # from there
+    python -m analysis.compare small --against krr_st
+
+The first argument is a table of experiments/tables.py. Each source and target network has a table
+of its own: a row for each method, a column for each protocol, in the mean over data sets and then
+by data set. Rows without source or target network (no pre-training, random images with labels)
+stand in each table that they belong to.
+
+A cell is the mean accuracy in percent ± the standard deviation of all runs (ddof = 0). In brackets
+stands the difference from the row `--against`, paired by the seeds of distillation and
+pre-training: the mean, and the 95 % interval of Student's t over the means of the distillations. A
+star marks an interval without zero; of many cells, one in twenty has one by chance. The column n
+holds the number of distillations and of pre-trainings of each.
+
+Last comes the loss that distill.py minimises, times 100, under the final pool and for images drawn
+at random from the source. A variant with another kind of pool has another measure.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from scipy import stats
+
+from analysis.tables import Cell, gather_results, markdown, other_column, protocol_order
+from data.distilled import load_distilled
+from distillers import registry
+from evaluation import results
+from experiments.tables import TABLES, Source
+from utils import cli, files
+from utils.errors import UserError
+
+HERE = Path(__file__).parent
+KEPT = (
+    "method",
+    "source",
+    "distilled_seed",
+    "seed",
+    "dataset",
+    "protocol",
+    "labels_per_class",
+    "label_fraction",
+    "accuracy",
+    "num_images",
+    "arch",
+    "width",
+    "image_size",
+    "digest",
+    "deviations",
+    "device",
+    "versions",
+    "seconds",
+)
+LOSS = "outer loss x 100"
+MEAN = "mean over data sets"
+
+
+def results_file(name):
+    """Where the results of a table are stored."""
+    return HERE / f"{name}.jsonl"
+
+
+def read_losses(folder):
+    """A line for each distilled.pt below a run root that knows its outer loss."""
+    for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
+        meta = load_distilled(path).meta
+        for dataset in ("initial", "distilled"):
+            if (loss := meta.get(f"outer_loss_{dataset}")) is not None:
+                yield dict(
+                    method=meta["method"],
+                    source=meta["source"],
+                    distilled_seed=meta["seed"],
+                    protocol=LOSS,
+                    dataset=f"{dataset} images",
+                    accuracy=round(100 * loss, 4),
+                    digest=f"{files.digest(path)} outer_loss_{dataset}",
+                    deviations=meta["deviations"],
+                )
+
+
+def split_blocks(table, lines):
+    """[(heading, lines)] for each source and target network of a `Table`."""
+    names = {*table.methods, "full"}
+    lines = [line for line in lines if registry.base(line["method"]) in names]
+    described = {source.name: source for source in table.sources}
+    found = {line["source"] for line in lines} - {None}
+    order = [*(name for name in described if name in found), *sorted(found - described.keys())]
+    blocks = []
+    for name in order:
+        source = described.get(name) or Source(name)
+        for target in source.targets:
+            several = len(source.targets) > 1
+            mine = [
+                line
+                for line in lines
+                if line["source"] in (name, None)
+                and line["method"].partition(".")[2] in (target.name, "")
+            ]
+            heading = name + (f", target network {target.name}" if several else "")
+            blocks.append((heading, mine))
+    return blocks
+
+
+def column_of(line):
+    """Protocol and data set; with the network where a line names one."""
+    return line["protocol"] if line["protocol"] == LOSS else other_column(line), line["dataset"]
+
+
+def group_by_seeds(lines):
+    """{method: {column: {(distillation, pre-training): accuracy}}}, with the mean over data sets
+    where all are there."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        seeds = line["distilled_seed"], line.get("seed")
+        found[registry.base(line["method"])][column_of(line)][seeds] = line["accuracy"]
+    datasets = defaultdict(dict)
+    for columns in found.values():
+        for protocol, dataset in columns:
+            datasets[protocol][dataset] = None
+    datasets.pop(LOSS, None)
+    for protocol, names in datasets.items():
+        for columns in found.values():
+            parts = [columns.get((protocol, name), {}) for name in names]
+            if common := set.intersection(*map(set, parts)):
+                columns[protocol, MEAN] = {
+                    seeds: statistics.fmean(part[seeds] for part in parts)
+                    for seeds in sorted(common, key=str)
+                }
+    return found
+
+
+def paired_differences(ours, base):
+    """Differences of two {(distillation, pre-training): accuracy} at equal seeds.
+
+    A row without distillations (None) is compared with each of the other's.
+
+    Returns:
+        The mean over pre-trainings of each distillation; of each pre-training, where neither row
+        has distillations.
+    """
+    groups = defaultdict(list)
+    for (ours_set, ours_seed), accuracy in ours.items():
+        for (base_set, base_seed), other in base.items():
+            if ours_seed == base_seed and (ours_set == base_set or None in (ours_set, base_set)):
+                seed = base_set if ours_set is None else ours_set
+                key = ("pre-training", ours_seed) if seed is None else ("distillation", seed)
+                groups[key].append(accuracy - other)
+    return [statistics.fmean(groups[key]) for key in sorted(groups)]
+
+
+def interval(values, level=0.95):
+    """(low, high) of the mean of `values` by Student's t, or None for fewer than two."""
+    if len(values) < 2:
+        return None
+    error = statistics.stdev(values) / len(values) ** 0.5
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def format_cell(values, base):
+    """The text of a cell; `base` are the values of the row to compare with, or empty."""
+    if not values:
+        return ""
+    accuracies = values.values()
+    text = f"{statistics.fmean(accuracies):.2f} ± {statistics.pstdev(accuracies):.2f}"
+    if apart := paired_differences(values, base):
+        text += f" ({statistics.fmean(apart):+.2f}"
+        if bounds := interval(apart):
+            low, high = bounds
+            text += f" [{low:+.2f}, {high:+.2f}]{'*' if low > 0 or high < 0 else ''}"
+        text += ")"
+    return text
+
+
+def count_runs(columns):
+    """The number of distillations and of pre-trainings of each: 3 x 3. Where a row has only one
+    of them, its number."""
+    trained = defaultdict(set)
+    for distilled, seed in {pair for values in columns for pair in values}:
+        trained[distilled] |= {seed} - {None}
+    most = max(map(len, trained.values()))
+    if None in trained:
+        return str(most)
+    return f"{len(trained)} x {most}" if most else str(len(trained))
+
+
+def format_table(found, heading, columns, against):
+    """Markdown, headed `heading`: a row for each method with a result in `columns` {head:
+    column}."""
+    rows = [[Cell(heading), *map(Cell, columns), Cell("n")]]
+    for method in sorted(found, key=registry.order):
+        mine = [found[method].get(column, {}) for column in columns.values()]
+        base = [
+            found[against].get(column, {}) if against in found and method != against else {}
+            for column in columns.values()
+        ]
+        if any(mine):
+            texts = [Cell(format_cell(*pair)) for pair in zip(mine, base, strict=True)]
+            rows.append([Cell(registry.title(method)), *texts, Cell(count_runs(mine))])
+    return markdown(rows)
+
+
+def columns_by_dataset(found):
+    """{data set: {protocol: column}} in order: the mean first, the losses last."""
+    columns = {column for values in found.values() for column in values}
+    names = sorted(
+        {dataset for protocol, dataset in columns if protocol != LOSS},
+        key=lambda name: (name != MEAN, name),
+    )
+    ordered = {}
+    for name in names:
+        protocols = sorted((p for p, dataset in columns if dataset == name), key=protocol_order)
+        ordered[name] = {protocol: (protocol, name) for protocol in protocols}
+    if losses := {d: (LOSS, d) for p, d in sorted(columns, reverse=True) if p == LOSS}:
+        ordered[LOSS] = losses
+    return ordered
+
+
+def format_means(table, lines, against=None):
+    """Markdown tables of the means over data sets, with the outer loss of the distilled images."""
+    texts = []
+    for heading, part in split_blocks(table, lines):
+        found = group_by_seeds(part)
+        by_dataset = columns_by_dataset(found)
+        columns = dict(next(iter(by_dataset.values())))
+        if LOSS in by_dataset and LOSS not in columns:
+            columns[LOSS] = (LOSS, "distilled images")
+        heading += ", " + next(iter(by_dataset))
+        texts.append(format_table(found, heading, columns, against or table.against))
+    return "\n\n".join(texts) or "No results yet."
+
+
+def format_datasets(table, lines, against=None):
+    """Markdown tables for each data set, and of the losses."""
+    texts = []
+    for heading, part in split_blocks(table, lines):
+        found = group_by_seeds(part)
+        for name, columns in columns_by_dataset(found).items():
+            if name != MEAN:
+                text = format_table(found, f"{heading}: {name}", columns, against or table.against)
+                texts.append(text)
+    return "\n\n".join(texts) or "No results yet."
+
+
+def collected_tables():
+    """{name: text} of the tables whose results are stored: NAME with means, NAME.datasets."""
+    made = {}
+    for name, table in TABLES.items():
+        if lines := results.read(results_file(name)):
+            made[name] = format_means(table, lines)
+            made[f"{name}.datasets"] = format_datasets(table, lines)
+    return made
+
+
+def sort_key(line):
+    seeds = [-1 if line.get(key) is None else line[key] for key in ("distilled_seed", "seed")]
+    return line["source"] or "", registry.order(line["method"]), *seeds, column_of(line)
+
+
+def main(argv):
+    args = parse_args(argv)
+    table, path = TABLES[args.table], results_file(args.table)
+    if args.folder:
+        lines = [*gather_results([args.folder]), *read_losses(args.folder)]
+        lines = [line for line in lines if "accuracy" in line]
+    else:
+        lines = results.read(path)
+    known = {registry.base(line["method"]) for line in lines} | {*table.methods}
+    if args.against and args.against not in known:
+        raise UserError(f"--against {args.against}: not one of {', '.join(sorted(known))}")
+    if args.collect:
+        kept = [{name: line.get(name) for name in KEPT} for line in lines]
+        text = "".join(json.dumps(line) + "\n" for line in sorted(kept, key=sort_key))
+        files.write_text(path, text)
+        print(f"{path}: {len(kept)} results\n")
+    print(format_means(table, lines, args.against))
+    print()
+    print(format_datasets(table, lines, args.against))
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("table", choices=[*TABLES], metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("folder", nargs="?", type=Path, help="run root (default: stored results)")
+    parser.add_argument("--against", metavar="ROW", help="default: the table's own")
+    parser.add_argument("--collect", action="store_true", help="store the folder's results")
+    args = parser.parse_args(argv)
+    if args.collect and not args.folder:
+        parser.error("--collect needs a folder")
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,639 @@
+"""Print the paper's tables: our results, as mean ± standard deviation (n results), beside the
+paper's own.
+
+    python -m analysis.tables runs                    # from all results.jsonl below folders
+    python -m analysis.tables --only table2 runs      # or --csv, --latex
+    python -m analysis.tables --collect runs          # take them into analysis/results.jsonl
+
+Results at the paper's settings are compared with its numbers (analysis/paper.csv): the difference,
+and whether it lies within two of the paper's standard deviations. Those at other settings make a
+table of their own, which says so. Below a table come, for each data set, the same sets and networks
+by other protocols: probes of the features with all or few labels, nearest neighbours, and the head
+that pre-training left (the accuracy of a network that has seen only the distilled set). All else is
+listed by data set. Deviations are the population's (ddof = 0), as the paper's are. `analysis.docs`
+puts the tables into README and docs/.
+"""
+
+import csv
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillers import registry
+from evaluation import results
+from models import label
+from utils import cli, files
+from utils.presets import image_size
+
+HERE = Path(__file__).parent
+RESULTS, PAPER = HERE / "results.jsonl", HERE / "paper.csv"
+TITLES = {
+    "table1": "Table 1: CIFAR-100's sets, ConvNet3",
+    "table2": "Table 2: TinyImageNet's sets, ConvNet4",
+    "table3": "Table 3: ImageNet's sets, ConvNet4",
+    "table4": "Table 4: distillation of knowledge without the target's data, on TinyImageNet's "
+    "sets",
+    "table5": "Table 5: TinyImageNet's sets, VGG11",
+    "table6": "Table 6: TinyImageNet's sets, AlexNet",
+    "table7": "Table 7: TinyImageNet's sets, MobileNet",
+    "table8": "Table 8: TinyImageNet's sets, ResNet10",
+    "imagenette_convnet": "Appendix D: ImageNette's sets at 224 px, ConvNet5",
+    "imagenette_resnet18": "Appendix D: ImageNette's sets at 224 px, ResNet18",
+    "y_init": "Appendix E: where the targets start, CIFAR-100",
+    "ablations": "Departures of README, CIFAR-100",
+    "fid": "Appendix F: FID to the source",
+}
+ORACLE = "full"  # what the others are measured by: never the best, and of no number of images
+RECIPES = {
+    "gaussian": {"kd.lr"},
+    "imagenette_resnet18": {"finetune.batch_size"},
+}  # the released code's, by row or table
+PAPERS_NAMES = {"krr_st (y_syn at random)": "krr_st_random_targets"}
+
+
+@dataclass
+class Table:
+    """A table of the paper: what its rows and columns are, and its numbers {(method, arch,
+    dataset): (mean, std)}. With `probed`, one beside that of its name: other protocols on that data
+    set, which stand in place of the data sets."""
+
+    name: str
+    source: str
+    archs: list
+    datasets: list
+    methods: list
+    numbers: dict
+    probed: str = ""
+
+
+@dataclass
+class Cell:
+    """One result or more, of one method and column; `text` is how it is shown, `best` whether in
+    bold."""
+
+    text: str = ""
+    best: bool = False
+
+
+def all_tables(lines=(), path=PAPER):
+    """The paper's tables, with FID by source; and for `lines` with FID by other networks than the
+    paper's, a table for each network, since such numbers cannot be compared; and for those by other
+    protocols a table for each data set."""
+    found = {}
+    with open(path) as file:
+        for line in csv.DictReader(file):
+            method, arch = (
+                PAPERS_NAMES.get(line["method"], line["method"]),
+                line["arch"] or "inception",
+            )
+            key = (line["table"], line["source"]) if line["table"] == "fid" else line["table"]
+            table = found.setdefault(key, Table(line["table"], line["source"], [], [], [], {}))
+            for known, word in (
+                (table.archs, arch),
+                (table.datasets, line["dataset"]),
+                (table.methods, method),
+            ):
+                if word not in known:
+                    known.append(word)
+            if line["mean"]:
+                std = float(line["std"]) if line["std"] else None
+                table.numbers[method, arch, line["dataset"]] = float(line["mean"]), std
+    base = found["y_init"]
+    methods = registry.with_variants("krr_st")
+    found["ablations"] = Table("ablations", base.source, base.archs, base.datasets, methods, {})
+    for line in sorted((each for each in lines if each["protocol"] == "fid"), key=column_of):
+        network, source = column_of(line)
+        if network != "inception" or ("fid", source) not in found:
+            found["fid", network, source] = Table("fid", source, [network], [source], [], {})
+    others = [line for line in lines if by_another_protocol(line)]
+    for base in [table for table in found.values() if table.name not in ("fid", "table4")]:
+        for dataset in sorted({line["dataset"] for line in others}):
+            beside = Table(base.name, base.source, base.archs, [], base.methods, {}, dataset)
+            mine = {other_column(line) for line in others if belongs_to(line, beside)}
+            beside.datasets = sorted(mine, key=protocol_order)
+            found[base.name, dataset] = beside
+    return [table for name in TITLES for table in found.values() if table.name == name]
+
+
+def value(line):
+    return line["fid"] if line["protocol"] == "fid" else line["accuracy"]
+
+
+def method_of(line):
+    """The method of a row: that of the images, in distillation of knowledge."""
+    return line["images"]["method"] if line["protocol"] == "kd" else line["method"]
+
+
+def by_another_protocol(line):
+    """Whether a result is of another kind than those in the paper's tables: a probe, a head as it
+    is, or few labels."""
+    few = line.get("labels_per_class") or line.get("label_fraction")
+    return bool(few) or line["protocol"] not in ("full", "kd", "fid")
+
+
+def belongs_to(line, table):
+    """Whether a result is one of `table`'s kind, at whatever scale."""
+    method = method_of(line)
+    if by_another_protocol(line) != bool(table.probed):
+        return False
+    if registry.base(method) in registry.VARIANTS and method not in table.methods:
+        return False
+    if table.name in ("y_init", "ablations") and method not in table.methods:
+        return False
+    if table.name == "fid":
+        return line["protocol"] == "fid" and column_of(line) == (table.archs[0], table.source)
+    if line.get("arch") not in table.archs:
+        return False
+    if table.name == "table4":
+        start = "scratch" if method == "gaussian" else method
+        return (
+            line["protocol"] == "kd"
+            and line["images"]["source"] == table.source
+            and line["method"] == start
+        )
+    if table.probed:
+        return line["dataset"] == table.probed and (
+            line["source"] == table.source or method == "scratch"
+        )
+    return line["protocol"] == "full" and (line["source"] == table.source or method == "scratch")
+
+
+def deviations_of(line, table):
+    """The settings that differ from the paper's: {name: [here, there]}."""
+    method = method_of(line)
+    own = (
+        registry.own_settings(method) | RECIPES.get(method, set()) | RECIPES.get(table.name, set())
+    )
+    scale = {name: pair for name, pair in line.get("deviations", {}).items() if name not in own}
+    size = image_size(table.source)
+    if (
+        line["method"] == "scratch" and line["image_size"] != size
+    ):  # it has no source of its own to be compared with
+        scale["image_size"] = [line["image_size"], size]
+    return scale
+
+
+def column_of(line):
+    """Network and data set, or network and protocol where that is none of the paper's; with FID,
+    the network of its features and the source."""
+    if line["protocol"] == "fid":
+        return line["network"], line["source"]
+    return line["arch"], other_column(line) if by_another_protocol(line) else line["dataset"]
+
+
+def format_value(number):
+    return (
+        f"{number:,}" if isinstance(number, int) and not isinstance(number, bool) else f"{number}"
+    )
+
+
+def natural_key(text):
+    """A key by which 50 comes before 1,000."""
+    parts = re.split(r"(\d+)", text.replace(",", ""))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def format_setting(name, here, theres):
+    return f"{name} {here} ({' or '.join(sorted(theres, key=natural_key))})"
+
+
+def split_deviations(lines, table):
+    """What `lines` have in common, as (name, here, {there}), and the names of the settings that
+    tell rows apart."""
+    here, there, groups = defaultdict(set), defaultdict(set), defaultdict(list)
+    for line in lines:
+        scale = deviations_of(line, table)
+        groups[method_of(line), column_of(line)].append(scale)
+        for name, pair in scale.items():
+            here[name].add(format_value(pair[0]))
+            there[name].add(format_value(pair[1]))
+    made = [
+        (method, scale)
+        for (method, _), scales in groups.items()
+        for scale in scales
+        if method not in ("scratch", "gaussian")
+    ]
+    apart = {
+        name
+        for name in here
+        if len(here[name]) > 1
+        or any(
+            len({json.dumps(scale.get(name)) for scale in scales}) > 1 for scales in groups.values()
+        )
+        or (
+            name in ("num_images", "width", "image_size")
+            and not all(
+                name in scale for method, scale in made if (method, name) != (ORACLE, "num_images")
+            )
+        )
+    }
+    return [(name, min(here[name]), there[name]) for name in here if name not in apart], apart
+
+
+def select_results(table, lines):
+    """Those of `lines` that `table` shows, in parts (whether reduced, lines): at the paper's scale,
+    and all others. A column needs more than the row that others are compared with."""
+    base = "krr_st" if any(method in registry.VARIANTS for method in table.methods) else "scratch"
+    mine = [line for line in lines if belongs_to(line, table)]
+    if (
+        table.name == "fid" and not table.numbers
+    ):  # by a network of ours: beside each other, whatever the scale
+        yield any(deviations_of(line, table) for line in mine), mine
+        return
+    for reduced in (False, True):
+        chosen = [line for line in mine if bool(deviations_of(line, table)) == reduced]
+        columns = {column_of(line) for line in chosen if method_of(line) != base}
+        yield reduced, [line for line in chosen if column_of(line) in columns]
+
+
+def split_by_scale(table, lines):
+    """The results of `table` in `lines` as (settings, columns, rows): those at the paper's scale,
+    whose settings are None, and all others, where it is a list of what differs from the paper in
+    all rows. A row is (method, what else tells it apart, {column: results})."""
+    for reduced, chosen in select_results(table, lines):
+        if not chosen:
+            continue
+        common, apart = split_deviations(chosen, table)
+        rows = defaultdict(lambda: defaultdict(list))
+        for line in chosen:
+            scale = deviations_of(line, table)
+            own = [
+                format_setting(name, format_value(scale[name][0]), [format_value(scale[name][1])])
+                for name in sorted(apart & {*scale})
+            ]
+            own += (
+                [f"distilled with seed {line['distilled_seed']}"]
+                if line.get("distilled_seed")
+                else []
+            )
+            rows[method_of(line), ", ".join(own)][column_of(line)].append(value(line))
+        settings = [format_setting(*each) for each in sorted(common)] if reduced else None
+        found = sorted({column for columns in rows.values() for column in columns})
+        paper = [(arch, dataset) for arch in table.archs for dataset in table.datasets]
+        columns = [each for each in paper if each in found] + [
+            each for each in found if each not in paper
+        ]
+        in_order = sorted(rows, key=lambda key: (registry.order(key[0]), natural_key(key[1])))
+        yield settings, columns, [(*key, rows[key]) for key in in_order]
+
+
+def grid(table, reduced, columns, rows):
+    """The rows of `split_by_scale` as rows of `Cell`s, those of the paper beside them; the first is
+    the heading."""
+    one_arch = len({arch for arch, _ in columns}) == 1
+    many_datasets = len({dataset for _, dataset in columns}) > 1
+    heads = [
+        dataset if one_arch else f"{arch}, {dataset}" if many_datasets else arch
+        for arch, dataset in columns
+    ]
+    better = min if table.name == "fid" else max
+    best, papers_best = {}, {}
+    for column in columns:
+        means = (
+            statistics.mean(cells[column])
+            for method, _, cells in rows
+            if column in cells and method != ORACLE
+        )
+        best[column] = better(means, default=None)
+        known = (mean for (_, *rest), (mean, _) in table.numbers.items() if tuple(rest) == column)
+        papers_best[column] = better(known, default=None)
+    lines = [[Cell("FID" if table.name == "fid" else "accuracy in %"), Cell(""), *map(Cell, heads)]]
+    names = dict.fromkeys(
+        sorted([*table.methods, *(method for method, *_ in rows)], key=registry.order)
+    )
+    for method in names:
+        for other, own, cells in rows:
+            if other != method:
+                continue
+            name = registry.title(method) + (f" ({own})" if own else "")
+            ours = [Cell("ours")]
+            for column in columns:
+                v = cells.get(column)
+                text = (
+                    f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})"
+                    if v
+                    else ""
+                )
+                ours.append(
+                    Cell(text, bool(v) and other != ORACLE and statistics.mean(v) == best[column])
+                )
+            lines.append([Cell(name), *ours])
+        known = [table.numbers.get((method, *column)) for column in columns]
+        if not any(known) or (reduced and not any(other == method for other, *_ in rows)):
+            continue
+        paper = [
+            Cell(
+                f"{k[0]:.2f}" + (f" ± {k[1]:.2f}" if k[1] is not None else "") if k else "",
+                bool(k) and k[0] == papers_best[column],
+            )
+            for k, column in zip(known, columns, strict=True)
+        ]
+        lines.append(
+            [
+                Cell(registry.title(method)),
+                Cell("paper, full scale" if reduced else "paper"),
+                *paper,
+            ]
+        )
+        mine = [cells for other, own, cells in rows if (other, own) == (method, "")]
+        if mine and not reduced:
+            compared = [
+                difference(mine[0].get(column), k) for column, k in zip(columns, known, strict=True)
+            ]
+            lines.append([Cell(""), Cell("difference"), *(Cell(text) for text, *_ in compared)])
+    for above, below in zip(reversed(lines[:-1]), reversed(lines[1:]), strict=True):
+        if above[0].text == below[0].text:
+            below[0] = Cell("")
+    return lines
+
+
+def difference(ours, paper):
+    """(text, difference, whether within two of the paper's standard deviations); the last two None
+    where unknown."""
+    if not ours or not paper:
+        return "", None, None
+    apart = statistics.mean(ours) - paper[0]
+    within = abs(apart) <= 2 * paper[1] if paper[1] is not None else None
+    return f"{apart:+.2f}" + {None: "", True: " ✓", False: " ✗"}[within], apart, within
+
+
+def markdown(lines):
+    """Rows of `Cell`s as a Markdown table, padded so that it reads as text too."""
+    texts = [[f"**{cell.text}**" if cell.best else cell.text for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
+    left = 2 if any(cell.text == "ours" for cell in (line[1] for line in lines)) else 1
+    texts.insert(1, ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    return "\n".join(
+        "| " + " | ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)) + " |"
+        for row in texts
+    )
+
+
+def latex(lines):
+    """Rows of `Cell`s as a LaTeX tabular."""
+
+    def escaped(cell):
+        text = re.sub(r"([%&#_$])", r"\\\1", cell.text)
+        for sign, command in (("±", r"$\pm$"), ("✓", r"$\checkmark$"), ("✗", r"$\times$")):
+            text = text.replace(sign, command)
+        return rf"\textbf{{{text}}}" if cell.best else text
+
+    rows = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{'l' * 2 + 'r' * (len(lines[0]) - 2)}}}",
+            r"\hline",
+            rows[0],
+            r"\hline",
+            *rows[1:],
+            r"\hline",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def comma_separated(tables, lines, out):
+    """One line a cell, for programs."""
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [
+            "table",
+            "scale",
+            "method",
+            "arch",
+            "dataset",
+            "mean",
+            "std",
+            "n",
+            "paper_mean",
+            "paper_std",
+            "difference",
+            "within_two_std",
+        ]
+    )
+    for table in tables:
+        for settings, columns, rows in split_by_scale(table, lines):
+            for method, own, cells in rows:
+                for column in columns:
+                    if v := cells.get(column):
+                        known = table.numbers.get((method, *column), ("", ""))
+                        _, apart, within = difference(
+                            v, None if settings is not None or own or not known[0] else known
+                        )
+                        compared = ["" if each is None else each for each in (apart, within)]
+                        scale = "; ".join(
+                            filter(None, ["paper" if settings is None else "reduced", own])
+                        )
+                        writer.writerow(
+                            [
+                                table.name,
+                                scale,
+                                method,
+                                *column,
+                                statistics.mean(v),
+                                statistics.pstdev(v),
+                                len(v),
+                                *known,
+                                *compared,
+                            ]
+                        )
+
+
+def other_row(line):
+    """Method, network and images of a result that is in no table of the paper."""
+    origin = f", m = {line['num_images']}, {line['source']}" if line["source"] else ""
+    origin += f", distilled with seed {line['distilled_seed']}" if line["distilled_seed"] else ""
+    own = {
+        "source": line["source"],
+        "method": line["method"],
+        "seed": line["distilled_seed"],
+        "num_images": line["num_images"],
+    }
+    if (images := line.get("images", own)) != own:  # distillation of knowledge on other images
+        method = registry.title(images["method"])
+        origin += f"; on {images['num_images']} images of {method}"
+        origin += f", {images['source']}" + (
+            f", distilled with seed {images['seed']}" if images["seed"] else ""
+        )
+    network = f"{label(line['arch'], line['width'])} at {line['image_size']} px"
+    return f"{registry.title(line['method'])} ({network}{origin})"
+
+
+def other_column(line):
+    labels = f", {line['labels_per_class']} labels/class" if line.get("labels_per_class") else ""
+    labels += (
+        f", {100 * line['label_fraction']:g} % of labels" if line.get("label_fraction") else ""
+    )
+    return f"{line['protocol']}{labels}"
+
+
+def protocol_order(column):
+    """A key that sorts the columns of `other_column`: by protocol, all labels after few."""
+    protocol, _, labels = column.partition(", ")
+    known = ["head", "knn", "linear", "full", "kd"]
+    return (
+        known.index(protocol) if protocol in known else len(known),
+        protocol,
+        not labels,
+        natural_key(labels),
+    )
+
+
+def other_results(lines):
+    """The results that are in none of the paper's tables: {data set: rows of `Cell`s}."""
+    found = defaultdict(lambda: defaultdict(list))
+    shown = {
+        id(line)
+        for table in all_tables(lines)
+        for _, part in select_results(table, lines)
+        for line in part
+    }
+    for line in sorted(lines, key=lambda line: registry.order(line["method"])):
+        if id(line) not in shown:
+            found[line["dataset"]][other_row(line), other_column(line)].append(line["accuracy"])
+    grids = {}
+    for dataset in sorted(found):
+        cells = found[dataset]
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = sorted({column for _, column in cells}, key=protocol_order)
+        grids[dataset] = [[Cell("accuracy in %"), *map(Cell, columns)]]
+        for row in rows:
+            values = [cells.get((row, column)) for column in columns]
+            texts = [
+                f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f} (n={len(v)})" if v else ""
+                for v in values
+            ]
+            grids[dataset].append([Cell(row), *map(Cell, texts)])
+    return grids
+
+
+def blocks(lines, only=None):
+    """(name, heading, rows of `Cell`s) of all tables that `lines` have results for, or of those in
+    `only`."""
+    above = name = None
+    for table in all_tables(lines):
+        if only and table.name not in only:
+            continue
+        for settings, columns, rows in split_by_scale(table, lines):
+            shown_grid = grid(table, settings is not None, columns, rows)
+            heading = TITLES[table.name]
+            heading += (
+                f", {table.source}, features of {table.archs[0]}" if table.name == "fid" else ""
+            )
+            heading += (
+                f". The same sets and networks on {table.probed}, by other protocols"
+                if table.probed
+                else ""
+            )
+            if settings is None:
+                compared = any(cell.text.endswith(("✓", "✗")) for row in shown_grid for cell in row)
+                remark = "✓: within two of the paper's standard deviations." if compared else ""
+            elif table.name == name and above and {*settings} <= {*above}:
+                remark = "**Reduced scale**, settings as above."
+            else:
+                above, name = settings, table.name
+                said = ", ".join(settings) or "as the rows say"
+                remark = (
+                    "**Reduced scale, not comparable with the paper.** "
+                    f"Settings (in brackets the paper's): {said}."
+                )
+            yield table.name, f"{heading}. {remark}".strip(), shown_grid
+    for dataset, rows in other_results(lines).items():
+        if not only or dataset in only:
+            yield dataset, f"Accuracy on {dataset}'s test split.", rows
+
+
+def document(lines, only=None, style=markdown):
+    """{name: text} of the tables of `blocks`."""
+    texts = defaultdict(list)
+    for name, heading, rows in blocks(lines, only):
+        texts[name] += [heading, style(rows)]
+    return {name: "\n\n".join(parts) for name, parts in texts.items()}
+
+
+def identity(line):
+    """What two results of the same experiment share: all but what came out and by what means."""
+    names = (
+        "source",
+        "method",
+        "distilled_seed",
+        "num_images",
+        "arch",
+        "width",
+        "image_size",
+        "dataset",
+        "protocol",
+        "labels_per_class",
+        "label_fraction",
+        "images",
+        "network",
+        "deviations",
+        "seed",
+    )
+    return json.dumps([line.get(name) for name in names], sort_keys=True)
+
+
+def gather_results(folders):
+    """All results below `folders`, each file once; of results of the same experiment the last."""
+    paths = sorted(
+        {path.resolve() for folder in folders for path in Path(folder).rglob("results.jsonl")}
+    )
+    return [*{identity(line): line for path in paths for line in results.read(path)}.values()]
+
+
+def collect(folders, path=RESULTS):
+    """Take the results below `folders` into the file `path`, in place of those of the same
+    experiments."""
+    kept = {identity(line): line for line in [*results.read(path), *gather_results(folders)]}
+    files.write_text(
+        path, "".join(json.dumps(kept[key], sort_keys=True) + "\n" for key in sorted(kept))
+    )
+    print(f"{path}: {len(kept)} results")
+
+
+def main(argv):
+    args = parse_args(argv)
+    if args.collect:
+        collect(args.folders or ["runs"])
+        return
+    lines = gather_results(args.folders) if args.folders else results.read(RESULTS)
+    only = args.only.split(",") if args.only else None
+    if args.csv:
+        comma_separated(
+            [t for t in all_tables(lines) if not only or t.name in only], lines, sys.stdout
+        )
+        return
+    texts = document(lines, only, latex if args.latex else markdown)
+    print(
+        "\n\n".join(texts.values()) or f"no results yet{f' for {args.only}' if args.only else ''}"
+    )
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        help=f"of runs (default: the results in {RESULTS.name} here)",
+    )
+    parser.add_argument(
+        "--only", help=f"tables by name, with commas: {', '.join(TITLES)}, or a data set"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--collect",
+        action="store_true",
+        help="take the folders' results into analysis/results.jsonl",
+    )
+    what.add_argument("--latex", action="store_true")
+    what.add_argument("--csv", action="store_true", help="of the paper's tables, one line a cell")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

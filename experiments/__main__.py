@@ -1,0 +1,111 @@
+"""Make a table or figure: carry out the commands that are missing.
+
+    python -m experiments table1 --dry-run       # list the commands, and the time left
+    python -m experiments table1 --quick         # the reduced table, in hours of a CPU
+
+The scripts scripts/run_*.sh call this. Rerun a command to resume. Several processes may work on one
+run root at the same time.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from experiments import scheduler
+from experiments.plan import Choice, Plan
+from experiments.tables import TABLES
+from utils import cli
+from utils.errors import UserError
+from utils.run import program_name
+
+
+def main(argv):
+    if not argv or argv[0].startswith("-"):
+        names = "\n".join(f"  {name}" for name in TABLES)
+        if argv[:1] not in (["-h"], ["--help"]):
+            raise UserError(f"name a table first, one of: {', '.join(TABLES)}")
+        print(f"{__doc__}\nTables:\n{names}\n\nEach has its own --help.")
+        return
+    if argv[0] not in TABLES:
+        raise UserError(f"{argv[0]}: no such table; one of: {', '.join(TABLES)}")
+    end = argv.index("--") if "--" in argv else len(argv)
+    table = TABLES[argv[0]]
+    args = parse_args(table, argv[1:end])
+    choice = Choice(
+        **{name: value for name, value in vars(args).items() if name not in ("jobs", "dry_run")},
+        flags=argv[end + 1 :],
+    )
+    plan = Plan(table, choice)
+    jobs = args.jobs or (os.cpu_count() or 1 if plan.scale.folder else 1)
+    if args.dry_run:
+        scheduler.show(plan.tasks, jobs)
+        return
+    print(scheduler.estimate(plan.tasks, jobs), flush=True)
+    sys.exit(scheduler.carry_out(plan.tasks, jobs, plan.runs))
+
+
+def parse_args(table, argv):
+    parser = cli.Parser(table.description, prog=f"{program_name()} {table.name}")
+    what, run = parser.groups["data"], parser.groups["run"]
+    if table.quick:
+        text = "reduced settings, into <run root>/quick; tables mark their rows"
+        run.add_argument("--quick", action="store_true", help=text)
+    sources = " ".join(source.name for source in table.sources)
+    what.add_argument("--sources", nargs="+", metavar="S", help=f"data sets to distil: {sources}")
+    what.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="D",
+        help=f"data sets to evaluate on (default: {' '.join(table.datasets) or 'none'})",
+    )
+    method = parser.groups["method"]
+    method.add_argument("--methods", nargs="+", metavar="M", help=" ".join(table.methods))
+    archs = " ".join(table.networks) or "the source's own"
+    method.add_argument("--archs", nargs="+", metavar="A", help=f"networks: {archs}")
+    method.add_argument(
+        "--oracle",
+        action="store_true",
+        help="add a row: pre-training on every image of the source with the target's features",
+    )
+    method.add_argument(
+        "--probes",
+        action="store_true",
+        help="add linear probes with 1, 5, 10, 50 and 100 %% of the labels, and nearest neighbours",
+    )
+    method.add_argument(
+        "--head",
+        action="store_true",
+        help="add the accuracy, on the source, of networks that have seen the distilled set only",
+    )
+    seeds = " ".join(map(str, table.seeds))
+    run.add_argument("--seeds", nargs="+", metavar="K", help=f"of pre-training (default: {seeds})")
+    seeds = " ".join(map(str, table.distill_seeds))
+    text = f"of distillation (default: {seeds})"
+    run.add_argument("--distill-seeds", nargs="+", metavar="K", help=text)
+    run.add_argument(
+        "--jobs",
+        type=cli.positive_int,
+        metavar="N",
+        help="commands at a time (default: 1; one a core where the settings are reduced)",
+    )
+    run.add_argument("--run-root", type=Path, default=Path("runs"), help="default: runs")
+    what.add_argument("--data-root", type=Path, help="default: datasets, or $DATA_ROOT")
+    run.add_argument(
+        "--dry-run", action="store_true", help="list the commands, what is done, and the time left"
+    )
+    parser.epilog = "Flags after -- go to every command of a stage: -- --device cuda"
+    args = parser.parse_args(argv)
+    for name in ("sources", "datasets", "methods", "archs", "seeds", "distill_seeds"):
+        if (values := getattr(args, name)) is not None:
+            words = [word for value in values for word in value.split()]  # "A B" is A B
+            setattr(args, name, [*dict.fromkeys(words)])
+    for name in ("seeds", "distill_seeds"):
+        if (values := getattr(args, name)) is not None:
+            if bad := [word for word in values if not word.isdigit()]:
+                parser.error(f"--{name.replace('_', '-')} {bad[0]}: not a seed")
+            setattr(args, name, [int(word) for word in values])
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(main)

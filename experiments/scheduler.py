@@ -1,0 +1,257 @@
+"""Carry out the tasks of an experiment: in parallel, each once, and only what is missing.
+
+A task is a command with what it leaves: files, or lines of results.jsonl. It waits for the tasks
+that make a file it names. Several processes may work on one run root: a lock in <run root>/locks,
+which ends with the command, gives each task to one of them. After a failure the tasks that do not
+need its files still run.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaluation import results
+from utils.run import read_log, settings_digest
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(eq=False)
+class Task:
+    """The command `python words`, what it `leaves`, and the tasks that it `needs`.
+
+    `leaves` holds paths of files, and FOLDER/results.jsonl#NAME for an evaluation's line. A task
+    that leaves nothing runs each time.
+    """
+
+    words: list
+    leaves: list = field(default_factory=list)
+    needs: list = field(default_factory=list)
+
+    @property
+    def command(self):
+        return shlex.join(["python", *self.words])
+
+    @property
+    def folders(self):
+        """Where its runs keep their logs; an evaluation's folder has the name of its line."""
+        split = [each.partition("#") for each in self.leaves]
+        return [Path(path).parent / name for path, _, name in split]
+
+    def is_done(self):
+        return bool(self.leaves) and all(map(_is_there, self.leaves))
+
+    @property
+    def kind(self):
+        """What commands that take about as long have in common: all words but the seed and the
+        folders."""
+        words = [
+            word
+            for before, word in zip(["", *self.words], self.words, strict=False)
+            if before != "--seed"
+        ]
+        return " ".join(
+            Path(word).parent.parent.name
+            if word.endswith("/model.pt")
+            else re.sub(r".*/", "", word)
+            for word in words
+        )
+
+    def time_spent(self):
+        """Seconds spent so far, and the share of the run (0 to 1) that is done by its log."""
+        if not self.leaves:
+            return 0.0, 0.0
+        share, seconds, before = 0.0, 0.0, 0.0
+        for line in read_log(self.folders[0]):
+            # A run that was resumed counts its seconds from 0.
+            seconds += line["seconds"] - before if line["seconds"] >= before else line["seconds"]
+            before, share = line["seconds"], line["step"] / line.get("of", line["step"])
+        if not self.is_done():
+            return seconds, share if seconds else 0.0
+        config, artefact = self.folders[0] / "config.json", Path(self.leaves[0])
+        if not seconds and config.is_file() and artefact.is_file():
+            seconds = artefact.stat().st_mtime - config.stat().st_mtime
+        return seconds or sum(map(_seconds_of_line, self.leaves)), 1.0
+
+
+def _is_there(leaf):
+    path, _, name = leaf.partition("#")
+    if not name:
+        return Path(path).is_file()
+    return any(line.get("name") == name for line in results.read(Path(path)))
+
+
+def _seconds_of_line(leaf):
+    path, _, name = leaf.partition("#")
+    lines = results.read(Path(path)) if name else []
+    return next((line.get("seconds", 0.0) for line in lines if line.get("name") == name), 0.0)
+
+
+class TaskList:
+    """Tasks in the order in which they were added, each once."""
+
+    def __init__(self):
+        self.tasks, self._made, self._first = [], {}, []
+
+    def add(self, words, *leaves):
+        """Add a task; it needs those that make what its words name. Without `leaves`: all so
+        far."""
+        task = Task([str(word) for word in words], [str(leaf) for leaf in leaves])
+        if task.leaves and task.leaves[0] in self._made:
+            return
+        if task.leaves:
+            paths = [Path(word) for word in task.words]
+            named = [self._made.get(str(each)) for path in paths for each in (path, *path.parents)]
+            task.needs = [*dict.fromkeys([*self._first, *filter(None, named)])]
+        else:
+            task.needs = [*self.tasks]
+        for leaf in task.leaves:
+            self._made[leaf] = task
+        for folder in task.folders if "#" in "".join(task.leaves) else ():
+            self._made[str(folder)] = task
+        self.tasks.append(task)
+
+    def wait(self):
+        """All tasks so far come before those that follow."""
+        self._first = [*self.tasks]
+
+
+def estimate(tasks, jobs):
+    """About how long the missing ones will take, in words, from what others of their kind took."""
+    timed = {}
+    for task in tasks:
+        if task.is_done() and (seconds := task.time_spent()[0]):
+            timed.setdefault(task.kind, []).append(seconds)
+    left, unknown = 0.0, 0
+    counted = [task for task in tasks if task.leaves]
+    missing = [task for task in counted if not task.is_done()]
+    for task in missing:
+        seconds, share = task.time_spent()
+        if task.kind in timed:
+            left += (1 - share) * sum(timed[task.kind]) / len(timed[task.kind])
+        elif share:
+            left += seconds * (1 - share) / share
+        else:
+            unknown += 1
+    parts = [f"{len(counted) - len(missing)} of {len(counted)} commands done"]
+    if len(missing) > unknown:
+        minutes = left / jobs / 60
+        time_left = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
+        parts.append(f"about {time_left} left" + (f", {jobs} at a time" if jobs > 1 else ""))
+    if unknown:
+        parts.append(f"no estimate yet for {unknown}")
+    return "; ".join(parts)
+
+
+def show(tasks, jobs):
+    """Print each task with its state, and the estimate."""
+    for task in tasks:
+        if not task.leaves:
+            state = "always"
+        elif task.is_done():
+            state = "done"
+        else:
+            share = task.time_spent()[1]
+            state = f"{share:.0%}" if share else "missing"
+        print(f"{state:8}{task.command}")
+    print(estimate(tasks, jobs))
+
+
+def claim(task, run_root):
+    """The open lock file of a task, or None where another process has it."""
+    folder = run_root / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = settings_digest(task.leaves or task.command)
+    # The command inherits the file: the lock outlives this process.
+    file = open(folder / name, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+
+
+class Stop(Exception):
+    """SIGINT or SIGTERM, once."""
+
+
+def carry_out(tasks, jobs, run_root):
+    """Run what is missing, `jobs` at a time.
+
+    Returns:
+        The exit code: 0, 1 where a command failed, 130 when stopped.
+    """
+    environment = dict(os.environ)
+    if jobs > 1:  # progress bars would overwrite each other; small networks are fastest on a core
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        environment |= dict(TQDM_DISABLE="1", OMP_NUM_THREADS=threads)
+    failed, running = [], {}  # tasks; process -> (task, its lock)
+    finished = {task for task in tasks if task.is_done()}
+
+    def stop(number, frame):
+        raise Stop
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        while len(finished) < len(tasks):
+            taken = [task for task, _ in running.values()] + failed
+            ready = [
+                task
+                for task in tasks
+                if task not in finished
+                and task not in taken
+                and all(each in finished for each in task.needs)
+            ]
+            changed = False
+            for task in ready:
+                if len(running) == jobs:
+                    break
+                if not (lock := claim(task, run_root)):
+                    continue  # another process runs it
+                if task.is_done():  # another process has just finished it
+                    lock.close()
+                    finished.add(task)
+                    changed = True
+                    continue
+                print(f"$ {task.command}", flush=True)
+                process = subprocess.Popen(
+                    [sys.executable, *task.words],
+                    env=environment,
+                    pass_fds=[lock.fileno()],
+                    start_new_session=True,
+                )
+                running[process] = (task, lock)
+            for process in [each for each in running if each.poll() is not None]:
+                task, lock = running.pop(process)
+                lock.close()
+                changed = True
+                if process.returncode == 0 and (not task.leaves or task.is_done()):
+                    finished.add(task)
+                else:
+                    failed.append(task)
+                    message = f"failed ({process.returncode}): {task.command}"
+                    print(message, file=sys.stderr, flush=True)
+            if not (changed or running or ready):
+                left = len(tasks) - len(finished) - len(failed)
+                print(f"{len(failed)} failed; {left} that need them did not run", file=sys.stderr)
+                return 1
+            if not changed:
+                time.sleep(POLL_SECONDS)
+        return 0
+    except Stop:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)  # they write their checkpoints
+        print("stopped; rerun the same command to resume", file=sys.stderr, flush=True)
+        for process in running:
+            process.wait()
+        return 130
