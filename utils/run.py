@@ -480,10 +480,10 @@ def shareable_command(folder):
     None where the folder has no config.json. Raises DamagedFile where that is damaged.
     """
     path = folder / "config.json"
-    content = files.read_json(path, "settings file") if path.is_file() else {}
-    program, *words = [str(word) for word in content.get("command") or [""]]
-    if not program:
+    words = files.read_json(path, "settings file").get("command") if path.is_file() else None
+    if not isinstance(words, list) or not words:
         return None
+    program, *words = map(str, words)
     kept, drop = [], False
     for word in words:
         flag, equals, value = word.partition("=")
