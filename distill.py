@@ -8,7 +8,8 @@ Needs runs/<source>/target/seed0/target.pt (pretrain_target.py). Writes runs/<so
 distilled.pt, images.png, log.jsonl (outer loss and learning rate by step), and a checkpoint while
 it runs: after Ctrl-C the same command goes on. At the end it prints the outer loss of the initial
 and of the distilled set under the final pool. --reference takes the step as plainly as the paper
-has it, with the same losses, to compare with (README, "Speed").
+has it, with the same losses, to compare with (README, "Speed"). --bases U learns a low-rank set
+that takes the same room (distillers/low_rank.py).
 """
 
 import torch
@@ -18,8 +19,9 @@ from data import augment
 from data.images import normalise, to_float
 from data.loading import Loader
 from data.subsets import held_out_subset
-from distillers import method, reference
+from distillers import low_rank, method, reference
 from distillers.krr import LIMITS, ridge_predict
+from distillers.low_rank import LowRank, Plain
 from distillers.method import Method
 from distillers.pool import Pool
 from distillers.reference import Step
@@ -47,6 +49,7 @@ HELP = dict(
     augment_outer="crop and flip the real batch, as the released code does (D8 outer-augmentation)",
     random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's "
     "appendix E compares (D21 target-init)",
+    **low_rank.HELP,
 )
 
 
@@ -104,8 +107,10 @@ def distill(source, chosen, target, args, run, device):
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
     x_init = x_init.contiguous(memory_format=outer_step.memory_format)
-    distributed.broadcast([x_init, y_init])
-    x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
+    syn = LowRank(source, target, args, device) if args.bases else Plain(x_init, y_init)
+    leaves = [*syn.learned.values()]
+    distributed.broadcast([leaf.detach() for leaf in leaves])
+    x_init, y_init = (each.detach().clone() for each in syn.compose())
 
     pool = Pool(
         args.pool_size // world_size,
@@ -121,16 +126,17 @@ def distill(source, chosen, target, args, run, device):
         precision=args.precision,
         memory_format=outer_step.memory_format,
     )
-    adamw = optim.optimizer("adamw", [x_syn, y_syn], args.outer_lr, weight_decay=0.0)
+    adamw = optim.optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", steps)
-    state = dict(learned=Tensors(x_syn=x_syn, y_syn=y_syn), optimizer=adamw, scheduler=scheduler)
-    state |= dict(pool=pool, real=real.order, randomness=randomness)
+    state = dict(learned=Tensors(**syn.learned), optimizer=adamw, scheduler=scheduler)
+    state |= dict(pool=pool, real=real.order, randomness=randomness) | syn.parts
     run.resume(device, state, per_rank=("pool", "real", "randomness"))
 
     def to_set(**measured):
-        return method.make_distilled(
-            x_syn, y_syn, "feature", source, normalised=not args.raw_init, **measured
-        )
+        normalised = not args.raw_init
+        result = method.make_distilled(*syn.compose(), "feature", source, normalised, **measured)
+        result.factors = syn.collect_factors()
+        return result
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", distributed.all_reduce_max(sum(pool.ages))):  # line 5
@@ -140,29 +146,31 @@ def distill(source, chosen, target, args, run, device):
     for step in run.steps("distil", steps):  # line 6
         x_real, y_real = real.next()  # line 7
         member, fallbacks = pool.draw(randomness.cpu), []  # line 8
-        loss = outer_step.loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks)  # line 9
+        loss = outer_step.loss(member, x_real, y_real, *syn.compose(), args, fallbacks)  # line 9
         adamw.zero_grad()
-        loss.backward(inputs=[x_syn, y_syn])
+        loss.backward(inputs=leaves)
         loss = loss.detach()
-        distributed.all_reduce_mean([x_syn.grad, y_syn.grad, loss])
+        distributed.all_reduce_mean([*(leaf.grad for leaf in leaves), loss])
         # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images
         # unnoticed (D4 mean-loss).
-        gradient, lr = x_syn.grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
+        gradient, lr = leaves[0].grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=sum(fallbacks))
         adamw.step()  # line 10
-        pool.advance(member, x_syn.detach(), y_syn.detach(), args.keep_pool_count)  # lines 11-16
+        x_syn, y_syn = (each.detach() for each in syn.compose())
+        pool.advance(member, x_syn, y_syn, args.keep_pool_count)  # lines 11-16
         scheduler.step()
         method.update_picture(run, args, step, to_set)
 
+    facts = syn.finish(run)
     held = held_out_subset(source, args.outer_batch)
     x_held, y_held = source.normalised(held, device), target.features_at(source, held)
     before, after = pool.mean_losses(
         lambda member, x, y: outer_step.loss(member, x_held, y_held, x, y, args),
         (x_init, y_init),
-        (x_syn, y_syn),
+        syn.compose(),
     )
     print(f"outer loss under the final pool: initial images {before:.4f}, distilled {after:.4f}")
-    return to_set(outer_loss_initial=before, outer_loss_distilled=after)
+    return to_set(outer_loss_initial=before, outer_loss_distilled=after, **facts)
 
 
 def check_flags(args):
@@ -200,6 +208,8 @@ METHOD = Method(
 
 
 def main(argv):
+    if cli.peek_flag("bases", argv, "0") != "0" and cli.peek_flag("name", argv) is None:
+        argv = [*argv, "--name", low_rank.NAME]
     method.main(METHOD, argv)
 
 

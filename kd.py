@@ -121,7 +121,7 @@ def main(argv):
     student = saved.rebuild(start.saved, len(test.classes)).to(device)
     teacher = saved.rebuild(teacher_file).to(device)
     images = {name: distilled.meta.get(name) for name in ("source", "method", "seed")}
-    images["num_images"] = len(distilled.images)
+    images["num_images"] = distilled.num_images
     origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
     folder = start.folder / f"{test.name}_kd_{origin}_seed{start.seed}"
     run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)

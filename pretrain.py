@@ -5,10 +5,12 @@
     python pretrain.py --source tinyimagenet --arch vgg11    # the oracle: all images
 
 The recipe follows from the set's kind of targets (feature, soft or class), whichever method made
-it. Writes <the set's folder>/<arch>/seed<k>/model.pt, where k is the seed of this pre-training: the
-paper's three runs are three pre-trainings of one distilled set. An exported set brings its recipe
-along, and its networks go to <run root>/<source>/<name of the set>/seed<k>/<arch>/seed<k>. An hour
-of a CPU at most for 32 px and 1,000 images; seconds for the digits.
+it. A set of mtt or mkdt carries a learned learning rate, which replaces the recipe's;
+--ignore-learned-rate keeps the recipe's. Writes <the set's folder>/<arch>/seed<k>/model.pt, where k
+is the seed of this pre-training: the paper's three runs are three pre-trainings of one distilled
+set. An exported set brings its recipe along, and its networks go to <run root>/<source>/<name of
+the set>/seed<k>/<arch>/seed<k>. An hour of a CPU at most for 32 px and 1,000 images; seconds for
+the digits.
 
 With --source the network is fitted to the target network's features of every image of the source,
 by the recipe for features and with as many optimiser steps as a distilled set of the preset's size
@@ -62,7 +64,8 @@ class TrainingData:
     """What a network is fitted to: `images` and `targets` (n, ...), and `preprocess`, which makes a
     batch of the images what the network sees. `kind` is that of the recipe, `folder` the folder
     that the runs go to, `identity` what else decides the result, `meta` and `deviations` what the
-    network's file says of it."""
+    network's file says of it, `num_images` that of `Distilled`, `learned_rate` the one that the set
+    carries."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -74,6 +77,8 @@ class TrainingData:
     identity: dict
     meta: dict
     deviations: dict
+    num_images: int
+    learned_rate: float | None = None
 
 
 def data_from_distilled(distilled, args, device):
@@ -100,6 +105,8 @@ def data_from_distilled(distilled, args, device):
         dict(distilled=digest),
         meta,
         distilled.meta.get("deviations", {}),
+        distilled.num_images,
+        distilled.meta.get("learned_rate"),
     )
 
 
@@ -136,6 +143,7 @@ def data_from_source(args, device):
         identity,
         meta,
         source.deviations | target.deviations,
+        len(source),
     )
 
 
@@ -189,14 +197,19 @@ def main(argv):
     if run.finished:
         print(f"{run.artefact} is there already")
         return
+    if args.lr == data.learned_rate:
+        print(f"learning rate {args.lr:g}, learned with the set")
     randomness = Randomness(args.seed, device)
     network = models.build(args.arch, data.size, data.outputs, args.width).to(device)
     pretrain(network, data, args, run, randomness, device)
     name = preset_name(data.meta["source"])
-    changed = data.deviations | deviations(name, "pretrain", vars(args), data.kind, args.arch)
+    own = deviations(name, "pretrain", vars(args), data.kind, args.arch)
+    if args.lr == data.learned_rate:
+        own.pop("pretrain.lr", None)  # the method prescribes it
+    changed = data.deviations | own
     changed |= deviations(name, "distill", {"width": args.width})
     meta = data.meta | dict(
-        seed=args.seed, num_images=len(data.images), deviations=changed, settings=run.settings
+        seed=args.seed, num_images=data.num_images, deviations=changed, settings=run.settings
     )
     run.finish(
         "model", saved.content(network, args.arch, args.width, data.size, data.outputs, meta)
@@ -240,6 +253,11 @@ def parse_args(argv):
         type=cli.pixels,
         help="with --source: pixels of a side (default: the preset's)",
     )
+    parser.groups["method"].add_argument(
+        "--ignore-learned-rate",
+        action="store_true",
+        help="take the recipe's learning rate, not the one learned with the set",
+    )
     cli.add_seed(parser)
     path, source = cli.peek_flag("distilled", argv), cli.peek_flag("source", argv)
     distilled = load_distilled(path) if path else None
@@ -258,10 +276,15 @@ def parse_args(argv):
         for key, value in recipe.items()
         if key in HELP and (key not in ("epochs", "steps") or value)
     }
+    learned = distilled.meta.get("learned_rate") if distilled else None
+    if learned and "--ignore-learned-rate" not in argv:
+        flags["lr"] = learned
     parser.set_defaults(
         **{key: value for key, value in recipe.items() if key not in flags}
     )  # the kind decides these
     settings = own_recipe(distilled, path, network | flags)
+    if learned:
+        settings["lr"] = flags["lr"]
     cli.add_settings(parser, settings, HELP, dict(arch=models.ARCHITECTURES))
     if source:
         parser.set_defaults(preset=name, image_size=image_size(name))
@@ -270,6 +293,7 @@ def parse_args(argv):
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} goes with --source")
         delattr(args, flag)  # the set says it, and it is none of the run's settings
+    del args.ignore_learned_rate  # --lr says it
     return args, distilled
 
 

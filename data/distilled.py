@@ -1,12 +1,13 @@
 """The one file between every distillation method and every later stage."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import exported
+from data import exported, factors
 from utils import files
 from utils.errors import UserError
 
@@ -21,8 +22,11 @@ META = {
     "method": str,
     "preset": str,
     "seed": int,
+    "learned_rate": float,
+    "num_images": int,
 }  # what later stages take from there
 DISTILLED_HELP = "distilled.pt, exported folder, or hf:USER/NAME[@REVISION]"
+LARGEST_SIZE = 4096  # pixels of a side of images that are made from factors
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
 
@@ -34,8 +38,11 @@ class Distilled:
     `std` (3,); `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset,
     settings, versions, `deviations` (`presets.deviations` of all stages so far), `initial` (the
     source's images that it started from, by index), `distance_from_initial`
-    (`distillers.method.distance_from_initial`), and `fresh_noise` where the images are noise that
-    kd.py draws anew at each step.
+    (`distillers.method.distance_from_initial`), `learned_rate` where a learning rate was learned
+    too, and `fresh_noise` where the images are noise that kd.py draws anew at each step.
+
+    A set that is stored in `factors` (data/factors.py) has the images and targets that these make,
+    and in its meta `num_images`: the plain images that would take as much room.
     """
 
     images: torch.Tensor
@@ -44,6 +51,7 @@ class Distilled:
     mean: torch.Tensor
     std: torch.Tensor
     meta: dict
+    factors: dict | None = None
 
     def pixels(self):
         """The images in [0, 1], clamped: (m, 3, S, S)."""
@@ -54,6 +62,11 @@ class Distilled:
         """Outputs of a network that is fitted to the targets; classes that have no image may be
         missing at the end."""
         return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
+
+    @property
+    def num_images(self):
+        """The images; for a set in factors, the plain images that would take as much room."""
+        return self.meta.get("num_images") or len(self.images)
 
     def find_fault(self):
         """What makes this no distilled set, in words, or None."""
@@ -66,6 +79,9 @@ class Distilled:
         for name, kind in META.items():
             if not isinstance(self.meta.get(name), (kind, type(None))):
                 return f"{name} of the wrong type in meta"
+        rate = self.meta.get("learned_rate")
+        if rate is not None and not 0 < rate < math.inf:
+            return f"learned_rate {rate} in meta, not above 0"
         images, targets, shape = self.images, self.targets, tuple(self.images.shape)
         if not images.ndim or not targets.ndim:
             return "images or targets that are a single number"
@@ -92,11 +108,16 @@ class Distilled:
             return f"{found}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
-        """What `files.save(path, "distilled", ...)` writes."""
-        return {
+        """What `files.save(path, "distilled", ...)` writes: factors, where there are any, in place
+        of images and targets."""
+        values = {
             key: value.cpu() if torch.is_tensor(value) else value
             for key, value in vars(self).items()
         }
+        if self.factors is None:
+            del values["factors"]
+            return values
+        return values | dict(images=None, targets=None, image_size=self.images.shape[-1])
 
 
 def distilled_file(name):
@@ -115,11 +136,15 @@ def load_distilled(name):
     """Read what `distilled_file` finds. Raises UserError where it is no distilled set, is damaged,
     or has parts that do not fit."""
     path = distilled_file(name)
+    names = Distilled.__dataclass_fields__
     if path.suffix == ".safetensors":
         content = exported.read(path)
     else:
-        content = files.load(path, "distilled", required=Distilled.__dataclass_fields__)
-    d = Distilled(**{name: content[name] for name in Distilled.__dataclass_fields__})
+        required = [name for name in names if name != "factors"]
+        content = files.load(path, "distilled", required=required)
+    if content.get("factors") is not None:
+        content |= _materialise(content, path)
+    d = Distilled(**{name: content.get(name) for name in names})
     if fault := d.find_fault():
         raise UserError(f"{path}: {fault}")
     return d
@@ -135,3 +160,14 @@ def results_folder(path, distilled, run_root):
         for key in ("source", "name")
     )
     return run_root / source / name / f"seed{distilled.meta.get('seed') or 0}"
+
+
+def _materialise(content, path):
+    """The images and targets of a file that holds factors. Raises UserError for a bad one."""
+    fault, size = factors.find_fault(content["factors"]), content.get("image_size")
+    if fault is None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
+        fault = f"image_size {size}"
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    images, targets = factors.materialise(content["factors"], size)
+    return dict(images=images, targets=targets)

@@ -117,10 +117,11 @@ def distance_from_initial(distilled, source, initial):
     they started from: the root mean square over all images, pixels and colours, in units of the
     source's standard deviations."""
     start = normalise(source.raw(initial, "cpu"), distilled.mean, distilled.std)  # (m, 3, S, S)
+    images = distilled.images[: len(start)]  # without rotated views
     units = (distilled.std / source.std)[
         :, None, None
     ]  # 1, but for a set that is not normalised (D7 normalised-init)
-    return ((distilled.images - start) * units).square().mean().sqrt().item()
+    return ((images - start) * units).square().mean().sqrt().item()
 
 
 def update_picture(run, args, step, distilled):

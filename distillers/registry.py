@@ -112,6 +112,17 @@ ENTRIES = (  # in the order of the tables' rows
         ),
     ),
     distiller(
+        "high_loss",
+        "highest-loss images with the target's features",
+        summary="the real images whose target features networks fit worst after one epoch: what "
+        "MKDT starts from",
+        origin="Joshi et al., ICLR 2025",
+        cost="100 networks of one epoch",
+        stage="high_loss",
+        targets="feature",
+        target_network=True,
+    ),
+    distiller(
         "dsa",
         "DSA",
         summary="the gradient of each class's loss equals the real images'",
@@ -142,6 +153,17 @@ ENTRIES = (  # in the order of the tables' rows
         stage="mtt",
         targets="class",
         labels="yes",
+    ),
+    distiller(
+        "mkdt",
+        "MKDT",
+        summary="as MTT, but networks are fitted to the target network's features; learns images, "
+        "targets and a learning rate from the highest-loss images",
+        origin="Joshi et al., ICLR 2025",
+        cost="100 experts of 3 epochs, then 40 gradients of gradients a step",
+        stage="mkdt",
+        targets="feature",
+        target_network=True,
     ),
     distiller(
         "kip",
@@ -222,6 +244,11 @@ ENTRIES = (  # in the order of the tables' rows
             Variant("krr_st_T_80", "KRR-ST, T = 80", settings=dict(pool_steps=80)),
             Variant("krr_st_m_50", "KRR-ST, m = 50", settings=dict(num_images=50)),
             Variant("krr_st_m_200", "KRR-ST, m = 200", settings=dict(num_images=200)),
+            Variant(
+                "krr_st_low_rank",
+                "KRR-ST, low-rank with rotations",
+                settings=dict(bases=200, views="rotations"),
+            ),
             Variant("krr_st_bf16", "KRR-ST, from distillation on in bf16", precision="bf16"),
         ),
     ),

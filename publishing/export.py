@@ -40,13 +40,15 @@ def choose_recipe(folder, distilled):
     """How to pre-train on a set: plain values, the network's `arch` and `width` among them.
 
     They are the most frequent settings of the finished pre-trainings below the set's folder, or
-    else those of its preset. Empty for images without targets.
+    else those of its preset, with the learning rate that was learned with the set. Empty for images
+    without targets.
     """
     if distilled.target_kind == "none":
         return {}
     name = preset_name(distilled.meta.get("preset"))
     usual = {key: preset(name, "distill")[key] for key in ("arch", "width")}
     usual |= preset(name, "pretrain", distilled.target_kind, usual["arch"])
+    usual["lr"] = distilled.meta.get("learned_rate") or usual["lr"]
     found = Counter()
     for path in sorted(folder.glob("*/seed*/config.json")):
         settings = files.read_json(path, "settings file").get("settings", {})

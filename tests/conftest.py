@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from torchvision.utils import save_image
 
 from data import download
+from data.images import load_images
 from utils import run
 
 ROOT = Path(__file__).parent.parent
@@ -108,3 +110,22 @@ def weights(roots, distilled):
     """A network pre-trained on it."""
     command("pretrain.py", "--distilled", distilled, *PRETRAIN, *roots)
     return distilled.parent / "convnet3-x0.125" / "seed0" / "model.pt"
+
+
+@pytest.fixture(scope="session")
+def small_root(tmp_path_factory):
+    """A data root with 200 of the digits, 14 of the 3 and 20 or more of each other class, as class
+    folders."""
+    root = tmp_path_factory.mktemp("small")
+    digits = load_images("digits", "train", 32, root)
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = root / "few" / split / str(label)
+            folder.mkdir(parents=True)
+            for i in (
+                (digits.labels == label)
+                .nonzero()[: 14 if label == 3 else 20 + (label < 6), 0]
+                .tolist()
+            ):
+                save_image(digits.raw(torch.tensor([i]), "cpu")[0], folder / f"{i}.png")
+    return root

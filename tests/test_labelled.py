@@ -1,7 +1,6 @@
 """DM, DSA and MTT: formulas against naive ones in float64, and the real commands at toy size."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
-from distillers import dm, dsa, labelled, mtt, unroll
+from distillers import dm, dsa, labelled, matching
 from tests.conftest import stopping_at
-from utils import files, run
+from utils import run
 from utils.errors import UserError
 from utils.sampling import Randomness
 
@@ -52,25 +51,6 @@ def tiny_network(num_outputs=3):
     return models.build("dc_convnet3", 32, num_outputs, width=0.03).double()
 
 
-@pytest.fixture(scope="session")
-def small_root(tmp_path_factory):
-    """A data root with 200 of the digits, 14 of the 3 and 20 or more of each other class, as class
-    folders."""
-    root = tmp_path_factory.mktemp("small")
-    digits = load_images("digits", "train", 32, root)
-    for split in ("train", "test"):
-        for label in range(10):
-            folder = root / "few" / split / str(label)
-            folder.mkdir(parents=True)
-            for i in (
-                (digits.labels == label)
-                .nonzero()[: 14 if label == 3 else 20 + (label < 6), 0]
-                .tolist()
-            ):
-                save_image(digits.raw(torch.tensor([i]), "cpu")[0], folder / f"{i}.png")
-    return root
-
-
 @pytest.fixture
 def source(small_root):
     return load_images("few", "train", 32, small_root)
@@ -81,9 +61,9 @@ def quick(monkeypatch):
     """One thread, which is faster for networks this small, and few draws to measure with."""
     torch.set_num_threads(1)
     for module, name in (
-        (dm, "MEASURED_NETWORKS"),
-        (dsa, "MEASURED_NETWORKS"),
-        (mtt, "MEASURED_STARTS"),
+        (dm, "MEASUREMENT_NETWORKS"),
+        (dsa, "MEASUREMENT_NETWORKS"),
+        (matching, "MEASUREMENT_STARTS"),
     ):
         monkeypatch.setattr(module, name, 2)
 
@@ -211,88 +191,6 @@ def test_loops_by_images_per_class(per_class, expected):
     assert dsa.loop_counts(per_class) == expected
 
 
-@pytest.fixture
-def unrolled():
-    """A tiny network, theta*_t, theta*_{t+M}, images in three inner batches, and the rate; and the
-    loss the naive way: one graph through all steps."""
-    network = tiny_network()
-    start = unroll.flatten_parameters(network)
-    goal = start + 0.05 * normal(1, len(start))
-    x, y, rate = (
-        normal(2, 6, 3, 32, 32).requires_grad_(),
-        torch.tensor([0, 1, 2, 0, 1, 2]),
-        torch.tensor(0.03).double(),
-    )
-    parts = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 5]), torch.tensor([1, 4, 5])]
-
-    def naive(x, rate):
-        theta = {
-            name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()
-        }
-        for part in parts:
-            loss = F.cross_entropy(torch.func.functional_call(network, theta, (x[part],)), y[part])
-            gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-            theta = {
-                name: p - rate * g for (name, p), g in zip(theta.items(), gradients, strict=True)
-            }
-        reached = torch.cat([p.flatten() for p in theta.values()])
-        return (reached - goal).norm() ** 2 / (start - goal).norm() ** 2
-
-    batches = [(x[part], y[part]) for part in parts]
-    return SimpleNamespace(
-        network=network, start=start, goal=goal, x=x, rate=rate, batches=batches, naive=naive
-    )
-
-
-def test_mtt_loss_and_gradients_equal_one_graph_through_all_steps(unrolled):
-    u = unrolled
-    loss, by_x, by_rate = mtt.matching_loss(u.network, u.start, u.goal, u.batches, u.rate)
-    torch.autograd.backward([x for x, _ in u.batches], by_x)
-    rate = u.rate.clone().requires_grad_()
-    expected = u.naive(u.x, rate)
-    for_x, for_rate = torch.autograd.grad(expected, (u.x, rate))
-    torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(u.x.grad, for_x)
-    torch.testing.assert_close(by_rate, for_rate)
-    assert not loss.requires_grad and for_rate.abs() > 1e-6
-
-
-def test_mtt_gradients_agree_with_central_differences(unrolled):
-    u, h = unrolled, 1e-6
-    _, by_x, by_rate = mtt.matching_loss(u.network, u.start, u.goal, u.batches, u.rate)
-    torch.autograd.backward([x for x, _ in u.batches], by_x)
-    for seed in range(4):
-        direction = normal(seed + 5, *u.x.shape)
-        up, down = (u.naive(u.x.detach() + s * h * direction, u.rate).detach() for s in (1, -1))
-        torch.testing.assert_close(
-            (u.x.grad * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-10
-        )
-    up, down = (u.naive(u.x.detach(), u.rate + s * h).detach() for s in (1, -1))
-    torch.testing.assert_close(by_rate, (up - down) / (2 * h), rtol=1e-5, atol=1e-10)
-
-
-def test_mtt_loss_is_one_at_the_start_and_zero_at_the_goal(unrolled):
-    u, still = unrolled, torch.zeros((), dtype=torch.float64)
-    assert mtt.matching_loss(u.network, u.start, u.goal, u.batches, still)[
-        0
-    ].item() == pytest.approx(1, rel=1e-12)
-    x, y = u.batches[0]
-    goal = u.start - 0.1 * mtt.inner_gradient(
-        u.network, u.start.clone().requires_grad_(), x.detach(), y
-    )
-    assert mtt.matching_loss(u.network, u.start, goal, [(x, y)], still + 0.1)[
-        0
-    ].item() == pytest.approx(0, abs=1e-20)
-
-
-def test_flat_parameters_come_back_by_name():
-    network = tiny_network()
-    for name, value in unroll.unflatten_parameters(
-        unroll.flatten_parameters(network), network
-    ).items():
-        assert torch.equal(value, network.get_parameter(name))
-
-
 def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(source):
     real = labelled.ClassBatches(source, 18, torch.device("cpu"))
     for label in range(10):
@@ -397,95 +295,6 @@ def test_distillation_of_digits_lowers_the_objective(
     assert learned.images.isfinite().all()
 
 
-def experts_in(top):
-    return sorted((top / "few" / "mtt_experts").rglob("expert.pt"))
-
-
-def test_experts_are_trained_once_and_again_when_what_decides_them_changes(small_root, tmp_path):
-    distil("mtt", tmp_path, small_root)
-    kept = {path: path.stat().st_mtime_ns for path in experts_in(tmp_path)}
-    assert len(kept) == 2
-    distil("mtt", tmp_path, small_root, "--outer-lr", "7", "--inner-steps", "1", seed=1)
-    assert {path: path.stat().st_mtime_ns for path in experts_in(tmp_path)} == kept
-    distil("mtt", tmp_path, small_root, "--experts", "3", seed=2)
-    assert len(experts_in(tmp_path)) == 3
-    distil("mtt", tmp_path, small_root, "--expert-lr", "0.02", seed=3)
-    assert len(experts_in(tmp_path)) == 5
-
-
-def test_expert_holds_the_parameters_of_plain_sgd_after_each_epoch(
-    small_root, source, tmp_path, monkeypatch
-):
-    """Without augmentation, in one batch an epoch: theta_{t+1} = theta_t - lr * gradient on the
-    whole source."""
-    monkeypatch.setattr(mtt, "diff_augment", lambda x, generator: x)
-    distil(
-        "mtt",
-        tmp_path,
-        small_root,
-        "--expert-batch",
-        "1000",
-        "--expert-lr",
-        "0.05",
-        "--outer-steps",
-        "1",
-    )
-    trajectories = [files.load(path, "expert")["trajectory"] for path in experts_in(tmp_path)]
-    for k, trajectory in enumerate(trajectories):
-        torch.manual_seed(k)
-        network = models.build("dc_convnet3", 32, 10, 0.05)
-        assert trajectory.shape == (
-            2 + 2,
-            unroll.flatten_parameters(network).numel(),
-        )  # epochs 0 to max_start - 1 + M
-        torch.testing.assert_close(trajectory[0], unroll.flatten_parameters(network))
-        for epoch in range(3):
-            loss = F.cross_entropy(
-                network(source.normalised(torch.arange(len(source)), "cpu")), source.labels
-            )
-            gradients = torch.autograd.grad(loss, list(network.parameters()))
-            with torch.no_grad():
-                for p, gradient in zip(network.parameters(), gradients, strict=True):
-                    p -= 0.05 * gradient
-            torch.testing.assert_close(
-                trajectory[epoch + 1], unroll.flatten_parameters(network), rtol=1e-3, atol=1e-4
-            )
-    assert not torch.equal(*trajectories)
-
-
-def test_learned_rate_is_updated_and_stays_positive(small_root, tmp_path):
-    learned, log = distil("mtt", tmp_path / "usual", small_root, "--rate-lr", "1e-4")
-    rates = [
-        *(line["rate"] for line in log),
-        learned.meta["learned_rate"],
-    ]  # each before its step, and the last
-    assert rates[0] == pytest.approx(0.01) and min(rates) > 0 and len({*rates}) == len(rates)
-    # Eight inner steps where the expert took one: the rate is pushed below 0 if nothing holds it.
-    one_step = [
-        "--experts",
-        "1",
-        "--expert-batch",
-        "1000",
-        "--max-start",
-        "1",
-        "--match-epochs",
-        "1",
-    ]
-    flags = [
-        *one_step,
-        "--outer-steps",
-        "1",
-        "--inner-steps",
-        "8",
-        "--outer-lr",
-        "0",
-        "--rate-lr",
-        "1000",
-    ]
-    pushed, _ = distil("mtt", tmp_path / "pushed", small_root, *flags)
-    assert pushed.meta["learned_rate"] == pytest.approx(0.01 * mtt.LEAST_RATE)
-
-
 # What a user gives that cannot work
 
 
@@ -508,13 +317,6 @@ def test_loss_that_is_not_finite_stops_with_advice(method, small_root, tmp_path)
     ):
         distil(method, tmp_path, small_root, "--outer-lr", "1e38")
     assert not (tmp_path / "few" / method / "seed0" / "distilled.pt").exists()
-
-
-def test_expert_that_diverges_stops_with_advice(small_root, tmp_path):
-    with pytest.raises(
-        UserError, match=r"expert 0, step \d+ of \d+: loss is not finite.*lower the learning rate"
-    ):
-        distil("mtt", tmp_path, small_root, "--expert-lr", "1e30")
 
 
 def test_images_without_labels(tmp_path):

@@ -83,6 +83,23 @@ STAGES = {
     "kmeans": Stage(
         "-m distillers kmeans --num-images 20", "digits/kmeans/seed0/distilled.pt", ("target",)
     ),
+    "high_loss": Stage(
+        "-m distillers high_loss --num-images 20 --width 0.03 --experts 4 --expert-batch 256",
+        "digits/high_loss/seed0/distilled.pt",
+        ("target",),
+    ),
+    "mkdt": Stage(
+        "-m distillers mkdt --num-images 20 --width 0.03 --experts 2 --expert-batch 256 "
+        "--max-start 1 --match-epochs 1 --inner-steps 2 --outer-steps 12",
+        "digits/mkdt/seed0/distilled.pt",
+        ("target",),
+    ),
+    "low_rank": Stage(
+        "distill.py --num-images 2 --bases 10 --base-size 8 --views rotations --width 0.06 "
+        "--outer-steps 12 --outer-batch 32 --pool-size 2 --pool-steps 3",
+        "digits/krr_st_low_rank/seed0/distilled.pt",
+        ("target",),
+    ),
     "dm": Stage(
         "-m distillers dm --num-images 10 --width 0.125 --outer-steps 24 --real-batch 4",
         "digits/dm/seed0/distilled.pt",

@@ -4,8 +4,9 @@ here.
 Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the
 paper is silent; [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most
 likely trained with (neither paper nor code says); [DC] the code of dataset condensation (DM, DSA),
-[MTT] that of trajectory matching, [FRePo] and [KIP] those methods' papers and code; [ours] chosen
-here, for a machine that the paper's settings do not fit.
+[MTT] that of trajectory matching, [FRePo], [KIP] and [MKDT] those methods' papers and code; [Boost]
+Yu et al. 2025, in part as others implemented it; [ours] chosen here, for a machine that the paper's
+settings do not fit.
 """
 
 SMALLEST_IMAGE_SIZE = 32  # VGG11 and ConvNet5 halve the image five times
@@ -47,6 +48,11 @@ DISTILL = dict(  # distill.py
     raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
     augment_outer=False,  # [P, Algorithm 1 line 9]
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
+    bases=0,  # plain images; [Boost] 200
+    target_bases=0,  # as many as bases [ours]; [Boost] 200
+    base_size=16,  # [Boost]
+    views="none",  # [Boost] rotations
+    shift_width=4,  # [Boost] CIFAR-100; 16 at 64 px
 )
 
 # in a method's settings: the value that distill.py, or else pretrain_target.py, has for the source
@@ -115,7 +121,34 @@ MTT = dict(  # distillers/mtt.py; [MTT] CIFAR-100, 10 images per class, without 
     max_start=20,  # [MTT]
     experts=100,  # [MTT]
     expert_lr=0.01,  # [MTT]
+    expert_momentum=0.0,  # [MTT]
+    expert_weight_decay=0.0,  # [MTT]
     expert_batch=256,  # [MTT]
+)
+
+EXPERTS = dict(  # distillers/experts.py, for high_loss and mkdt; [MKDT]
+    arch="dc_convnet3",
+    width=INHERITED,
+    experts=100,
+    expert_lr=0.1,
+    expert_momentum=0.9,
+    expert_weight_decay=1e-4,
+    expert_batch=256,
+)
+
+HIGH_LOSS = dict(num_images=INHERITED, **EXPERTS)  # distillers/high_loss.py
+
+MKDT = dict(  # distillers/mkdt.py; [MKDT] 2 % of CIFAR
+    num_images=INHERITED,
+    **EXPERTS,
+    outer_steps=5_000,  # [MKDT]
+    outer_lr=1e3,  # [MKDT] 1e4 for 5 % of CIFAR
+    target_lr=1.0,  # [MKDT]
+    rate_lr=1e-4,  # [MKDT]
+    inner_steps=40,  # [MKDT] N
+    inner_batch=256,  # [MKDT]
+    match_epochs=2,  # [MKDT] M
+    max_start=2,  # [MKDT] 5 for 5 % of CIFAR
 )
 
 SSL_BILEVEL = dict(  # distillers/ssl_bilevel.py; the paper tried it (3.1) and gives no settings
@@ -193,10 +226,11 @@ KD = dict(  # kd.py
 )
 
 _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and TinyImageNet
-_AT_64 = dict(arch="convnet4", outer_lr=1e-5)  # [P 4.1]
-_LABELLED_AT_64 = {
-    stage: dict(arch="dc_convnet4") for stage in ("dm", "dsa", "mtt")
-}  # [ours] as TinyImageNet
+_AT_64 = dict(arch="convnet4", outer_lr=1e-5, shift_width=16)  # [P 4.1], [Boost]
+_INSTANCE_NORM = ("dm", "dsa", "mtt", "high_loss", "mkdt")  # stages with networks of [DC]
+_DC_AT_64 = {stage: dict(arch="dc_convnet4") for stage in _INSTANCE_NORM}  # [ours]
+_FEW_EXPERTS = dict(experts=10)  # [ours] for two CPU cores
+_DIGITS_EXPERTS = dict(experts=4, expert_batch=64)  # [ours]
 
 PRESETS = {  # what differs from the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
@@ -209,20 +243,21 @@ PRESETS = {  # what differs from the values above
         pretrain={"soft": dict(steps=40_000), ("soft", "mobilenet"): dict(batch_size=256)},  # [C]
         dm=dict(arch="dc_convnet4"),  # [DC]
         dsa=dict(arch="dc_convnet4"),  # [DC]
+        high_loss=dict(arch="dc_convnet4"),  # [MKDT]
+        mkdt=dict(arch="dc_convnet4", outer_steps=10_000, outer_lr=1e5, inner_steps=10),  # [MKDT]
         mtt=dict(
             arch="dc_convnet4", outer_lr=1e4, rate_lr=1e-4, max_start=40, inner_batch=200
         ),  # [MTT]
         **_LONG,
     ),
-    "imagenet": dict(image_size=64, distill=_AT_64, **_LABELLED_AT_64),  # [P 4.1]
+    "imagenet": dict(image_size=64, distill=_AT_64, **_DC_AT_64),  # [P 4.1]
     "imagenette": dict(  # [P, appendix D]
         image_size=224,
         target=dict(arch="resnet50_target", weights="hub"),  # [C] Barlow Twins on ImageNet, 2048-d
         distill=dict(arch="convnet5", num_images=10, outer_lr=1e-5),  # [C]
         pretrain=dict(soft=dict(steps=1_000, batch_size=10)),  # [C]
-        **{
-            stage: dict(arch="dc_convnet5") for stage in ("dm", "dsa", "mtt")
-        },  # [ours] as deep as KRR-ST's
+        # [ours] as deep as KRR-ST's
+        **{stage: dict(arch="dc_convnet5") for stage in _INSTANCE_NORM},
     ),
     "digits": dict(  # [ours] sized for the quick start on two CPU cores
         image_size=32,
@@ -265,6 +300,8 @@ PRESETS = {  # what differs from the values above
             experts=2,
             expert_batch=64,
         ),
+        high_loss=_DIGITS_EXPERTS,
+        mkdt=_DIGITS_EXPERTS | dict(outer_steps=30, rate_lr=1e-2, inner_steps=10, match_epochs=1),
         ssl_bilevel=dict(outer_steps=15, outer_batch=128, inner_steps=5),
         pretrain={
             "feature": dict(epochs=300),
@@ -296,11 +333,15 @@ PRESETS = {  # what differs from the values above
             # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
             pool_lr=0.05,
         ),
-        **_LABELLED_AT_64,
+        **_DC_AT_64
+        | dict(
+            high_loss=_FEW_EXPERTS | dict(arch="dc_convnet4"),
+            mkdt=_FEW_EXPERTS | dict(arch="dc_convnet4", outer_steps=100),
+        ),
         pretrain={"feature": dict(epochs=300, lr=0.05)},
     ),
     # [ours] any other set or folder
-    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_LABELLED_AT_64),
+    "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_DC_AT_64),
 }
 
 _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hours of two CPU cores
@@ -312,6 +353,8 @@ _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hou
     mtt=dict(
         outer_steps=80, inner_steps=10, inner_batch=100, max_start=2, match_epochs=1, experts=2
     ),
+    high_loss=_FEW_EXPERTS,
+    mkdt=_FEW_EXPERTS | dict(outer_steps=100),
     frepo=dict(
         outer_steps=700, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=40, pool_lr=3e-3
     ),
@@ -340,6 +383,8 @@ STAGES = {
     "dm": DM,
     "dsa": DSA,
     "mtt": MTT,
+    "high_loss": HIGH_LOSS,
+    "mkdt": MKDT,
     "frepo": FREPO,
     "kip": KIP,
     "ssl_bilevel": SSL_BILEVEL,

@@ -1,0 +1,89 @@
+"""Networks trained on the source, called experts.
+
+mtt and mkdt match their parameters, high_loss ranks images by their errors. Under the same settings
+expert k is the same network for every method and every seed of a run: k is its seed.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import models
+from data.augment import diff_augment
+from data.images import normalise, to_float
+from data.loading import Loader
+from evaluation.probes import BATCH, evaluating
+from utils import optim
+from utils.device import autocast
+from utils.sampling import Batches, Randomness
+
+HELP = dict(
+    expert_lr="SGD learning rate of the experts",
+    expert_momentum="momentum of the experts",
+    expert_weight_decay="weight decay of the experts",
+    expert_batch="real images in a batch of theirs",
+)
+
+
+def fit_loss(predicted, y):
+    """Mean squared error for features `y` (b, d_y), cross-entropy for classes `y` (b,)."""
+    return F.mse_loss(predicted, y) if y.is_floating_point() else F.cross_entropy(predicted, y)
+
+
+class Learner:
+    """An expert in training: a network fitted to `targets` of the images of `source`.
+
+    `source` is an `ImageSet`; `targets` (n, d_y) features or (n,) classes; `num_outputs` of the
+    network. `args` has `arch`, `width`, `precision` and the settings in `HELP`. `augment` turns on
+    differentiable augmentation.
+    """
+
+    def __init__(self, source, targets, num_outputs, args, device, augment=False):
+        self.source, self.targets, self.num_outputs = source, targets, num_outputs
+        self.args, self.device, self.augment = args, device, augment
+        self.begin(0)
+
+    def begin(self, k):
+        """Start as expert k: new weights, a new optimiser, a new order of the images."""
+        args, source = self.args, self.source
+        self.randomness = Randomness(k, self.device)
+        network = models.build(args.arch, source.image_size, self.num_outputs, args.width)
+        self.network = network.to(self.device).train()
+        rates = (args.expert_lr, args.expert_weight_decay, args.expert_momentum)
+        self.optimizer = optim.optimizer("sgd", self.network.parameters(), *rates)
+        self.batches = Batches(len(source), args.expert_batch, self.randomness.cpu)
+        self.loader = Loader([source.pixels, self.targets], self.batches, self.device)
+
+    def step(self):
+        """Take the next step; the loss before it, ()."""
+        pixels, y = self.loader.next()
+        x = normalise(to_float(pixels), self.source.mean, self.source.std)
+        if self.augment:
+            x = diff_augment(x, self.randomness.device)
+        with autocast(self.device, self.args.precision):
+            predicted = self.network(x)
+        loss = fit_loss(predicted.float(), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def measure_errors(self):
+        """Mean squared error of the features predicted for each image, in eval mode: (n,)."""
+        found = torch.empty(len(self.source))
+        with evaluating(self.network), autocast(self.device, self.args.precision):
+            for index in torch.arange(len(self.source)).split(BATCH):
+                predicted = self.network(self.source.normalised(index, self.device)).float()
+                error = predicted - self.targets[index].to(self.device)
+                found[index] = error.square().mean(1).cpu()
+        return found
+
+    def _parts(self):
+        names = ("network", "optimizer", "batches", "randomness")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state):
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
