@@ -119,7 +119,8 @@ class Evaluation:
         randomness, chosen = Randomness(self.start.seed, device), self.choose()
         train = self.train if len(chosen) == len(self.train) else self.train.subset(chosen)
         network = saved.rebuild(self.start.saved, len(train.classes)).to(device)
-        run = Run(self.start.folder / self.name, "model.pt", self.settings, self.args.log_every)
+        folder, args = self.start.folder / self.name, self.args
+        run = Run(folder, "model.pt", self.settings, args.log_every, args.tensorboard)
         used = {name: value for name, value in self.settings.items() if name in HELP}
         self.changed |= deviations(preset_name(train.name), "finetune", used)
         network = starting_weights.train_or_load(
@@ -131,6 +132,7 @@ class Evaluation:
             dataset=train.name,
             finetune=run.settings,
             deviations=self.start.deviations | self.changed,
+            normalisation=[train.mean.tolist(), train.std.tolist()],
         )
         return probes.accuracy(network, self.test, device, self.args.precision)
 
