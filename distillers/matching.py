@@ -99,7 +99,8 @@ class Experts:
 
     def _content(self, k):
         """What expert k's file holds; it is trained if the file is not there."""
-        run = Run(self.folder / f"seed{k}", "expert.pt", self.settings, self.args.log_every)
+        folder, args = self.folder / f"seed{k}", self.args
+        run = Run(folder, "expert.pt", self.settings, args.log_every, args.tensorboard)
         if not run.finished:
             self._train(k, run)
         return files.load(run.artefact, "expert", required=("trajectory", "errors"), mapped=True)
