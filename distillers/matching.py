@@ -175,8 +175,9 @@ def learn(experts, x_init, y_init, kind, args, run, device, **meta):
     for step in run.steps("distil", args.outer_steps):
         start, goal, batches = draws.next(x_syn, y_syn)
         sgd.zero_grad()
-        step_of = (start, goal, batches, rate)
-        loss, gradients, rate.grad = matching_loss(experts.network, *step_of, args.precision)
+        loss, gradients, rate.grad = matching_loss(
+            experts.network, start, goal, batches, rate, args.precision
+        )
         rows = [part for part in chain(*batches) if part.requires_grad]
         torch.autograd.backward(rows, [*chain(*gradients)])
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), rate=rate)
