@@ -1,10 +1,10 @@
-"""Every other way to make a distilled set, under one command and with one kind of file.
+"""Run a distillation method, a baseline, or the import of a released set.
 
     python -m distillers random --source cifar100
     python -m distillers import --source cifar100 --method mtt_released --images images_best.pt ...
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that
-others released.
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. All methods write the same kind
+of file. `import` converts a set that others released. KRR-ST itself is distill.py.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from utils.run import program_name
 
 
 def listing():
-    """The methods, one a line, with their titles."""
+    """List the methods and their titles, one per line."""
     width = max(map(len, registry.COMMANDS))
     return "\n".join(f"  {name:{width}}  {registry.title(name)}" for name in registry.COMMANDS)
 
@@ -25,7 +25,7 @@ def main(argv):
     name, *flags = argv or [""]
     prog = f"{program_name()} {name}"
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, and import, has its own --help.")
+        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach method and import have their own --help.")
     elif name == "import":
         importing.main(flags, reserved=("target", *registry.METHODS), prog=prog)
     elif name in registry.COMMANDS:
@@ -33,7 +33,7 @@ def main(argv):
         method.main(module.METHOD, flags, prog=prog)
     else:
         known = ", ".join(registry.COMMANDS)
-        raise UserError(f"name a method first, one of: {known}, or import")
+        raise UserError(f"the first argument must be a method ({known}) or import")
 
 
 if __name__ == "__main__":
