@@ -97,8 +97,8 @@ class Plan:
 
     def _add_all(self):
         self._prepare_data()
-        for leaf, words in self.table.first:
-            self._list.add(self._filled(words), *self._filled(leaf))
+        for output, words in self.table.first:
+            self._list.add(self._filled(words), *self._filled(output))
         for source in self.sources:
             for protocol in self.protocols:
                 for dataset in self.datasets if protocol.teacher else ():
@@ -131,9 +131,9 @@ class Plan:
             return [*zip(self.distill_seeds, self.seeds, strict=True)]
         return [(k, seed) for k in self.distill_seeds for seed in self.seeds]
 
-    def _run(self, words, *leaves):
+    def _run(self, words, *outputs):
         """Add a command of a stage."""
-        self._list.add([*words, *self.extra], *leaves)
+        self._list.add([*words, *self.extra], *outputs)
 
     def _preset_name(self, source):
         return self.scale.preset.format(source=source.name)
@@ -167,8 +167,8 @@ class Plan:
                 for name in (source.name, *self.datasets):
                     size = self._size(source)
                     words = ["-m", "data.prepare", name, "--size", size, "--partial"]
-                    leaves = self.data_root / "prepared" / f"{name}-{size}px" / "test.json"
-                    self._list.add([*words, "--data-root", self.data_root], leaves)
+                    outputs = self.data_root / "prepared" / f"{name}-{size}px" / "test.json"
+                    self._list.add([*words, "--data-root", self.data_root], outputs)
         self._list.wait()
 
     def _target_network(self, source, target):
@@ -280,11 +280,11 @@ class Plan:
             if protocol.name == "full":
                 changed = self.scale.finetune | self.scale.networks.get(run.arch, {})
                 words += to_flags(changed | protocol.settings)
-            leaves = [
+            outputs = [
                 f"{self._weights(run)}/results.jsonl#{dataset}_{protocol.name}{end}_seed{run.seed}"
                 for end, _ in group
             ]
-            self._run([*words, *self._precision(run.name)], *leaves)
+            self._run([*words, *self._precision(run.name)], *outputs)
 
     def _teacher(self, source, protocol, dataset):
         """Add the teacher of kd.py, trained from scratch with seed 0, and return its weights."""
@@ -308,8 +308,8 @@ class Plan:
             network = self._target_network(source, source.targets[0])
         images = self._set(source, name, seed)
         words = ["-m", "evaluation.fid", "--distilled", images, "--network", network]
-        leaf = f"{images.parent}/results.jsonl#fid_{Path(network).stem}"
-        self._list.add([*words, "--data-root", self.data_root], leaf)
+        output = f"{images.parent}/results.jsonl#fid_{Path(network).stem}"
+        self._list.add([*words, "--data-root", self.data_root], output)
 
     def _draw(self, source, name, target, seed):
         """Add the figures of a set: images, t-SNE and curves."""

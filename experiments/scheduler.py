@@ -36,7 +36,7 @@ class Task:
     """
 
     words: list
-    leaves: list = field(default_factory=list)
+    outputs: list = field(default_factory=list)
     needs: list = field(default_factory=list)
 
     @property
@@ -46,11 +46,11 @@ class Task:
     @property
     def folders(self):
         """The folders of its logs; the folder of an evaluation has the name of its line."""
-        split = [each.partition("#") for each in self.leaves]
+        split = [each.partition("#") for each in self.outputs]
         return [Path(path).parent / name for path, _, name in split]
 
     def is_done(self):
-        return bool(self.leaves) and all(map(_is_there, self.leaves))
+        return bool(self.outputs) and all(map(_exists, self.outputs))
 
     @property
     def kind(self):
@@ -69,7 +69,7 @@ class Task:
 
     def time_spent(self):
         """Return the seconds spent, and the completed fraction (0 to 1) of the run by its log."""
-        if not self.leaves:
+        if not self.outputs:
             return 0.0, 0.0
         share, seconds, before = 0.0, 0.0, 0.0
         for line in read_log(self.folders[0]):
@@ -78,21 +78,21 @@ class Task:
             before, share = line["seconds"], line["step"] / line.get("of", line["step"])
         if not self.is_done():
             return seconds, share if seconds else 0.0
-        config, artefact = self.folders[0] / "config.json", Path(self.leaves[0])
+        config, artefact = self.folders[0] / "config.json", Path(self.outputs[0])
         if not seconds and config.is_file() and artefact.is_file():
             seconds = artefact.stat().st_mtime - config.stat().st_mtime
-        return seconds or sum(map(_seconds_of_line, self.leaves)), 1.0
+        return seconds or sum(map(_seconds_of_line, self.outputs)), 1.0
 
 
-def _is_there(leaf):
-    path, _, name = leaf.partition("#")
+def _exists(output):
+    path, _, name = output.partition("#")
     if not name:
         return Path(path).is_file()
     return any(line.get("name") == name for line in results.read(Path(path)))
 
 
-def _seconds_of_line(leaf):
-    path, _, name = leaf.partition("#")
+def _seconds_of_line(output):
+    path, _, name = output.partition("#")
     lines = results.read(Path(path)) if name else []
     return next((line.get("seconds", 0.0) for line in lines if line.get("name") == name), 0.0)
 
@@ -103,23 +103,23 @@ class TaskList:
     def __init__(self):
         self.tasks, self._made, self._first = [], {}, []
 
-    def add(self, words, *leaves):
+    def add(self, words, *outputs):
         """Add a task. It needs the tasks whose outputs are named in its words.
 
         A task without outputs needs all previous tasks.
         """
-        task = Task([str(word) for word in words], [str(leaf) for leaf in leaves])
-        if task.leaves and task.leaves[0] in self._made:
+        task = Task([str(word) for word in words], [str(output) for output in outputs])
+        if task.outputs and task.outputs[0] in self._made:
             return
-        if task.leaves:
+        if task.outputs:
             paths = [Path(word) for word in task.words]
             named = [self._made.get(str(each)) for path in paths for each in (path, *path.parents)]
             task.needs = [*dict.fromkeys([*self._first, *filter(None, named)])]
         else:
             task.needs = [*self.tasks]
-        for leaf in task.leaves:
-            self._made[leaf] = task
-        for folder in task.folders if "#" in "".join(task.leaves) else ():
+        for output in task.outputs:
+            self._made[output] = task
+        for folder in task.folders if "#" in "".join(task.outputs) else ():
             self._made[str(folder)] = task
         self.tasks.append(task)
 
@@ -135,7 +135,7 @@ def estimate(tasks, jobs):
         if task.is_done() and (seconds := task.time_spent()[0]):
             timed.setdefault(task.kind, []).append(seconds)
     left, unknown = 0.0, 0
-    counted = [task for task in tasks if task.leaves]
+    counted = [task for task in tasks if task.outputs]
     missing = [task for task in counted if not task.is_done()]
     for task in missing:
         seconds, share = task.time_spent()
@@ -160,7 +160,7 @@ def estimate(tasks, jobs):
 def show(tasks, jobs):
     """Print all tasks with their state, and the estimate."""
     for task in tasks:
-        if not task.leaves:
+        if not task.outputs:
             state = "always"
         elif task.is_done():
             state = "done"
@@ -175,7 +175,7 @@ def acquire_lock(task, run_root):
     """Return the open lock file of a task, or None if another process holds the lock."""
     folder = run_root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = settings_digest(task.leaves or task.command)
+    name = settings_digest(task.outputs or task.command)
     # The command inherits the file: the lock outlives this process.
     file = open(folder / name, "w")  # noqa: SIM115
     try:
@@ -242,7 +242,7 @@ def carry_out(tasks, jobs, run_root):
                 task, lock = running.pop(process)
                 lock.close()
                 changed = True
-                if process.returncode == 0 and (not task.leaves or task.is_done()):
+                if process.returncode == 0 and (not task.outputs or task.is_done()):
                     finished.add(task)
                 else:
                     failed.append(task)

@@ -282,7 +282,7 @@ def test_many_runs_stay_a_small_page(root, roots, tmp_path):
 
 
 def test_nothing_to_show(roots, tmp_path):
-    with pytest.raises(UserError, match="no runs there"):
+    with pytest.raises(UserError, match="contains no runs"):
         report.main([str(tmp_path), *roots[:2]])
     with pytest.raises(UserError, match="no such folder"):
         report.main([str(tmp_path / "x"), *roots[:2]])
