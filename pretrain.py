@@ -1,13 +1,16 @@
 """Stage 2: pre-train a network on a distilled set, or on all of its source.
 
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
+    python pretrain.py --distilled hf:USER/NAME              # or the folder of an exported set
     python pretrain.py --source tinyimagenet --arch vgg11    # the oracle: all images
 
 The recipe follows from the set's kind of targets (feature, soft or class), whichever method made
 it. A set of mtt or mkdt carries a learned learning rate, which replaces the recipe's;
 --ignore-learned-rate keeps the recipe's. Writes <the set's folder>/<arch>/seed<k>/model.pt, where k
 is the seed of this pre-training: the paper's three runs are three pre-trainings of one distilled
-set. An hour of a CPU at most for 32 px and 1,000 images; seconds for the digits.
+set. An exported set brings its recipe along, and its networks go to <run root>/<source>/<name of
+the set>/seed<k>/<arch>/seed<k>. An hour of a CPU at most for 32 px and 1,000 images; seconds for
+the digits.
 
 With --source the network is fitted to the target network's features of every image of the source,
 by the recipe for features and with as many optimiser steps as a distilled set of the preset's size
@@ -15,6 +18,7 @@ gets, so that the two differ in their images alone (--steps for more). That goes
 root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +28,11 @@ import torch.nn.functional as F
 
 import models
 from data.augment import diff_augment
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise, to_float
 from data.loading import Loader
+from distillers import registry
+from distillers.method import check_name
 from models import saved
 from models.sync_batch_norm import synchronised
 from models.target import load_target
@@ -52,7 +58,7 @@ HELP = dict(
     steps="optimiser steps",
     augment="differentiable augmentation of the images",
 )
-SOURCE_FLAGS = ("target_network", "preset", "image_size")  # flags that go with --source
+SOURCE_FLAGS = ("target_network", "preset", "image_size", "name")  # flags that go with --source
 
 
 @dataclass
@@ -88,6 +94,7 @@ def data_from_distilled(distilled, args, device):
         )
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
     meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
+    meta["normalisation"] = [distilled.mean.tolist(), distilled.std.tolist()]
     x_syn, y_syn = distilled.images.to(device), distilled.targets.to(device)
     return TrainingData(
         x_syn,
@@ -96,7 +103,7 @@ def data_from_distilled(distilled, args, device):
         size,
         distilled.num_outputs,
         distilled.target_kind,
-        args.distilled.parent,
+        results_folder(args.distilled, distilled, args.run_root),
         dict(distilled=digest),
         meta,
         distilled.meta.get("deviations", {}),
@@ -125,7 +132,8 @@ def data_from_source(args, device):
     identity = dict(
         source=source.name, fingerprint=source.fingerprint, target_network=target.digest
     )
-    meta = dict(source=source.name, method="full", preset=args.preset)
+    meta = dict(source=source.name, method=args.name, preset=args.preset)
+    meta["normalisation"] = [source.mean.tolist(), source.std.tolist()]
     return TrainingData(
         source.pixels,
         target.features_of(source),
@@ -133,7 +141,7 @@ def data_from_source(args, device):
         source.image_size,
         target.feature_dim,
         "source",
-        home / "full" / "seed0",
+        home / args.name / "seed0",
         identity,
         meta,
         source.deviations | target.deviations,
@@ -186,7 +194,8 @@ def main(argv):
         else data_from_source(args, device)
     )
     folder = data.folder / models.label(args.arch, args.width) / f"seed{args.seed}"
-    run = Run(folder, "model.pt", cli.run_settings(args, **data.identity), args.log_every)
+    settings = cli.run_settings(args, **data.identity)
+    run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
         print(f"{run.artefact} is there already")
         return
@@ -210,11 +219,26 @@ def main(argv):
     print(f"wrote {run.artefact}")
 
 
+def own_recipe(distilled, path, usual):
+    """The settings `usual`, with the values that an exported set brings.
+
+    Raises UserError for a value that is none.
+    """
+    own = distilled.meta.get("recipe", {}) if distilled else {}
+    chosen = {name: own.get(name, value) for name, value in usual.items()}
+    for name, value in chosen.items():
+        number = isinstance(value, (int, float))  # the one setting that is a text is the arch
+        fits = 0 <= value < math.inf if number else value in models.ARCHITECTURES
+        if type(value) is not type(usual[name]) or not fits:
+            raise UserError(f"{path}: a recipe with {name} {str(value)[:40]}")
+    return chosen
+
+
 def parse_args(argv):
     parser = cli.stage_parser(__doc__)
     data = parser.groups["data"]
     what = data.add_mutually_exclusive_group(required=True)
-    what.add_argument("--distilled", type=Path, help="distilled.pt of any method")
+    what.add_argument("--distilled", type=distilled_file, metavar="SET", help=DISTILLED_HELP)
     what.add_argument(
         "--source", help="data set or folder of images, all of which are used instead"
     )
@@ -235,6 +259,9 @@ def parse_args(argv):
         "--ignore-learned-rate",
         action="store_true",
         help="take the recipe's learning rate, not the one learned with the set",
+    )
+    parser.groups["run"].add_argument(
+        "--name", help="with --source: of the run's folder and in tables (default: full)"
     )
     cli.add_seed(parser)
     path, source = cli.peek_flag("distilled", argv), cli.peek_flag("source", argv)
@@ -260,10 +287,15 @@ def parse_args(argv):
     parser.set_defaults(
         **{key: value for key, value in recipe.items() if key not in flags}
     )  # the kind decides these
-    cli.add_settings(parser, network | flags, HELP, dict(arch=models.ARCHITECTURES))
+    settings = own_recipe(distilled, path, network | flags)
+    if learned:
+        settings["lr"] = flags["lr"]
+    cli.add_settings(parser, settings, HELP, dict(arch=models.ARCHITECTURES))
     if source:
-        parser.set_defaults(preset=name, image_size=image_size(name))
+        parser.set_defaults(preset=name, image_size=image_size(name), name="full")
     args = resolve_precision(parser.parse_args(argv))
+    if args.source:
+        check_name("--name", args.name, reserved=("target", "scratch", *registry.SETS))
     for flag in () if args.source else SOURCE_FLAGS:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} goes with --source")

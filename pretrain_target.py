@@ -201,7 +201,7 @@ def make_feature_target(source, args, device):
 def open_run(source, args, settings):
     """The run of this target; the process ends where it has finished."""
     folder = args.run_root / source.name / args.name / f"seed{args.seed}"
-    run = Run(folder, "target.pt", settings, args.log_every)
+    run = Run(folder, "target.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
         print(f"{run.artefact} is there already")
         raise SystemExit(0)

@@ -3,25 +3,29 @@
     python -m analysis.report runs                    # writes runs/report.html
     python -m analysis.report runs --out page.html
 
-The page is self-contained and also covers unfinished runs. It has the tables of `analysis.tables`.
-For each target network and distilled set it has:
+The page also covers unfinished runs. It has the tables of `analysis.tables`. For each target
+network and distilled set it has:
+- its command, and links to its files;
 - the settings that differ from the preset;
 - the curves of the log;
 - the initial and the distilled images;
 - a t-SNE, for the first sets only, if the target network and the prepared source are on disk;
 - the networks that were trained on it.
 
-Damaged files are listed and left out. The command changes no run, prepares no data and downloads
-nothing. Ten sets take half a minute and less than 10 MB.
+The page is complete without the linked files. Damaged files are listed and left out. The command
+changes no run, prepares no data and downloads nothing. Ten sets take half a minute and less than 10
+MB.
 """
 
 import base64
 import html
 import io
 import itertools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +43,9 @@ from models.target import load_target
 from utils import cli, files
 from utils.errors import UserError
 from utils.presets import PRESETS, PRETRAIN, deviations, preset_name
-from utils.run import read_log
+from utils.run import read_log, shareable_command
 
+LINKED = ("distilled.pt", "target.pt", "images.png", "config.json", "log.jsonl")
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
 MADE_BY = {"pretrain_target.py": "target", "finetune.py": "finetune", "kd.py": "kd"} | {
     entry.command.split()[-1]: entry.stage for entry in registry.ENTRIES if entry.module
@@ -162,10 +167,14 @@ def text(value):
 
 
 class Page:
-    """The page of a run root; `faults` lists the reasons for what is left out."""
+    """The page of a run root.
 
-    def __init__(self, root, data_root):
-        self.root, self.data_root, self.faults, self._real = root, data_root, [], {}
+    `faults` lists the reasons for what is left out. `page_folder` is the folder of the HTML file.
+    """
+
+    def __init__(self, root, data_root, page_folder):
+        self.root, self.data_root, self.page_folder = root, data_root, page_folder
+        self.faults, self._real = [], {}
 
     def attempt(self, function, *arguments):
         """Call a function; on UserError or OSError, record the fault and return None."""
@@ -251,6 +260,7 @@ class Page:
         """Yield the section of a target network or distilled set; `many`: for many sections."""
         default = preset_name(Path(run.name).parts[0])
         changed = run.changes(default)
+        yield from self.files(run)
         if run.config is None:
             yield "<p>Its settings cannot be read.</p>"
         elif changed:
@@ -282,6 +292,16 @@ class Page:
         if run.below:
             inside = "".join(self.networks(run.below, run.settings.get("preset") or default))
             yield f"<details><summary>{len(run.below)} runs on it</summary>{inside}</details>"
+
+    def files(self, run):
+        """Yield the command of a run, and links to its files relative to the page."""
+        if run.config and (command := self.attempt(shareable_command, run.path)):
+            yield f"<p><code>{text(command)}</code></p>"
+        place = quote(Path(os.path.relpath(run.path, self.page_folder)).as_posix())
+        names = [name for name in LINKED if (run.path / name).is_file()]
+        if names:
+            links = ", ".join(f'<a href="{place}/{name}">{name}</a>' for name in names)
+            yield f'<p class="faint">Files: {links}</p>'
 
     def images(self, run, distilled, many):
         """Yield the measurements of a distilled set, its images, and its t-SNE."""
@@ -513,10 +533,13 @@ def shrink_png(path):
         raise UserError(f"{path}: not a readable picture") from error
 
 
-def render_page(root, data_root):
-    """Return the page as HTML text. Raises UserError if the run root contains no runs."""
+def render_page(root, data_root, folder):
+    """Return the page as HTML text, with links relative to its `folder`.
+
+    Raises UserError if the run root contains no runs.
+    """
     title = text(f"Runs in {root}")
-    body = "\n".join(Page(root, data_root).body())
+    body = "\n".join(Page(root, data_root, folder).body())
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -529,7 +552,7 @@ def main(argv):
     if not args.run_root.is_dir():
         raise UserError(f"{args.run_root}: no such folder")
     out = args.out or args.run_root / "report.html"
-    content = render_page(args.run_root, args.data_root)
+    content = render_page(args.run_root, args.data_root, out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, content)
     print(f"wrote {out} ({len(content) / 1e6:.1f} MB)")

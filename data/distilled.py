@@ -1,11 +1,13 @@
 """The one file between every distillation method and every later stage."""
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from data import factors
+from data import exported, factors
 from utils import files
 from utils.errors import UserError
 
@@ -23,6 +25,7 @@ META = {
     "learned_rate": float,
     "num_images": int,
 }  # what later stages take from there
+DISTILLED_HELP = "distilled.pt, exported folder, or hf:USER/NAME[@REVISION]"
 LARGEST_SIZE = 4096  # pixels of a side of images that are made from factors
 MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
 
@@ -117,16 +120,46 @@ class Distilled:
         return values | dict(images=None, targets=None, image_size=self.images.shape[-1])
 
 
-def load_distilled(path):
-    """Read a distilled.pt. Raises UserError where it is not one or its parts do not fit."""
+def distilled_file(name):
+    """The path of the file that a command line names: a distilled.pt, the file in an exported
+    folder, or hf:USER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded.
+
+    Raises UserError where that fails.
+    """
+    if str(name).startswith(exported.HUB):
+        return exported.download(str(name))
+    path = Path(name)
+    return exported.find(path) if path.is_dir() else path
+
+
+def load_distilled(name):
+    """Read what `distilled_file` finds. Raises UserError where it is no distilled set, is damaged,
+    or has parts that do not fit."""
+    path = distilled_file(name)
     names = Distilled.__dataclass_fields__
-    content = files.load(path, "distilled", required=[name for name in names if name != "factors"])
+    if path.suffix == ".safetensors":
+        content = exported.read(path)
+    else:
+        required = [name for name in names if name != "factors"]
+        content = files.load(path, "distilled", required=required)
     if content.get("factors") is not None:
         content |= _materialise(content, path)
     d = Distilled(**{name: content.get(name) for name in names})
     if fault := d.find_fault():
         raise UserError(f"{path}: {fault}")
     return d
+
+
+def results_folder(path, distilled, run_root):
+    """The folder for what is made from the set in the file at `path`: that of a distilled.pt, and
+    <run root>/<source>/<name>/seed<k> for an exported set."""
+    if path.suffix != ".safetensors":
+        return path.parent
+    source, name = (
+        re.sub(r"[^\w.+-]", "_", str(distilled.meta.get(key))).lstrip(".") or "set"
+        for key in ("source", "name")
+    )
+    return run_root / source / name / f"seed{distilled.meta.get('seed') or 0}"
 
 
 def _materialise(content, path):

@@ -81,6 +81,7 @@ def main(method, argv, prog=None):
         "distilled.pt",
         cli.run_settings(args, **facts),
         args.log_every,
+        args.tensorboard,
     )
     if run.finished:
         print(f"{run.artefact} already exists")
@@ -191,4 +192,5 @@ def parse_args(method, argv, prog=None):
 def check_name(flag, name, reserved):
     """Raise UserError if `name` is not a plain word or is one of `reserved`."""
     if not re.fullmatch(r"\w[\w.-]*", name) or registry.base(name) in reserved:
-        raise UserError(f"{flag} {name}: must be a plain word other than {', '.join(reserved)}")
+        but = f" other than {', '.join(reserved)}" if reserved else ""
+        raise UserError(f"{flag} {name}: must be a plain word{but}")

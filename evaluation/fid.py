@@ -9,8 +9,8 @@ NeurIPS 2017. The reference is all of the source's training split. Without --net
 are the standard Inception network's, which the package torch-fidelity has (`pip install
 torch-fidelity`; it downloads the weights, or --inception-weights FILE names them). Numbers of other
 networks cannot be compared with those: every result says whose features it was. Prints the distance
-and adds it to results.jsonl beside the set. Minutes on a CPU for a small network of ours, hours for
-Inception.
+and adds it to results.jsonl beside the set; for an exported set, in <run root>/<source>/<name of
+the set>/seed<k>. Minutes on a CPU for a small network of ours, hours for Inception.
 """
 
 import time
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import models
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise
 from evaluation import results, starting_weights
 from evaluation.probes import evaluating
@@ -169,15 +169,16 @@ def main(argv):
         )
         | starting_weights.cost(device, started)
     )
-    results.append(args.distilled.parent, line)
+    results.append(results_folder(args.distilled, distilled, args.run_root), line)
     print(f"{meta['method']} {meta['source']}: FID {value:.2f} by the features of {name}")
 
 
 def parse_args(argv):
-    parser = cli.Parser(__doc__)
+    parser = cli.folder_parser(__doc__)
     data, method = parser.groups["data"], parser.groups["method"]
-    cli.add_data_root(parser)
-    data.add_argument("--distilled", type=Path, required=True, help="distilled.pt")
+    data.add_argument(
+        "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
+    )
     data.add_argument(
         "--source", help="data set or folder that it was distilled from (default: as it says)"
     )

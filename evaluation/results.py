@@ -51,6 +51,8 @@ def append(folder, line):
 def format_line(line):
     """One line for the terminal."""
     labels = f", {line['labels_per_class']} labels a class" if line.get("labels_per_class") else ""
+    if line.get("label_fraction"):
+        labels = f", {100 * line['label_fraction']:g} % of the labels"
     images = f" on {line['images']['method']} images" if "images" in line else ""
     how = f"{line['protocol']}{labels}{images}"
     return f"{line['method']} {line['arch']} -> {line['dataset']} ({how}): {line['accuracy']:.2f} %"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from utils import distributed, files, progress
 from utils.errors import UserError
+from utils.optional import optional
 
 CHECKPOINT_SECONDS = 120
 # Share of a run's time that may go into checkpoints; on a slow disk they are rarer.
@@ -30,6 +32,7 @@ UNTRACKED_SETTINGS = {
     "data_root",
     "run_root",
     "log_every",
+    "tensorboard",
     "image_every",
     "chunk",
     "name",
@@ -45,8 +48,9 @@ class Run:
 
     `settings` is a dict of plain values that decide the result; they are kept in config.json. The
     attribute `limits` may hold logged name -> (value, advice): the run stops with that advice when
-    the mean over the last `LIMIT_WINDOW` steps is above the value. Until the run has finished, its
-    process alone may work in the folder.
+    the mean over the last `LIMIT_WINDOW` steps is above the value. With `tensorboard`, the lines of
+    log.jsonl also go to `TensorBoard`. Until the run has finished, its process alone may work in
+    the folder.
 
     Of several ranks the first alone reads and writes the folder. The others have ended where the
     run has finished: what follows is the first's.
@@ -55,7 +59,7 @@ class Run:
     of other settings (naming those that differ), or when its files are damaged.
     """
 
-    def __init__(self, folder, artefact, settings, log_every=50):
+    def __init__(self, folder, artefact, settings, log_every=50, tensorboard=False):
         self.folder, self.artefact, self.log_every = (
             Path(folder),
             Path(folder) / artefact,
@@ -71,6 +75,8 @@ class Run:
         self._started = self._saved = time.monotonic()
         self._checkpoint_seconds, self._checkpointed = 0.0, {}
         self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        main = distributed.is_main_process()
+        self._board = TensorBoard(self.folder) if tensorboard and main else None
         if distributed.run_on_main(self._open) and not distributed.is_main_process():
             raise SystemExit(0)
 
@@ -326,6 +332,8 @@ class Run:
                 return
             with files.name_in_errors(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if self._board:
+                self._board.add(self.phase, step + 1, means)
 
     def _check_scalars(self):
         """Read the scalars that are still on the device. Raises UserError for one that is not
@@ -393,6 +401,26 @@ def read_log(folder):
     return lines
 
 
+class TensorBoard:
+    """Scalars for TensorBoard, in folder/tensorboard/<phase>.
+
+    Raises UserError where its package is missing.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.phase, self.writer = folder / "tensorboard", None, None
+        self.module = optional("torch.utils.tensorboard", "--tensorboard", package="tensorboard")
+
+    def add(self, phase, step, scalars):
+        """Write name -> value at a step; what was written at later steps before is hidden."""
+        if phase != self.phase:
+            place = self.folder / phase.replace(" ", "_")
+            self.phase, self.writer = phase, self.module.SummaryWriter(place, purge_step=step)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+
 class Tensors:
     """Learned tensors by name, as a part of the checkpoint; loaded in place."""
 
@@ -444,6 +472,35 @@ def program_name():
     """The program as a user starts it: distill.py, python -m data.prepare."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
+def shareable_command(folder):
+    """The command of the run in `folder`, without `UNTRACKED_SETTINGS` and places on this machine.
+
+    None where the folder has no config.json. Raises DamagedFile where that is damaged.
+    """
+    path = folder / "config.json"
+    words = files.read_json(path, "settings file").get("command") if path.is_file() else None
+    if not isinstance(words, list) or not words:
+        return None
+    program, *words = map(str, words)
+    kept, drop = [], False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            untracked = flag[2:].replace("-", "_") in UNTRACKED_SETTINGS
+            kept += [] if untracked else [f"{flag}={_last_part(value)}" if equals else flag]
+            drop = untracked and not equals
+        elif not drop:
+            kept.append(_last_part(word))
+    if program.endswith(".py"):
+        program = f"python {Path(program).name}"
+    return " ".join([program, *kept])
+
+
+def _last_part(word):
+    """A word of a command, quoted for a shell; of an absolute path the last part only."""
+    return shlex.quote(Path(word).name if Path(word).is_absolute() else word)
 
 
 def versions():
