@@ -1,18 +1,21 @@
-"""Stage 3: what a pre-trained network is worth on a labelled data set.
+"""Stage 3: evaluate a pre-trained network on a labelled data set.
 
     python finetune.py --weights runs/.../model.pt --dataset cifar10
     python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear
     python finetune.py --weights none --arch resnet18 --image-size 64 --dataset cifar10
 
-The last command trains from scratch, which also makes the teacher of kd.py.
+The last command trains from scratch. It also trains a teacher for kd.py.
 
-`full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear
-classifier to the frozen features until it converges, `knn` classifies by nearest neighbours, `head`
-trains nothing: it asks the head that pre-training on a set with class or soft targets has left,
-where the data set is that set's own source. The accuracy on the test split, of the last iterate, is
-printed and added to results.jsonl beside the weights; `full` also writes the network to <folder of
-the weights>/<dataset>_full_seed<k>/model.pt. From scratch that folder is <run
-root>/scratch/<arch>_<size>px.
+Protocols:
+  full    trains the whole network with a new head (the paper's protocol)
+  linear  fits a linear classifier on the frozen features to convergence
+  knn     classifies by nearest neighbours in feature space
+  head    trains nothing and uses the head from pre-training, which must have been on class or soft
+          targets of the same data set
+
+Prints the test accuracy of the last iterate and appends it to results.jsonl in the folder of the
+weights. `full` also writes the network to <folder of the weights>/<dataset>_full_seed<k>/model.pt.
+With --weights none, that folder is <run root>/scratch/<arch>_<size>px.
 """
 
 import time
@@ -35,16 +38,25 @@ from utils.run import Run, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    lr="SGD learning rate, cosine to 0",
+    lr="SGD learning rate, decayed to 0 with a cosine schedule",
     weight_decay="weight decay",
-    batch_size="images in a batch",
-    steps="optimiser steps",
-    flip="flip training images at random (the random crop stays)",
+    batch_size="images per batch",
+    steps="number of optimiser steps",
+    flip="randomly flip the training images, after the random crop",
 )
 
 
 def finetune(network, train, args, run, randomness, device):
-    """Train all of `network` with cross-entropy on random crops (and flips) of `train`."""
+    """Train `network` in place with cross-entropy on augmented images.
+
+    Args:
+        network: `Network` with a head for the classes of `train`.
+        train: labelled `ImageSet`.
+        args: parsed flags.
+        run: `Run` that logs and saves checkpoints.
+        randomness: `Randomness` of the run.
+        device: torch device.
+    """
     batches = Batches(len(train), args.batch_size, randomness.cpu, shared=True)
     sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(sgd, "cosine", args.steps)
@@ -95,10 +107,10 @@ def main(argv):
         settings = {name: value for name, value in settings.items() if name not in HELP}
     key = settings_digest(settings)
     if line := distributed.run_on_main(lambda: results.find(start.folder, key)):
-        print(f"{results.format_line(line)} (was there already)")
+        print(f"{results.format_line(line)} (already in results.jsonl)")
         return
     if train.labels is None:
-        raise UserError(f"{args.dataset}: a data set to fine-tune on needs labels (class folders)")
+        raise UserError(f"{args.dataset}: fine-tuning needs labels (class folders)")
 
     randomness = Randomness(start.seed, device)
     chosen = few_labels(
@@ -159,7 +171,7 @@ def parse_args(argv):
         "--protocol",
         choices=["full", "linear", "knn", "head"],
         default="full",
-        help="what is trained, see above (default: full)",
+        help="evaluation protocol, see above (default: full)",
     )
     few = parser.groups["data"].add_mutually_exclusive_group()
     few.add_argument(
@@ -167,14 +179,14 @@ def parse_args(argv):
         type=cli.non_negative_int,
         default=0,
         metavar="N",
-        help="train on N images a class",
+        help="train on N images per class",
     )
     few.add_argument(
         "--label-fraction",
         type=cli.fraction,
         default=0.0,
         metavar="F",
-        help="train on a share of each class",
+        help="train on this fraction of each class, 0 to 1",
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
     return resolve_precision(parser.parse_args(argv))
