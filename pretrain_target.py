@@ -196,7 +196,7 @@ def make_feature_target(source, args, device):
     print(
         f"{len(table):,} features of {stored['encoder_dim']} dimensions, "
         f"{100 * stored['zeros']:.1f} % zeros; "
-        f"kept {table.shape[1]} dimensions with {100 * stored['variance_kept']:.1f} % of the variance"
+        f"kept {table.shape[1]} dimensions, {100 * stored['variance_kept']:.1f} % of the variance"
     )
     content = stored | dict(
         features=files.checksums(path),

@@ -94,9 +94,10 @@ def stage_parser(docstring, prog=None):
 
 
 def source_parser(docstring, argv, prog=None):
-    """Return `stage_parser` with --source, --preset, --image-size and --seed, and the preset's name.
+    """Add --source, --preset, --image-size and --seed to `stage_parser`.
 
-    The preset is the one that `argv` selects.
+    Returns:
+        The parser, and the name of the preset that `argv` selects.
     """
     parser = stage_parser(docstring, prog)
     source = peek_flag("source", argv, "digits")

@@ -385,8 +385,8 @@ class Run:
         at = [f"{steps} of {phase}" for phase, steps in self._checkpointed.items()]
         start = f"the checkpoint at step {at[-1]}" if at else "the beginning"
         return UserError(
-            f"{self._position(step)}: {part} is not finite; this state was not saved; rerun the same "
-            f"command to resume from {start}; if the error repeats, lower the learning rate and "
+            f"{self._position(step)}: {part} is not finite; this state was not saved; rerun the "
+            f"same command to resume from {start}; if the error repeats, lower the learning rate and "
             f"{USE_OTHER_FOLDER}"
         )
 
