@@ -46,8 +46,8 @@ HELP = dict(
     ridge="lambda, as a multiple of the kernel's trace",
     ridge_per_image="divide lambda by m, as FRePo does (D2 ridge-per-image)",
     bias_column="append a constant 1 to the features of both kernels (D3 bias-column)",
-    keep_pool_count="keep a member's step count when it is reinitialised, as the released code does "
-    "(D5 pool-reset)",
+    keep_pool_count="keep a member's step count when it is reinitialised, as the released code "
+    "does (D5 pool-reset)",
     raw_init="start from pixels in [0, 1] instead of normalised pixels, as the released code does "
     "(D7 normalised-init)",
     augment_outer="randomly crop and flip the real images, as the released code does "
@@ -59,9 +59,9 @@ HELP = dict(
 
 
 def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
-    """Compute the outer loss: the error of the ridge head fitted to (X_s, Y_s) on (X_t, g_phi(X_t)).
+    """Compute the outer loss, equation 4 of the paper, as a mean over all entries (D4 mean-loss).
 
-    Equation 4 of the paper, as a mean over all entries (D4 mean-loss).
+    This is the error on (X_t, g_phi(X_t)) of the ridge head fitted to (X_s, Y_s).
 
     Args:
         member: network of the pool, f_omega.

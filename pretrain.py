@@ -8,8 +8,8 @@ set. Sets of mtt and mkdt contain a learned learning rate, which replaces the re
 --ignore-learned-rate keeps the recipe's.
 
 Writes <folder of the set>/<arch>/seed<k>/model.pt, where k is the seed of the pre-training. The
-paper's three runs are three pre-trainings of one distilled set. A set of 1,000 images of 32 px takes
-at most an hour on a CPU, a set of digits takes seconds.
+paper's three runs are three pre-trainings on one distilled set. Pre-training on 1,000 images of
+32 px takes at most an hour on a CPU; on the digits preset it takes seconds.
 
 With --source, the network is fitted to the target features of all images of the source. The recipe
 is that for features, and the number of optimiser steps is that for a distilled set of the preset's

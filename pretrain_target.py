@@ -60,8 +60,8 @@ HELP = dict(
     flip="probability of a horizontal flip",
     weights="file with a state dict to load instead of training; its keys may start with "
     "backbone., encoder., module. or model. 'hub' downloads the ImageNet ResNet50 of "
-    "facebookresearch/barlowtwins; '' trains a network. With --encoder: weights file to use instead "
-    "of a download by torchvision or timm",
+    "facebookresearch/barlowtwins; '' trains a network. With --encoder: weights file to use "
+    "instead of a download by torchvision or timm",
 )
 
 
@@ -136,9 +136,9 @@ def load_backbone(network, weights):
         ).state_dict()
     except OSError as error:
         raise UserError(
-            f"cannot download facebookresearch/barlowtwins from torch.hub ({error}); pass the state "
-            "dict of its resnet50 with --weights FILE, or train a target network: --weights '' "
-            "--arch resnet18_target"
+            f"cannot download facebookresearch/barlowtwins from torch.hub ({error}); pass the "
+            "state dict of its resnet50 with --weights FILE, or train a network: --weights '' --arch "
+            "resnet18_target"
         ) from error
     network.features.load_state_dict(
         {name: v for name, v in state.items() if not name.startswith("fc.")}

@@ -194,8 +194,8 @@ def imagenet(root, split):
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"imagenet: not found; put into {top}: ILSVRC2012_img_train.tar, "
-                "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (from image-net.org, which "
-                "requires registration), or the folders train/<wnid>/ and val/<wnid>/"
+                "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (from image-net.org, "
+                "which requires registration), or the folders train/<wnid>/ and val/<wnid>/"
             ) from error
     return read_class_folders(top, split)
 

@@ -41,8 +41,7 @@ def read_class_folders(top, split):
     train, folder = top / "train", top / "train" if split == "train" else find_test_folder(top)
     if folder is None or not folder.is_dir():
         raise UserError(
-            f"{top}: no folder {'train' if split == 'train' else 'test or val'} that contains class "
-            "folders"
+            f"{top}: no folder {'train' if split == 'train' else 'test or val'} with class folders"
         )
     classes = list_subfolders(train)
     if unknown := sorted(set(list_subfolders(folder)) - set(classes)):

@@ -43,9 +43,11 @@ class Originals:
         self.from_raw = self.raw is not None or images.image_size == size
 
     def batches(self, starts, batch_size):
-        """Yield pixels (b, 3, size, size) in [0, 1] of the `batch_size` images from each of `starts`.
+        """Yield batches of pixels (b, 3, size, size) in [0, 1]; threads decode the next batch.
 
-        Threads decode the next batch.
+        Args:
+            starts: index of the first image of each batch.
+            batch_size: images per batch; the last batch may be smaller.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ahead = None

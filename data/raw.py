@@ -70,8 +70,8 @@ def check_counts(name, split, size, root, raw):
     if is_complete(name, split, raw) is False:
         images, classes = published_counts(name, split)
         raise UserError(
-            f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, but "
-            f"the published set has {images:,} of {classes:,}; to use a part, run: "
+            f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, "
+            f"but the published set has {images:,} of {classes:,}; to use a part, run: "
             f"python -m data.prepare {name} --size {size} --partial --data-root {root}"
         )
 

@@ -95,8 +95,8 @@ def load_inception(weights, device):
         ).to(device)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"cannot load the weights of the Inception network ({str(error)[:120]}); pass a weights "
-            "file with --inception-weights, or use another network: --network target.pt"
+            f"cannot load the weights of the Inception network ({str(error)[:120]}); pass a "
+            "weights file with --inception-weights, or use another network: --network target.pt"
         ) from error
     return lambda pixels: network((255 * pixels).round().to(torch.uint8))[0]
 

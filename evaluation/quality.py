@@ -60,7 +60,7 @@ def _accuracies(features, labels, num_classes):
 
 
 def is_better(quality):
-    """Whether the linear probe of the target beats the student's by more than two standard errors."""
+    """Whether the target's linear probe beats the student's by more than two standard errors."""
     p, q = (each["linear"] / 100 for each in (quality, quality["untrained"]))
     return p - q > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / quality["n"])
 

@@ -30,7 +30,11 @@ def content(network, arch, width, image_size, num_outputs, meta):
 
 
 def load_model(path):
-    """Read a model.pt: the dict of `content`, with its `path`. Raises UserError if it is invalid."""
+    """Read a model.pt. Raises UserError if it is invalid.
+
+    Returns:
+        The dict of `content`, with its `path`.
+    """
     saved = files.load(
         path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta")
     )
@@ -100,36 +104,27 @@ def load_weights(network, state, arch, path):
 
 
 def untrained(arch, width, image_size):
-    """Return the dict of `load_model` for an untrained network, initialised by torch's generator."""
+    """Return the dict of `load_model` for a network that torch's generator initialises."""
     network = models.build(arch, image_size, 1, width)
     return content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
 
 
-PREFIXES = (
-    "backbone.",
-    "encoder.",
-    "module.",
-    "model.",
-)  # of checkpoints by solo-learn, lightly, DDP
-CONTAINERS = (
-    "state_dict",
-    "model",
-    "network",
-    "model_state_dict",
-    "teacher",
-)  # keys above a state dict
+# Prefixes of keys in checkpoints of solo-learn, lightly and DDP.
+PREFIXES = ("backbone.", "encoder.", "module.", "model.")
+# Keys under which checkpoints store a state dict.
+CONTAINERS = ("state_dict", "model", "network", "model_state_dict", "teacher")
 
 
 def load_matching(network, path):
-    """Load the state dict in a file that other software has written into `network`.
+    """Load a state dict from a file of other software into `network`.
 
-    A state dict under one of `CONTAINERS` is taken from there, and its keys may begin with any of
-    `PREFIXES`. Entries that the network has no place for, such as heads, are left out and named on
-    standard output.
+    The state dict may be stored under one of the keys `CONTAINERS`, and its keys may start with any
+    of the `PREFIXES`. Entries that the network does not have, such as heads, are skipped and
+    listed on standard output.
 
     Raises:
-        UserError: where the file is no state dict, lacks an entry of the network, or has one of
-            another shape or with values that are not finite.
+        UserError: if the file contains no state dict, if an entry of the network is missing or has
+            another shape, or if values are not finite.
     """
     state = files.read_data(path, "state dict")
     while isinstance(state, dict) and (

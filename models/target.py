@@ -74,7 +74,7 @@ class NetworkTarget(Target):
         return self.features(images.normalised(index, self.device))
 
     def features_of(self, images):
-        """As `Target.features_of`. The first call stores the features in the folder of target.pt."""
+        """As `Target.features_of`. The first call stores the features beside target.pt."""
         path = self.path.parent / f"features-{self.digest}-{self.precision}.npy"
         record = path.with_suffix(".json")
         if not record.is_file():
@@ -148,7 +148,7 @@ class FeatureTarget(Target):
         """As `Target.require_network`; returns the encoder."""
         if self.encoder is None:
             raise UserError(
-                f"{self.path}: made with --features, so no network can compute features of new images"
+                f"{self.path}: made with --features, so there is no network for new images"
             )
         if self._loaded is None:
             what, weights, size = (self.encoder[name] for name in ("what", "file", "image_size"))

@@ -386,8 +386,8 @@ class Run:
         start = f"the checkpoint at step {at[-1]}" if at else "the beginning"
         return UserError(
             f"{self._position(step)}: {part} is not finite; this state was not saved; rerun the "
-            f"same command to resume from {start}; if the error repeats, lower the learning rate and "
-            f"{USE_OTHER_FOLDER}"
+            f"same command to resume from {start}; if the error repeats, lower the learning rate "
+            f"and {USE_OTHER_FOLDER}"
         )
 
     def finish(self, kind, content):
