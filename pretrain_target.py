@@ -137,8 +137,8 @@ def load_backbone(network, weights):
     except OSError as error:
         raise UserError(
             f"cannot download facebookresearch/barlowtwins from torch.hub ({error}); pass the "
-            "state dict of its resnet50 with --weights FILE, or train a network: --weights '' --arch "
-            "resnet18_target"
+            "state dict of its resnet50 with --weights FILE, or train a network: --weights '' "
+            "--arch resnet18_target"
         ) from error
     network.features.load_state_dict(
         {name: v for name, v in state.items() if not name.startswith("fc.")}
