@@ -1,10 +1,12 @@
 """Stage 3: evaluate a pre-trained network on a labelled data set.
 
     python finetune.py --weights runs/.../model.pt --dataset cifar10
-    python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear
+    python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear \\
+        --label-fraction 0.01 0.1 1
     python finetune.py --weights none --arch resnet18 --image-size 64 --dataset cifar10
 
-The last command trains from scratch. It also trains a teacher for kd.py.
+The second command prints a line for each fraction of the labels. The features of a frozen network
+are computed once. The last command trains from scratch. It also trains a teacher for kd.py.
 
 Protocols:
   full    trains the whole network with a new head (the paper's protocol)
@@ -44,6 +46,8 @@ HELP = dict(
     steps="number of optimiser steps",
     flip="randomly flip the training images, after the random crop",
 )
+
+PROBES = {"linear": probes.linear_accuracy_of, "knn": probes.knn_accuracy_of}
 
 
 def finetune(network, train, args, run, randomness, device):
@@ -92,6 +96,98 @@ def finetune(network, train, args, run, randomness, device):
             scheduler.step()
 
 
+def label_choices(args):
+    """Return (labels per class, fraction of the labels) for each evaluation; (0, 0) means all."""
+    shares = [(0, 0.0 if share == 1 else share) for share in args.label_fraction]
+    return [(count, 0.0) for count in args.labels_per_class] or shares or [(0, 0.0)]
+
+
+class Evaluation:
+    """One evaluation, which gives one line of results.
+
+    Args:
+        args: parsed flags.
+        start: `StartingWeights`.
+        train, test: labelled `ImageSet`s.
+        per_class: number of labels per class, or 0.
+        share: fraction of the labels, or 0. If both are 0, all labels are used.
+    """
+
+    def __init__(self, args, start, train, test, per_class, share):
+        self.args, self.start, self.train, self.test = args, start, train, test
+        self.labels = dict(labels_per_class=per_class, label_fraction=share)
+        fingerprints = [train.fingerprint, test.fingerprint]
+        settings = starting_weights.run_settings(
+            args, start, dataset=train.name, fingerprints=fingerprints
+        )
+        if args.protocol != "full":
+            settings = {name: value for name, value in settings.items() if name not in HELP}
+        self.settings = settings | self.labels
+        self.key = settings_digest(self.settings)
+        suffix = f"_{per_class}perclass" if per_class else ""
+        suffix += f"_{share:g}" if share else ""
+        self.name = f"{train.name}_{args.protocol}{suffix}_seed{start.seed}"
+        self.changed = train.deviations | test.deviations
+
+    def choose(self):
+        """Return the indices of the labelled images."""
+        generator = torch.Generator().manual_seed(self.start.seed)
+        return few_labels(self.train, *self.labels.values(), generator)
+
+    def fine_tune(self, device):
+        """Train the whole network and return its accuracy in percent."""
+        randomness, chosen = Randomness(self.start.seed, device), self.choose()
+        train = self.train if len(chosen) == len(self.train) else self.train.subset(chosen)
+        network = saved.rebuild(self.start.saved, len(train.classes)).to(device)
+        folder, args = self.start.folder / self.name, self.args
+        run = Run(folder, "model.pt", self.settings, args.log_every, args.tensorboard)
+        used = {name: value for name, value in self.settings.items() if name in HELP}
+        self.changed |= deviations(preset_name(train.name), "finetune", used)
+        network = starting_weights.train_or_load(
+            self.start,
+            run,
+            network,
+            len(train.classes),
+            lambda: finetune(network, train, self.args, run, randomness, device),
+            dataset=train.name,
+            finetune=run.settings,
+            deviations=self.start.deviations | self.changed,
+            normalisation=[train.mean.tolist(), train.std.tolist()],
+        )
+        return probes.accuracy(network, self.test, device, self.args.precision)
+
+    def head_accuracy(self, device):
+        """Return the accuracy, in percent, of the head from pre-training."""
+        outputs, classes = self.start.saved["num_outputs"], len(self.train.classes)
+        if outputs != classes:
+            raise UserError(
+                f"--protocol head: {self.args.weights} has {outputs} outputs, "
+                f"{self.train.name} {classes} classes"
+            )
+        network = saved.rebuild(self.start.saved).to(device)
+        return probes.accuracy(network, self.test, device, self.args.precision)
+
+
+def probe(evaluations, start, train, test, args, device):
+    """Yield the accuracy, in percent, of a probe for each evaluation.
+
+    The features are computed once for all evaluations.
+    """
+    network = saved.rebuild(start.saved).to(device)
+    chosen = [each.choose() for each in evaluations]
+    needed = torch.cat(chosen).unique()  # in order
+    mean, std, num_classes = train.mean, train.std, len(train.classes)
+    features, tests = (
+        probes.outputs(network.embed, images, device, args.precision, mean, std)
+        for images in (train if len(needed) == len(train) else train.subset(needed), test)
+    )
+    labels, test_labels = train.labels[needed].to(device), test.labels.to(device)
+    accuracy = PROBES[args.protocol]
+    for index in chosen:
+        rows = torch.searchsorted(needed, index).to(device)
+        yield accuracy(features[rows], labels[rows], tests, test_labels, num_classes)
+
+
 def main(argv):
     args = parse_args(argv)
     device, started = select_device(args, multi_process=args.protocol == "full"), time.monotonic()
@@ -99,69 +195,40 @@ def main(argv):
     size = start.saved["image_size"]
     train = load_images(args.dataset, "train", size, args.data_root, labels=True)
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
-    fingerprints = [train.fingerprint, test.fingerprint]
-    settings = starting_weights.run_settings(
-        args, start, dataset=train.name, fingerprints=fingerprints
-    )
-    if args.protocol != "full":
-        settings = {name: value for name, value in settings.items() if name not in HELP}
-    key = settings_digest(settings)
-    if line := distributed.run_on_main(lambda: results.find(start.folder, key)):
-        print(f"{results.format_line(line)} (already in results.jsonl)")
+    missing = []
+    for labels in label_choices(args):
+        evaluation = Evaluation(args, start, train, test, *labels)
+        key = evaluation.key
+        if line := distributed.run_on_main(lambda key=key: results.find(start.folder, key)):
+            print(f"{results.format_line(line)} (already in results.jsonl)")
+        else:
+            missing.append(evaluation)
+    if not missing:
         return
     if train.labels is None:
         raise UserError(f"{args.dataset}: fine-tuning needs labels (class folders)")
 
-    randomness = Randomness(start.seed, device)
-    chosen = few_labels(
-        train, args.labels_per_class, args.label_fraction, torch.Generator().manual_seed(start.seed)
-    )
-    train = train if len(chosen) == len(train) else train.subset(chosen)
-    keep_head = args.protocol == "head"
-    if keep_head and start.saved["num_outputs"] != len(train.classes):
-        raise UserError(
-            f"--protocol head: {args.weights} has {start.saved['num_outputs']} outputs, "
-            f"{train.name} {len(train.classes)} classes"
-        )
-    network = saved.rebuild(start.saved, None if keep_head else len(train.classes)).to(device)
-    labels = f"_{args.labels_per_class}perclass" if args.labels_per_class else ""
-    labels += f"_{args.label_fraction:g}" if args.label_fraction else ""
-    name = f"{train.name}_{args.protocol}{labels}_seed{start.seed}"
-    changed = train.deviations | test.deviations
-    if keep_head:
-        accuracy = probes.accuracy(network, test, device, args.precision)
-    elif args.protocol == "full":
-        run = Run(start.folder / name, "model.pt", settings, args.log_every)
-        used = {name: value for name, value in settings.items() if name in HELP}
-        changed |= deviations(preset_name(train.name), "finetune", used)
-        network = starting_weights.train_or_load(
-            start,
-            run,
-            network,
-            len(train.classes),
-            lambda: finetune(network, train, args, run, randomness, device),
-            dataset=train.name,
-            finetune=run.settings,
-            deviations=start.deviations | changed,
-        )
-        accuracy = probes.accuracy(network, test, device, args.precision)
+    if args.protocol in PROBES:
+        accuracies = probe(missing, start, train, test, args, device)
+    elif args.protocol == "head":
+        accuracies = (each.head_accuracy(device) for each in missing)
     else:
-        protocol = {"linear": probes.linear_accuracy, "knn": probes.knn_accuracy}[args.protocol]
-        accuracy = protocol(network.embed, train, test, device, args.precision)
-    line = start.result_line(
-        changed,
-        device,
-        started,
-        name=name,
-        dataset=train.name,
-        protocol=args.protocol,
-        accuracy=round(accuracy, 4),
-        labels_per_class=args.labels_per_class,
-        label_fraction=args.label_fraction,
-        digest=key,
-    )
-    results.append(start.folder, line)
-    print(results.format_line(line))
+        accuracies = (each.fine_tune(device) for each in missing)
+    for evaluation, accuracy in zip(missing, accuracies, strict=True):
+        line = start.result_line(
+            evaluation.changed,
+            device,
+            started,
+            name=evaluation.name,
+            dataset=train.name,
+            protocol=args.protocol,
+            accuracy=round(accuracy, 4),
+            **evaluation.labels,
+            digest=evaluation.key,
+        )
+        results.append(start.folder, line)
+        print(results.format_line(line))
+        started = time.monotonic()
 
 
 def parse_args(argv):
@@ -176,17 +243,19 @@ def parse_args(argv):
     few = parser.groups["data"].add_mutually_exclusive_group()
     few.add_argument(
         "--labels-per-class",
-        type=cli.non_negative_int,
-        default=0,
+        nargs="+",
+        type=cli.positive_int,
+        default=[],
         metavar="N",
-        help="train on N images per class",
+        help="train on N images per class; several values give one evaluation each",
     )
     few.add_argument(
         "--label-fraction",
+        nargs="+",
         type=cli.fraction,
-        default=0.0,
+        default=[],
         metavar="F",
-        help="train on this fraction of each class, 0 to 1",
+        help="train on this fraction of each class; several values give one evaluation each",
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
     return resolve_precision(parser.parse_args(argv))

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data.augment import diff_augment
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled
 from data.images import load_images
 from evaluation import probes, results, starting_weights
 from models import saved
@@ -137,7 +137,7 @@ def main(argv):
     images["num_images"] = distilled.num_images
     origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
     folder = start.folder / f"{test.name}_kd_{origin}_seed{start.seed}"
-    run = Run(folder, "model.pt", settings, args.log_every)
+    run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)
     changed = {
         f"teacher's {name}": pair
         for name, pair in teacher_file["meta"].get("deviations", {}).items()
@@ -157,6 +157,7 @@ def main(argv):
         dataset=test.name,
         kd=run.settings,
         deviations=start.deviations | changed,
+        normalisation=[test.mean.tolist(), test.std.tolist()],
     )
     accuracies = {
         f"{name}{suffix}": round(
@@ -184,7 +185,9 @@ def parse_args(argv):
     parser = cli.stage_parser(__doc__)
     starting_weights.add_flags(parser, argv)
     data = parser.groups["data"]
-    data.add_argument("--distilled", type=Path, required=True, help="distilled.pt with the images")
+    data.add_argument(
+        "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
+    )
     data.add_argument(
         "--teacher",
         type=Path,

@@ -1,13 +1,15 @@
 """Stage 2: pre-train a network on a distilled set, or on all images of a source.
 
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
+    python pretrain.py --distilled hf:USER/NAME              # or the folder of an exported set
     python pretrain.py --source tinyimagenet --arch vgg11    # the oracle: all images
 
 The kind of the set's targets (feature, soft or class) selects the recipe, whichever method made the
-set. Sets of mtt and mkdt contain a learned learning rate, which replaces the recipe's;
---ignore-learned-rate keeps the recipe's.
+set. An exported set contains its own recipe. Sets of mtt and mkdt contain a learned learning rate,
+which replaces the recipe's; --ignore-learned-rate keeps the recipe's.
 
-Writes <folder of the set>/<arch>/seed<k>/model.pt, where k is the seed of the pre-training. The
+Writes <folder of the set>/<arch>/seed<k>/model.pt, where k is the seed of the pre-training. For an
+exported set, the folder is <run root>/<source>/<name of the set>/seed<k of the set>. The
 paper's three runs are three pre-trainings on one distilled set. Pre-training on 1,000 images of
 32 px takes at most an hour on a CPU; on the digits preset it takes seconds.
 
@@ -17,6 +19,7 @@ size, so that only the images differ; --steps changes it. Writes
 <run root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +29,11 @@ import torch.nn.functional as F
 
 import models
 from data.augment import diff_augment
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise, to_float
 from data.loading import Loader
+from distillers import registry
+from distillers.method import check_name
 from models import saved
 from models.sync_batch_norm import synchronised
 from models.target import load_target
@@ -54,7 +59,7 @@ HELP = dict(
     steps="number of optimiser steps",
     augment="differentiable augmentation of the images",
 )
-SOURCE_FLAGS = ("target_network", "preset", "image_size")  # require --source
+SOURCE_FLAGS = ("target_network", "preset", "image_size", "name")  # require --source
 
 
 @dataclass
@@ -104,6 +109,7 @@ def data_from_distilled(distilled, args, device):
         )
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
     meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
+    meta["normalisation"] = [distilled.mean.tolist(), distilled.std.tolist()]
     x_syn, y_syn = distilled.images.to(device), distilled.targets.to(device)
     return TrainingData(
         x_syn,
@@ -112,7 +118,7 @@ def data_from_distilled(distilled, args, device):
         size,
         distilled.num_outputs,
         distilled.target_kind,
-        args.distilled.parent,
+        results_folder(args.distilled, distilled, args.run_root),
         dict(distilled=digest),
         meta,
         distilled.meta.get("deviations", {}),
@@ -139,7 +145,8 @@ def data_from_source(args, device):
     identity = dict(
         source=source.name, fingerprint=source.fingerprint, target_network=target.digest
     )
-    meta = dict(source=source.name, method="full", preset=args.preset)
+    meta = dict(source=source.name, method=args.name, preset=args.preset)
+    meta["normalisation"] = [source.mean.tolist(), source.std.tolist()]
     return TrainingData(
         source.pixels,
         target.features_of(source),
@@ -147,7 +154,7 @@ def data_from_source(args, device):
         source.image_size,
         target.feature_dim,
         "source",
-        home / "full" / "seed0",
+        home / args.name / "seed0",
         identity,
         meta,
         source.deviations | target.deviations,
@@ -209,7 +216,8 @@ def main(argv):
         else data_from_source(args, device)
     )
     folder = data.folder / models.label(args.arch, args.width) / f"seed{args.seed}"
-    run = Run(folder, "model.pt", cli.run_settings(args, **data.identity), args.log_every)
+    settings = cli.run_settings(args, **data.identity)
+    run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
         print(f"{run.artefact} already exists")
         return
@@ -233,11 +241,26 @@ def main(argv):
     print(f"wrote {run.artefact}")
 
 
+def own_recipe(distilled, path, usual):
+    """The settings `usual`, with the values that an exported set brings.
+
+    Raises UserError for a value that is none.
+    """
+    own = distilled.meta.get("recipe", {}) if distilled else {}
+    chosen = {name: own.get(name, value) for name, value in usual.items()}
+    for name, value in chosen.items():
+        number = isinstance(value, (int, float))  # the one setting that is a text is the arch
+        fits = 0 <= value < math.inf if number else value in models.ARCHITECTURES
+        if type(value) is not type(usual[name]) or not fits:
+            raise UserError(f"{path}: a recipe with {name} {str(value)[:40]}")
+    return chosen
+
+
 def parse_args(argv):
     parser = cli.stage_parser(__doc__)
     data = parser.groups["data"]
     what = data.add_mutually_exclusive_group(required=True)
-    what.add_argument("--distilled", type=Path, help="distilled.pt of any method")
+    what.add_argument("--distilled", type=distilled_file, metavar="SET", help=DISTILLED_HELP)
     what.add_argument("--source", help="data set or folder; all of its images are used")
     data.add_argument(
         "--target-network",
@@ -258,6 +281,9 @@ def parse_args(argv):
         "--ignore-learned-rate",
         action="store_true",
         help="use the recipe's learning rate instead of the one learned with the set",
+    )
+    parser.groups["run"].add_argument(
+        "--name", help="with --source: name of the run's folder and in tables (default: full)"
     )
     cli.add_seed(parser)
     path, source = cli.peek_flag("distilled", argv), cli.peek_flag("source", argv)
@@ -283,10 +309,15 @@ def parse_args(argv):
         flags["lr"] = learned
     # The kind of targets fixes the settings without a flag.
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})
-    cli.add_settings(parser, network | flags, HELP, dict(arch=models.ARCHITECTURES))
+    settings = own_recipe(distilled, path, network | flags)
+    if learned:
+        settings["lr"] = flags["lr"]
+    cli.add_settings(parser, settings, HELP, dict(arch=models.ARCHITECTURES))
     if source:
-        parser.set_defaults(preset=name, image_size=image_size(name))
+        parser.set_defaults(preset=name, image_size=image_size(name), name="full")
     args = resolve_precision(parser.parse_args(argv))
+    if args.source:
+        check_name("--name", args.name, reserved=("target", "scratch", *registry.SETS))
     for flag in () if args.source else SOURCE_FLAGS:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} requires --source")

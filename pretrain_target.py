@@ -215,7 +215,7 @@ def make_feature_target(source, args, device):
 def open_run(source, args, settings):
     """Return the `Run` of this target. Exits with code 0 if the run has finished already."""
     folder = args.run_root / source.name / args.name / f"seed{args.seed}"
-    run = Run(folder, "target.pt", settings, args.log_every)
+    run = Run(folder, "target.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
         print(f"{run.artefact} already exists")
         raise SystemExit(0)

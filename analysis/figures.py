@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from torchvision.utils import make_grid
 
 from analysis import tables
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled
 from data.images import load_images, normalise, to_float
 from distillers import registry
 from evaluation import results
@@ -334,7 +334,9 @@ def parse_args(argv):
     for name in ("images", "tsne"):
         one = commands.add_parser(name)
         cli.add_data_root(one)
-        one.add_argument("--distilled", type=Path, required=True)
+        one.add_argument(
+            "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
+        )
         one.add_argument(
             "--source", help="data set or folder that it was distilled from (default: as it says)"
         )

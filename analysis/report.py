@@ -1,24 +1,26 @@
-"""All runs of a folder on one page: settings, curves, images, t-SNE and tables, in one HTML file
-without references.
+"""All runs of a folder on one page: settings, curves, images, t-SNE and tables, in one HTML file.
 
     python -m analysis.report runs                    # writes runs/report.html
     python -m analysis.report runs --out page.html
 
 Shows what is there, of finished and of unfinished runs: the tables of `analysis.tables`; for each
-target network and distilled set the settings that differ from its preset, the curves of its log,
-the images beside those that they started from, and t-SNE where the target network and the prepared
-source are at hand (those of the first sets only); below it the networks that were trained on it.
-What is damaged is named and left out. Nothing is changed, and nothing is decoded or downloaded.
-Half a minute for ten sets, and under 10 MB.
+target network and distilled set its command, links to its files, the settings that differ from its
+preset, the curves of its log, the images beside those that they started from, and t-SNE where the
+target network and the prepared source are at hand (those of the first sets only); below it the
+networks that were trained on it. Without the linked files the page is still complete. What is
+damaged is named and left out. Nothing is changed, and nothing is decoded or downloaded. Half a
+minute for ten sets, and under 10 MB.
 """
 
 import base64
 import html
 import io
 import itertools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +38,9 @@ from models.target import load_target
 from utils import cli, files
 from utils.errors import UserError
 from utils.presets import PRESETS, PRETRAIN, deviations, preset_name
-from utils.run import read_log
+from utils.run import read_log, shareable_command
 
+LINKED = ("distilled.pt", "target.pt", "images.png", "config.json", "log.jsonl")
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
 MADE_BY = {"pretrain_target.py": "target", "finetune.py": "finetune", "kd.py": "kd"} | {
     entry.command.split()[-1]: entry.stage for entry in registry.ENTRIES if entry.module
@@ -149,10 +152,12 @@ def text(value):
 
 
 class Page:
-    """What is shown of a run root, and the `faults` of what is left out."""
+    """What is shown of a run root, and the `faults` of what is left out. `page_folder` is the
+    folder of the HTML file."""
 
-    def __init__(self, root, data_root):
-        self.root, self.data_root, self.faults, self._real = root, data_root, [], {}
+    def __init__(self, root, data_root, page_folder):
+        self.root, self.data_root, self.page_folder = root, data_root, page_folder
+        self.faults, self._real = [], {}
 
     def attempt(self, function, *arguments):
         """What the function returns; None where it raises UserError or OSError, which is noted."""
@@ -240,6 +245,7 @@ class Page:
         these."""
         default = preset_name(Path(run.name).parts[0])
         changed = run.changes(default)
+        yield from self.files(run)
         if run.config is None:
             yield "<p>Its settings cannot be read.</p>"
         elif changed:
@@ -271,6 +277,16 @@ class Page:
         if run.below:
             inside = "".join(self.networks(run.below, run.settings.get("preset") or default))
             yield f"<details><summary>{len(run.below)} runs on it</summary>{inside}</details>"
+
+    def files(self, run):
+        """The command that made a run, and links to its files, relative to the page."""
+        if run.config and (command := self.attempt(shareable_command, run.path)):
+            yield f"<p><code>{text(command)}</code></p>"
+        place = quote(Path(os.path.relpath(run.path, self.page_folder)).as_posix())
+        names = [name for name in LINKED if (run.path / name).is_file()]
+        if names:
+            links = ", ".join(f'<a href="{place}/{name}">{name}</a>' for name in names)
+            yield f'<p class="faint">Files: {links}</p>'
 
     def images(self, run, distilled, many):
         """What was measured of a distilled set, its images, and its t-SNE."""
@@ -499,10 +515,11 @@ def shrink_png(path):
         raise UserError(f"{path}: not a readable picture") from error
 
 
-def render_page(root, data_root):
-    """The whole page as text. Raises UserError where the run root holds no runs."""
+def render_page(root, data_root, folder):
+    """The whole page as text, with links relative to the `folder` that it is for. Raises UserError
+    where the run root holds no runs."""
     title = text(f"Runs in {root}")
-    body = "\n".join(Page(root, data_root).body())
+    body = "\n".join(Page(root, data_root, folder).body())
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -515,7 +532,7 @@ def main(argv):
     if not args.run_root.is_dir():
         raise UserError(f"{args.run_root}: no such folder")
     out = args.out or args.run_root / "report.html"
-    content = render_page(args.run_root, args.data_root)
+    content = render_page(args.run_root, args.data_root, out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, content)
     print(f"wrote {out} ({len(content) / 1e6:.1f} MB)")

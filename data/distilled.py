@@ -1,11 +1,13 @@
 """The distilled set, distilled.pt: written by all distillation methods, read by later stages."""
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from data import factors
+from data import exported, factors
 from utils import files
 from utils.errors import UserError
 
@@ -23,6 +25,7 @@ META = {
     "learned_rate": float,
     "num_images": int,
 }  # entries that later stages read, with their types
+DISTILLED_HELP = "distilled.pt, exported folder, or hf:USER/NAME[@REVISION]"
 LARGEST_SIZE = 4096  # largest height and width in pixels of images composed from factors
 MOST_CLASSES = 100_000  # larger class indices count as invalid
 
@@ -125,16 +128,51 @@ class Distilled:
         return values | dict(images=None, targets=None, image_size=self.images.shape[-1])
 
 
-def load_distilled(path):
-    """Read a `Distilled` from a file. Raises UserError if the file or its content is invalid."""
+def distilled_file(name):
+    """Return the path of a distilled set's file.
+
+    Args:
+        name: path of a distilled.pt, path of an exported folder, or hf:USER/NAME[@REVISION], which
+            is downloaded from the Hugging Face Hub.
+
+    Raises:
+        UserError: if the folder contains no set or the download fails.
+    """
+    if str(name).startswith(exported.HUB):
+        return exported.download(str(name))
+    path = Path(name)
+    return exported.find(path) if path.is_dir() else path
+
+
+def load_distilled(name):
+    """Read a `Distilled` from a `distilled_file`. Raises UserError if it is invalid."""
+    path = distilled_file(name)
     names = Distilled.__dataclass_fields__
-    content = files.load(path, "distilled", required=[name for name in names if name != "factors"])
+    if path.suffix == ".safetensors":
+        content = exported.read(path)
+    else:
+        required = [name for name in names if name != "factors"]
+        content = files.load(path, "distilled", required=required)
     if content.get("factors") is not None:
         content |= _materialise(content, path)
     d = Distilled(**{name: content.get(name) for name in names})
     if fault := d.find_fault():
         raise UserError(f"{path}: {fault}")
     return d
+
+
+def results_folder(path, distilled, run_root):
+    """Return the folder for results of the set in the file `path`.
+
+    For a distilled.pt, this is its folder; for an exported set, <run root>/<source>/<name>/seed<k>.
+    """
+    if path.suffix != ".safetensors":
+        return path.parent
+    source, name = (
+        re.sub(r"[^\w.+-]", "_", str(distilled.meta.get(key))).lstrip(".") or "set"
+        for key in ("source", "name")
+    )
+    return run_root / source / name / f"seed{distilled.meta.get('seed') or 0}"
 
 
 def _materialise(content, path):

@@ -2,9 +2,11 @@
 
     python -m distillers random --source cifar100
     python -m distillers import --source cifar100 --method mtt_released --images images_best.pt ...
+    python -m distillers export runs/cifar100/krr_st/seed0/distilled.pt FOLDER
 
 Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that
-others released.
+others released. `export` writes a set or a network as a folder that others can use without this
+package.
 """
 
 import importlib
@@ -25,15 +27,17 @@ def main(argv):
     name, *flags = argv or [""]
     prog = f"{program_name()} {name}"
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, and import, has its own --help.")
+        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, import and export have their own --help.")
     elif name == "import":
         importing.main(flags, reserved=("target", *registry.METHODS), prog=prog)
+    elif name == "export":
+        importlib.import_module("publishing.export").main(flags, prog=prog)
     elif name in registry.COMMANDS:
         module = importlib.import_module(registry.METHODS[name].module)
         method.main(module.METHOD, flags, prog=prog)
     else:
         known = ", ".join(registry.COMMANDS)
-        raise UserError(f"name a method first, one of: {known}, or import")
+        raise UserError(f"name a method first, one of: {known}, import or export")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Learner:
     def __init__(self, source, targets, num_outputs, args, device, augment=False):
         self.source, self.targets, self.num_outputs = source, targets, num_outputs
         self.args, self.device, self.augment = args, device, augment
+        self.loader = Loader([source.pixels, targets], None, device)
         self.begin(0)
 
     def begin(self, k):
@@ -51,7 +52,7 @@ class Learner:
         rates = (args.expert_lr, args.expert_weight_decay, args.expert_momentum)
         self.optimizer = optim.optimizer("sgd", self.network.parameters(), *rates)
         self.batches = Batches(len(source), args.expert_batch, self.randomness.cpu)
-        self.loader = Loader([source.pixels, self.targets], self.batches, self.device)
+        self.loader.batches = self.batches
 
     def step(self):
         """Take the next step; the loss before it, ()."""

@@ -99,7 +99,8 @@ class Experts:
 
     def _content(self, k):
         """What expert k's file holds; it is trained if the file is not there."""
-        run = Run(self.folder / f"seed{k}", "expert.pt", self.settings, self.args.log_every)
+        folder, args = self.folder / f"seed{k}", self.args
+        run = Run(folder, "expert.pt", self.settings, args.log_every, args.tensorboard)
         if not run.finished:
             self._train(k, run)
         return files.load(run.artefact, "expert", required=("trajectory", "errors"), mapped=True)
@@ -174,8 +175,9 @@ def learn(experts, x_init, y_init, kind, args, run, device, **meta):
     for step in run.steps("distil", args.outer_steps):
         start, goal, batches = draws.next(x_syn, y_syn)
         sgd.zero_grad()
-        step_of = (start, goal, batches, rate)
-        loss, gradients, rate.grad = matching_loss(experts.network, *step_of, args.precision)
+        loss, gradients, rate.grad = matching_loss(
+            experts.network, start, goal, batches, rate, args.precision
+        )
         rows = [part for part in chain(*batches) if part.requires_grad]
         torch.autograd.backward(rows, [*chain(*gradients)])
         run.log(step, loss=loss, gradient=x_syn.grad.square().mean().sqrt(), rate=rate)

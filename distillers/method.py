@@ -74,6 +74,7 @@ def main(method, argv, prog=None):
         "distilled.pt",
         cli.run_settings(args, **facts),
         args.log_every,
+        args.tensorboard,
     )
     if run.finished:
         print(f"{run.artefact} is there already")
@@ -177,4 +178,5 @@ def parse_args(method, argv, prog=None):
 def check_name(flag, name, reserved):
     """Raise UserError where `name` is no plain word or one of `reserved`."""
     if not re.fullmatch(r"\w[\w.-]*", name) or registry.base(name) in reserved:
-        raise UserError(f"{flag} {name}: must be a plain word, and none of {', '.join(reserved)}")
+        but = f", and none of {', '.join(reserved)}" if reserved else ""
+        raise UserError(f"{flag} {name}: must be a plain word{but}")

@@ -271,7 +271,8 @@ ENTRIES = (  # in the order of the tables' rows
 )
 
 METHODS = {entry.name: entry for entry in ENTRIES}
-COMMANDS = tuple(entry.name for entry in ENTRIES if entry.module.startswith("distillers."))
+SETS = tuple(entry.name for entry in ENTRIES if entry.module)  # methods that make a set
+COMMANDS = tuple(name for name in SETS if METHODS[name].module.startswith("distillers."))
 VARIANTS = {variant.name: variant for entry in ENTRIES for variant in entry.variants}
 _ENTRY_OF = {variant.name: entry for entry in ENTRIES for variant in entry.variants} | METHODS
 _ROWS = [*METHODS, *VARIANTS]

@@ -10,8 +10,9 @@ those of the standard Inception network from the package torch-fidelity (`pip in
 torch-fidelity`), which downloads the weights unless --inception-weights is given. Distances in the
 feature spaces of different networks are not comparable, so each result names its network.
 
-Prints the distance and appends it to results.jsonl in the folder of the set. On a CPU, this takes
-minutes with a small target network and hours with Inception.
+Prints the distance and appends it to results.jsonl in the folder of the set; for an exported set,
+in <run root>/<source>/<name of the set>/seed<k>. On a CPU, this takes minutes with a small target
+network and hours with Inception.
 """
 
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 import models
-from data.distilled import load_distilled
+from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise
 from evaluation import results, starting_weights
 from evaluation.probes import evaluating
@@ -201,15 +202,16 @@ def main(argv):
         )
         | starting_weights.cost(device, started)
     )
-    results.append(args.distilled.parent, line)
+    results.append(results_folder(args.distilled, distilled, args.run_root), line)
     print(f"{meta['method']} {meta['source']}: FID {value:.2f} with the features of {name}")
 
 
 def parse_args(argv):
-    parser = cli.Parser(__doc__)
+    parser = cli.folder_parser(__doc__)
     data, method = parser.groups["data"], parser.groups["method"]
-    cli.add_data_root(parser)
-    data.add_argument("--distilled", type=Path, required=True, help="distilled.pt")
+    data.add_argument(
+        "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
+    )
     data.add_argument(
         "--source", help="data set or folder of the source (default: the one named in the set)"
     )

@@ -59,6 +59,8 @@ def format_line(line):
     labels = (
         f", {line['labels_per_class']} labels per class" if line.get("labels_per_class") else ""
     )
+    if line.get("label_fraction"):
+        labels = f", {100 * line['label_fraction']:g} % of the labels"
     images = f" on {line['images']['method']} images" if "images" in line else ""
     how = f"{line['protocol']}{labels}{images}"
     return f"{line['method']} {line['arch']} -> {line['dataset']} ({how}): {line['accuracy']:.2f} %"

@@ -19,24 +19,25 @@ from utils.errors import UserError
 from utils.run import program_name
 
 
-def main(argv):
-    if not argv or argv[0].startswith("-"):
-        names = "\n".join(f"  {name}" for name in TABLES)
-        if argv[:1] not in (["-h"], ["--help"]):
-            raise UserError(f"name a table first, one of: {', '.join(TABLES)}")
-        print(f"{__doc__}\nTables:\n{names}\n\nEach has its own --help.")
-        return
+def make_plan(argv):
+    """The parsed flags and the `Plan` of the command line `argv`, which begins with a table."""
     if argv[0] not in TABLES:
         raise UserError(f"{argv[0]}: no such table; one of: {', '.join(TABLES)}")
     end = argv.index("--") if "--" in argv else len(argv)
-    table = TABLES[argv[0]]
-    args = parse_args(table, argv[1:end])
-    choice = Choice(
-        **{name: value for name, value in vars(args).items() if name not in ("jobs", "dry_run")},
-        flags=argv[end + 1 :],
-    )
-    plan = Plan(table, choice)
-    jobs = args.jobs or (os.cpu_count() or 1 if plan.scale.folder else 1)
+    args = parse_args(TABLES[argv[0]], argv[1:end])
+    chosen = {name: value for name, value in vars(args).items() if name not in ("jobs", "dry_run")}
+    return args, Plan(TABLES[argv[0]], Choice(**chosen, flags=argv[end + 1 :]))
+
+
+def main(argv):
+    if not argv:
+        raise UserError(f"name a table first, one of: {', '.join(TABLES)}")
+    if argv[0] in ("-h", "--help"):
+        names = "\n".join(f"  {name}" for name in TABLES)
+        print(f"{__doc__}\nTables:\n{names}\n\nEach has its own --help.")
+        return
+    args, plan = make_plan(argv)
+    jobs = args.jobs or ((os.cpu_count() or 1) if plan.scale.folder else 1)
     if args.dry_run:
         scheduler.show(plan.tasks, jobs)
         return

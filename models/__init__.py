@@ -53,28 +53,30 @@ def _mobilenet(size, w):
     stages = [
         (expansion, *_scaled(w, c), blocks, stride) for expansion, c, blocks, stride in stages
     ]
-    return mobilenet(*_scaled(w, 32), stages, *_scaled(w, 1280))
+    return (*_scaled(w, 32), stages, *_scaled(w, 1280))
 
 
 _VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
 
-# name -> (image size, relative width) -> (features, feature width)
+# name -> function that returns (features, feature width), and (image size, relative width) -> its
+# arguments
 ARCHITECTURES = {
-    "convnet3": lambda size, w: convnet(_scaled(w, 128, 256, 512), size),
-    "convnet4": lambda size, w: convnet(_scaled(w, 64, 128, 256, 512), size),
-    "convnet5": lambda size, w: convnet(_scaled(w, 32, 64, 128, 256, 512), size),
-    "dc_convnet3": lambda size, w: convnet(_scaled(w, *[128] * 3), size, instance_norm),
-    "dc_convnet4": lambda size, w: convnet(_scaled(w, *[128] * 4), size, instance_norm),
-    "dc_convnet5": lambda size, w: convnet(_scaled(w, *[128] * 5), size, instance_norm),
-    "vgg11": lambda size, w: vgg(_scaled(w, *_VGG11), size),
-    "alexnet": lambda size, w: alexnet(_scaled(w, 128, 192, 256, 192, 192), size),
-    "mobilenet": _mobilenet,
-    "resnet10": lambda size, w: resnet((1, 1, 1, 1), _scaled(w, 64, 128, 256, 512)),
-    "resnet18": lambda size, w: resnet((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512)),
-    "resnet18_target": lambda size, w: resnet(
-        (2, 2, 2, 2), _scaled(w, 64, 128, 256, 512), zero_init_residual=False
+    "convnet3": (convnet, lambda size, w: (_scaled(w, 128, 256, 512), size)),
+    "convnet4": (convnet, lambda size, w: (_scaled(w, 64, 128, 256, 512), size)),
+    "convnet5": (convnet, lambda size, w: (_scaled(w, 32, 64, 128, 256, 512), size)),
+    "dc_convnet3": (convnet, lambda size, w: (_scaled(w, *[128] * 3), size, instance_norm)),
+    "dc_convnet4": (convnet, lambda size, w: (_scaled(w, *[128] * 4), size, instance_norm)),
+    "dc_convnet5": (convnet, lambda size, w: (_scaled(w, *[128] * 5), size, instance_norm)),
+    "vgg11": (vgg, lambda size, w: (_scaled(w, *_VGG11), size)),
+    "alexnet": (alexnet, lambda size, w: (_scaled(w, 128, 192, 256, 192, 192), size)),
+    "mobilenet": (mobilenet, _mobilenet),
+    "resnet10": (resnet, lambda size, w: ((1, 1, 1, 1), _scaled(w, 64, 128, 256, 512))),
+    "resnet18": (resnet, lambda size, w: ((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512))),
+    "resnet18_target": (
+        resnet,
+        lambda size, w: ((2, 2, 2, 2), _scaled(w, 64, 128, 256, 512), False),
     ),
-    "resnet50_target": lambda size, w: resnet50(),
+    "resnet50_target": (resnet50, lambda size, w: ()),
 }
 
 
@@ -94,7 +96,8 @@ def build(arch, image_size, num_outputs, width=1.0):
     """
     if arch == "resnet50_target" and width != 1.0:
         raise UserError("resnet50_target comes at width 1 only")
-    network = Network(*ARCHITECTURES[arch](image_size, width), num_outputs)
+    function, arguments = ARCHITECTURES[arch]
+    network = Network(*function(*arguments(image_size, width)), num_outputs)
     return network.to(memory_format=torch.channels_last)
 
 

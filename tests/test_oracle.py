@@ -163,6 +163,15 @@ def test_its_file_says_what_it_is_and_its_row_is_the_oracle(toy, roots, tmp_path
     assert "| full source (oracle) (convnet3-x0.125 at 32 px, m = 1437, digits) |" in shown
 
 
+def test_it_can_have_a_name_that_is_no_sets(toy, tmp_path):
+    pretrain.main([*toy, "--steps", "2", "--name", "full_10x.encoder"])
+    path = tmp_path / "digits/full_10x.encoder/seed0/convnet3-x0.125/seed0/model.pt"
+    assert load_model(path)["meta"]["method"] == "full_10x.encoder"
+    for name in ("krr_st", "random.encoder", "target", "a/b"):
+        with pytest.raises(UserError, match=f"--name {name}: must be a plain word"):
+            pretrain.main([*toy, "--name", name])
+
+
 def test_pre_training_on_a_set_knows_nothing_of_the_flags_for_a_source(weights, distilled):
     config = json.loads((weights.parent / "config.json").read_text())["settings"]
     assert not {"target_network", "preset", "image_size"} & config.keys()
@@ -182,6 +191,7 @@ def test_flags_that_do_not_go_together(toy, distilled, tmp_path, capsys):
         ([*both, "--image-size", "32"], "--image-size requires --source"),
         ([*both, "--preset", "digits"], "--preset requires --source"),
         ([*both, "--target-network", "x.pt"], "--target-network requires --source"),
+        ([*both, "--name", "x"], "--name requires --source"),
     ):
         with pytest.raises(SystemExit) as stopped:
             pretrain.main(flags)

@@ -1,5 +1,5 @@
-"""The report: one HTML file that shows what is there, names what is damaged, and refers to nothing
-outside itself."""
+"""The report: one HTML file that shows what is there, names what is damaged, and needs no other
+file."""
 
 import base64
 import html.parser
@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ class Parsed(html.parser.HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.tags, self.attributes, self.text, self.pictures, self.open = set(), set(), "", {}, []
+        self.links = []
         self.feed(page)
         assert not self.open
 
@@ -41,6 +43,8 @@ class Parsed(html.parser.HTMLParser):
         self.attributes |= {name for name, _ in attributes}
         if tag not in ("meta", "img"):
             self.open.append(tag)
+        if tag == "a":
+            self.links.append(dict(attributes)["href"])
         if tag == "img":
             known = dict(attributes)
             kind, data = known["src"].split(",", 1)
@@ -83,8 +87,12 @@ def read(root, roots, tmp_path):
         "ul",
         "li",
         "span",
+        "code",
+        "a",
     }
-    assert page.attributes <= {"lang", "charset", "name", "content", "class", "open", "alt", "src"}
+    known = {"lang", "charset", "name", "content", "class", "open", "alt", "src", "href"}
+    assert page.attributes <= known
+    assert all((out.parent / unquote(link)).is_file() for link in page.links)
     assert not re.search(r"https?:|url\(|@import|<link|<script", out.read_text())
     return page
 
@@ -126,6 +134,9 @@ def test_what_it_shows_of_finished_runs(root, roots, tmp_path):
         path: path.stat().st_mtime_ns for path in root.rglob("*")
     } == before  # nothing is changed
     assert "61.50 ± 0.00 (n=1)" in page.text and "Left out" not in page.text
+    linked = {Path(link).name for link in page.links if "krr_st/seed0/" in link}
+    assert linked == {"distilled.pt", "images.png", "config.json", "log.jsonl"}
+    assert "python distill.py --source digits --num-images 20" in page.text
     assert "krr_st/seed0, finished" in page.text and "target/seed0, finished" in page.text
     changed = page.text.index("Settings that differ", page.text.index("krr_st/seed0, finished"))
     words = page.text[changed:].split()

@@ -15,7 +15,7 @@ import finetune
 from analysis.tables import document, gather_results
 from data.distilled import load_distilled
 from data.images import load_images
-from evaluation import results
+from evaluation import probes, results
 from models.saved import load_model, rebuild
 from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, command
 from utils import files
@@ -112,6 +112,61 @@ def test_random_images_with_features_are_what_distillation_starts_from(roots, ru
     assert (
         real.images - load_distilled(distilled).images
     ).abs().max() < 0.1  # four small steps away
+
+
+def untrained(tmp_path, folder):
+    """Flags of finetune.py for an untrained network on digits, in a run root of its own."""
+    words = ["--weights", "none", "--arch", "convnet3", "--width", "0.125", "--image-size", "32"]
+    words += ["--dataset", "digits", "--data-root", tmp_path / "data"]
+    return [*map(str, [*words, "--run-root", tmp_path / folder])]
+
+
+def results_by_name(folder):
+    [path] = folder.rglob("results.jsonl")
+    return {line["name"]: line for line in results.read(path)}
+
+
+def test_probes_for_several_numbers_of_labels_compute_the_features_once(tmp_path, monkeypatch):
+    calls, outputs = [], probes.outputs
+
+    def counted(function, images, *args):
+        calls.append(len(images))
+        return outputs(function, images, *args)
+
+    monkeypatch.setattr(probes, "outputs", counted)
+    together = [*untrained(tmp_path, "a"), "--protocol", "linear", "--label-fraction"]
+    finetune.main([*together, "0.05", "0.5", "1"])
+    assert calls == [1437, 360]
+    for share in ("0.05", "0.5"):
+        alone = [*untrained(tmp_path, "b"), "--protocol", "linear", "--label-fraction", share]
+        finetune.main(alone)
+    finetune.main([*untrained(tmp_path, "b"), "--protocol", "linear"])  # all labels
+    found = [results_by_name(tmp_path / name) for name in "ab"]
+    assert found[0].keys() == found[1].keys() == {
+        "digits_linear_0.05_seed0", "digits_linear_0.5_seed0", "digits_linear_seed0"
+    }  # fmt: skip
+    for name, line in found[0].items():
+        assert line["digest"] == found[1][name]["digest"]
+        assert line["accuracy"] == pytest.approx(found[1][name]["accuracy"], abs=0.3)
+    calls.clear()
+    finetune.main([*together, "0.05", "0.2", "1"])  # two are there already
+    assert calls == [sum(-(-n // 5) for n in class_sizes(tmp_path)), 360]
+    assert len(results_by_name(tmp_path / "a")) == 4
+
+
+def class_sizes(tmp_path):
+    return load_images("digits", "train", 32, tmp_path / "data").labels.bincount().tolist()
+
+
+def test_fine_tuning_with_several_numbers_of_labels_is_as_one_by_one(tmp_path):
+    flags = ["--steps", "2", "--labels-per-class"]
+    finetune.main([*untrained(tmp_path, "a"), *flags, "1", "2"])
+    for number in ("2", "1"):
+        finetune.main([*untrained(tmp_path, "b"), *flags, number])
+    found = [results_by_name(tmp_path / name) for name in "ab"]
+    assert found[0].keys() == {f"digits_full_{n}perclass_seed0" for n in (1, 2)}
+    for name, line in found[0].items():
+        assert all(line[key] == found[1][name][key] for key in ("digest", "accuracy"))
 
 
 def accuracy_of(content, roots):

@@ -90,6 +90,11 @@ def stage_parser(docstring, prog=None):
         metavar="STEPS",
         help="number of steps between lines of log.jsonl (default: 50)",
     )
+    parser.groups["run"].add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also log for TensorBoard, to <run folder>/tensorboard (pip install tensorboard)",
+    )
     return parser
 
 

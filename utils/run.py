@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from utils import distributed, files, progress
 from utils.errors import UserError
+from utils.optional import optional
 
 CHECKPOINT_SECONDS = 120
 # Largest fraction of a run's time spent on checkpoints. On a slow disk, they become rarer.
@@ -29,6 +31,7 @@ UNTRACKED_SETTINGS = {
     "data_root",
     "run_root",
     "log_every",
+    "tensorboard",
     "image_every",
     "chunk",
     "name",
@@ -50,6 +53,7 @@ class Run:
         artefact: name of the file that the run produces.
         settings: dict of plain values that determine the result, stored in config.json.
         log_every: number of steps between lines of log.jsonl.
+        tensorboard: also write these lines for TensorBoard.
 
     Attributes:
         limits: dict, logged name -> (limit, advice). The run stops with the advice when the mean
@@ -60,7 +64,7 @@ class Run:
             checkpoint with other settings, which the message lists; or if its files are damaged.
     """
 
-    def __init__(self, folder, artefact, settings, log_every=50):
+    def __init__(self, folder, artefact, settings, log_every=50, tensorboard=False):
         self.folder, self.artefact = Path(folder), Path(folder) / artefact
         self.log_every, self.device = log_every, "cpu"
         self.done = {}  # phase -> steps taken
@@ -70,6 +74,8 @@ class Run:
         self._started = self._saved = time.monotonic()
         self._checkpoint_seconds, self._checkpointed = 0.0, {}
         self.settings = json.loads(json.dumps(settings))  # as read back from config.json
+        main = distributed.is_main_process()
+        self._board = TensorBoard(self.folder) if tensorboard and main else None
         if distributed.run_on_main(self._open) and not distributed.is_main_process():
             raise SystemExit(0)
 
@@ -353,6 +359,8 @@ class Run:
                 return
             with files.name_in_errors(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if self._board:
+                self._board.add(self.phase, step + 1, means)
 
     def _check_scalars(self):
         """Read the scalars that are still on the device.
@@ -431,6 +439,26 @@ def read_log(folder):
     return lines
 
 
+class TensorBoard:
+    """Writer of scalars for TensorBoard, to folder/tensorboard/<phase>.
+
+    Raises UserError if the package tensorboard is missing.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.phase, self.writer = folder / "tensorboard", None, None
+        self.module = optional("torch.utils.tensorboard", "--tensorboard", package="tensorboard")
+
+    def add(self, phase, step, scalars):
+        """Write name -> value of a step. A resumed phase hides the values of later steps."""
+        if phase != self.phase:
+            place = self.folder / phase.replace(" ", "_")
+            self.phase, self.writer = phase, self.module.SummaryWriter(place, purge_step=step)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+
 class Tensors:
     """Tensors by name with `state_dict` and an in-place `load_state_dict`, for checkpoints."""
 
@@ -482,6 +510,35 @@ def program_name():
     """Return the program as typed by the user, such as distill.py or python -m data.prepare."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
+def shareable_command(folder):
+    """Return the command of a run without `UNTRACKED_SETTINGS` and absolute paths.
+
+    Returns None if the folder has no config.json. Raises DamagedFile if that file is damaged.
+    """
+    path = folder / "config.json"
+    words = files.read_json(path, "settings file").get("command") if path.is_file() else None
+    if not isinstance(words, list) or not words:
+        return None
+    program, *words = map(str, words)
+    kept, drop = [], False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            untracked = flag[2:].replace("-", "_") in UNTRACKED_SETTINGS
+            kept += [] if untracked else [f"{flag}={_last_part(value)}" if equals else flag]
+            drop = untracked and not equals
+        elif not drop:
+            kept.append(_last_part(word))
+    if program.endswith(".py"):
+        program = f"python {Path(program).name}"
+    return " ".join([program, *kept])
+
+
+def _last_part(word):
+    """Quote a word of a command for a shell; of an absolute path, keep the last part only."""
+    return shlex.quote(Path(word).name if Path(word).is_absolute() else word)
 
 
 def versions():

@@ -1,0 +1,280 @@
+"""Write a distilled set, or a network, as a folder that others can use without this package.
+
+    python -m distillers export runs/cifar10/krr_st/seed0/distilled.pt sets/NAME
+    python -m distillers export runs/cifar10/krr_st/seed0/convnet3/seed0/model.pt networks/NAME
+    python -m distillers export sets/NAME --push USER/NAME    # a folder that was exported before
+
+A set's folder holds distilled.safetensors (exact), images/ and preview.png (8 bits), load.py (a
+loader and a pre-training that need torch and safetensors), README.md (a dataset card) and
+SHA256SUMS. A network's folder holds model.safetensors, network.py (its code), README.md (a model
+card) and SHA256SUMS. Every script's --distilled takes a set's folder, or hf:USER/NAME once it is on
+the Hugging Face Hub, and verifies its checksums. The recipe in a set's folder is that of the
+pre-trainings found beside the set, or else the preset's.
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from torchvision.transforms.functional import to_pil_image
+
+import models
+from data import augment, exported
+from data.distilled import load_distilled
+from distillers import registry
+from distillers.method import check_name, save_picture
+from evaluation import results
+from models import saved
+from publishing import cards, dd_ranking, standalone
+from utils import cli, files
+from utils.errors import UserError
+from utils.optional import optional
+from utils.presets import preset, preset_name
+from utils.run import shareable_command
+
+NETWORK = "model.safetensors"
+
+
+def choose_recipe(folder, distilled):
+    """How to pre-train on a set: plain values, the network's `arch` and `width` among them.
+
+    They are the most frequent settings of the finished pre-trainings below the set's folder, or
+    else those of its preset, with the learning rate that was learned with the set. Empty for images
+    without targets.
+    """
+    if distilled.target_kind == "none":
+        return {}
+    name = preset_name(distilled.meta.get("preset"))
+    usual = {key: preset(name, "distill")[key] for key in ("arch", "width")}
+    usual |= preset(name, "pretrain", distilled.target_kind, usual["arch"])
+    usual["lr"] = distilled.meta.get("learned_rate") or usual["lr"]
+    found = Counter()
+    for path in sorted(folder.glob("*/seed*/config.json")):
+        settings = files.read_json(path, "settings file").get("settings", {})
+        if path.with_name("model.pt").is_file() and usual.keys() <= settings.keys():
+            found[json.dumps({key: settings[key] for key in usual})] += 1
+    return json.loads(found.most_common(1)[0][0]) if found else usual
+
+
+def describe_target_network(path, meta):
+    """In words, the target network of the set in the file at `path`; None where it had none."""
+    wanted = meta.get("settings", {}).get("target_network")
+    if not wanted:
+        return None
+    for each in sorted(path.absolute().parents[2].glob("*/*/target.pt")):
+        if files.digest(each) == wanted:
+            content = files.load(each, "target", required=("source",))
+            ours = content.get("name") or (
+                f"{models.label(content['arch'], content['width'])}, Barlow Twins"
+            )
+            return f"{ours}, on {content['source']} (target.pt {wanted})"
+    return f"target.pt {wanted}"
+
+
+def describe_distance(meta):
+    """In words, how far a set's images are from the real ones that they started as."""
+    moved = meta.get("distance_from_initial")
+    if moved == 0:
+        return "0: the images are copies of real ones"
+    return moved and f"{moved:.4f} standard deviations of the source (root mean square)"
+
+
+def origin(meta):
+    """Rows of a card: what a set or a network was made from."""
+    changed = meta.get("deviations", {}).items()
+    return {
+        "source": meta.get("source"),
+        "method": registry.title(str(meta.get("method"))),
+        "seed": meta.get("seed"),
+        "preset": meta.get("preset"),
+        "deviations from the preset": ", ".join(
+            f"{name} {here} instead of {there}" for name, (here, there) in changed
+        ),
+    }
+
+
+def save_tensors(path, tensors, **header):
+    """Write tensors by name as a safetensors file; `header` holds at most one plain value."""
+    safetensors = optional("safetensors.torch", "export")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    header = {name: json.dumps(value) for name, value in header.items()}
+    path.write_bytes(safetensors.save(contiguous, metadata=header))
+
+
+def write_set(path, folder, name, args):
+    """Write the folder of the set in the distilled.pt at `path`."""
+    d, run = load_distilled(path), path.parent
+    recipe = choose_recipe(run, d)
+    header = dict(
+        format=exported.FORMAT, name=name, target_kind=d.target_kind, recipe=recipe, meta=d.meta
+    )
+    tensors = {key: getattr(d, key) for key in exported.TENSORS}
+    save_tensors(folder / exported.SET, tensors, **{exported.HEADER: header})
+    save_picture(folder / "preview.png", d)
+    write_images(folder / "images", d)
+    code = [standalone.template("load.py")]
+    if recipe:
+        size = d.images.shape[-1]
+        code += standalone.network_code(recipe["arch"], size, d.num_outputs, recipe["width"])
+        code.append(standalone.template("pretrain.py"))
+    about = f"{name}, a distilled data set. Needs torch and safetensors."
+    standalone.write(folder / "load.py", about, code)
+    if recipe.get("augment"):
+        shutil.copy(augment.__file__, folder)
+    sections = ""
+    if args.dd_ranking:
+        images, labels = dd_ranking.convert(d)
+        save_tensors(folder / dd_ranking.FILE, {"images": images, "labels": labels})
+        sections = dd_ranking.card_section(d, images, labels)
+    facts = origin(d.meta) | {
+        "command": shareable_command(run),
+        "target network": describe_target_network(path, d.meta),
+        "distance from the initial images": describe_distance(d.meta),
+        "pre-training": ", ".join(f"{key} {value}" for key, value in recipe.items()),
+    }
+    lines, untrained = results_below(run), results_below(path.absolute().parents[3] / "scratch")
+    card = cards.dataset_card(folder, name, args.license, d, facts, lines, untrained, sections)
+    (folder / exported.CARD).write_text(card)
+    exported.write_sums(folder, exported.SET)
+
+
+def write_images(folder, distilled):
+    """Write the images as PNGs and the targets as metadata.jsonl, for `datasets.load_dataset`."""
+    folder.mkdir()
+    digits, lines = max(4, len(str(len(distilled.images) - 1))), []
+    pairs = zip(distilled.pixels(), distilled.targets.numpy(), strict=True)
+    for index, (pixels, target) in enumerate(pairs):
+        line = {"file_name": f"{index:0{digits}}.png"}
+        to_pil_image(pixels).save(folder / line["file_name"])
+        if distilled.target_kind == "class":
+            line["target"] = int(target)
+        elif distilled.target_kind != "none":
+            line["target"] = [float(str(value)) for value in target]  # float32 in few digits
+        lines.append(json.dumps(line) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def write_network(path, folder, name, args):
+    """Write the folder of the network in the model.pt at `path`."""
+    content = saved.load_model(path)
+    saved.rebuild(content)  # raises where the weights do not fit
+    shape = {key: content[key] for key in ("arch", "image_size", "num_outputs", "width")}
+    meta, size = content["meta"], content["image_size"]
+    label = models.label(content["arch"], content["width"])
+    header = dict(format=exported.FORMAT, name=name, **shape, meta=meta)
+    save_tensors(folder / NETWORK, content["network"], network=header)
+    code = [*standalone.network_code(**shape), standalone.template("network.py")]
+    about = f"{name}, a trained {label}. Needs torch and safetensors."
+    standalone.write(folder / "network.py", about, code)
+    facts = {
+        "network": label,
+        "outputs": content["num_outputs"],
+        "images": f"{size} x {size} pixels",
+        "fine-tuned on": meta.get("dataset"),
+    }
+    if "normalisation" in meta:
+        facts["preprocessing"] = cards.preprocessing(*meta["normalisation"])
+    lines = results_below(path.parent)
+    if not lines:  # those of a fine-tuned network are beside the network that it started from
+        lines = results_below(path.absolute().parents[1])
+        lines = [line for line in lines if line.get("name") == path.parent.name]
+    facts |= origin(meta)
+    card = cards.model_card(folder, NETWORK, name, args.license, facts, lines)
+    (folder / exported.CARD).write_text(card)
+    exported.write_sums(folder, NETWORK)
+
+
+def results_below(folder):
+    paths = sorted(folder.rglob("results.jsonl"))
+    return [line for path in paths for line in results.read(path)]
+
+
+def push(folder, repository, kind):
+    """Upload a folder to the Hub's repository USER/NAME, which is private where it is new.
+
+    Raises UserError where that fails.
+    """
+    hub = optional("huggingface_hub", "--push")
+    try:
+        api = hub.HfApi()
+        api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            repo_type=kind,
+            folder_path=folder,
+            delete_patterns="*",
+            commit_message="Export",
+        )
+    except Exception as error:  # of the Hub, the network or the account
+        raise UserError(f"--push {repository}: failed ({exported.reason(error)})") from error
+    print(f"uploaded {folder} to {repository} ({kind}); new repositories are private")
+
+
+def find_exported(folder):
+    """`dataset` or `model` for an exported folder, or else None. Raises UserError for damage."""
+    for file, kind in ((exported.SET, "dataset"), (NETWORK, "model")):
+        if (folder / file).is_file() and (folder / exported.SUMS).is_file():
+            exported.verify(folder, file)
+            return kind
+
+
+def write(args):
+    """Write `args.folder` as a whole, or nothing; returns `dataset` or `model`."""
+    if args.folder.exists():
+        raise UserError(f"{args.folder}: exists; choose another folder, or delete it")
+    if args.file.is_dir():
+        raise UserError(f"{args.file}: a folder; give a distilled.pt or a model.pt")
+    content = files.read_data(args.file, "file") if args.file.is_file() else None
+    kind = "dataset"
+    if isinstance(content, dict) and content.get("kind") == "model":
+        kind = "model"
+    if kind == "model" and args.dd_ranking:
+        raise UserError("--dd-ranking: goes with a distilled set")
+    name = args.name or args.folder.resolve().name
+    check_name("--name", name, reserved=())
+    partial = args.folder.with_name(f"{args.folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        {"dataset": write_set, "model": write_network}[kind](args.file, partial, name, args)
+        partial.rename(args.folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return kind
+
+
+def main(argv, prog=None):
+    args = parse_args(argv, prog)
+    if args.folder is None:
+        folder, kind = args.file, find_exported(args.file)
+        if kind is None:
+            raise UserError(f"{folder}: not an exported folder; give the FOLDER to write as well")
+    else:
+        folder, kind = args.folder, write(args)
+        todo = "; fill in the licence in its README.md" if args.license == "unknown" else ""
+        print(f"wrote {folder}{todo}")
+    if args.push:
+        push(folder, args.push, kind)
+
+
+def parse_args(argv, prog):
+    parser = cli.Parser(__doc__, prog)
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="distilled.pt, model.pt, or an exported folder"
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="FOLDER", help="the folder to write"
+    )
+    parser.add_argument("--name", help="on the card (default: the folder's name)")
+    parser.add_argument(
+        "--license",
+        default="unknown",
+        metavar="ID",
+        help="on the card, as the Hub names it (default: unknown)",
+    )
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hub")
+    parser.add_argument(
+        "--dd-ranking", action="store_true", help="add the form that DD-Ranking's score takes"
+    )
+    return parser.parse_args(argv)

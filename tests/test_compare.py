@@ -1,0 +1,203 @@
+"""Rows with paired differences: against numbers worked out by hand."""
+
+import json
+import math
+import statistics
+
+import pytest
+from scipy import stats
+
+from analysis import compare, docs
+from data.distilled import load_distilled
+from evaluation import results
+from experiments.tables import TABLES, Source, Table, TargetNetwork
+from tests.conftest import command
+from utils.errors import UserError
+
+
+def line(method, seeds, dataset, accuracy, protocol="linear", source="digits"):
+    few = dict(labels_per_class=0, label_fraction=0.2)
+    if protocol == "full":
+        few = dict(labels_per_class=20, label_fraction=0.0)
+    return dict(
+        method=method,
+        source=source,
+        distilled_seed=seeds[0],
+        seed=seeds[1],
+        dataset=dataset,
+        protocol=protocol,
+        accuracy=accuracy,
+        digest=f"{method}{seeds}{dataset}{protocol}",
+        arch="convnet3",
+        width=1.0,
+        image_size=32,
+        num_images=10,
+        deviations={},
+        **few,
+    )
+
+
+TABLE = Table(
+    "toy", "A toy.", sources=(Source("digits"),), methods=("scratch", "krr_st", "krr_st_d5")
+)
+LINES = [
+    line("krr_st", (0, 0), "cars", 10.0),
+    line("krr_st", (1, 1), "cars", 12.0),
+    line("krr_st", (2, 2), "cars", 20.0),
+    line("krr_st_d5", (0, 0), "cars", 9.0),
+    line("krr_st_d5", (1, 1), "cars", 11.5),
+    line("krr_st_d5", (2, 2), "cars", 19.0),
+    line("krr_st", (0, 0), "cifar10", 40.0),
+    line("krr_st", (1, 1), "cifar10", 44.0),
+    line("krr_st_d5", (1, 1), "cifar10", 43.0),
+    line("krr_st_d5", (2, 2), "cifar10", 45.0),
+    line("krr_st", (0, 0), "cars", 5.0, "full"),
+]
+
+
+def rows_of(text):
+    return [
+        [cell.strip() for cell in row.split("|")[1:-1]]
+        for row in text.splitlines()
+        if row.startswith("|") and not row.startswith("| -")
+    ]
+
+
+def test_differences_are_paired_and_averaged_over_pre_trainings():
+    ours = {(0, 0): 9.0, (0, 1): 7.0, (1, 0): 11.5, (2, 0): 1.0}
+    base = {(0, 0): 10.0, (0, 1): 9.0, (1, 0): 12.0, (3, 0): 5.0}
+    assert compare.paired_differences(ours, base) == [-1.5, -0.5]  # of distillations 0 and 1
+
+
+def test_a_row_without_distillations_is_compared_with_each():
+    scratch = {(None, 0): 5.0, (None, 1): 7.0}
+    sets = {(0, 0): 6.0, (0, 1): 9.0, (1, 0): 4.0}
+    assert compare.paired_differences(sets, scratch) == [1.5, -1.0]
+    assert compare.paired_differences(scratch, sets) == [-1.5, 1.0]
+    assert compare.paired_differences(scratch, {(None, 0): 1.0, (None, 2): 0.0}) == [4.0]
+    assert compare.paired_differences({}, sets) == []
+
+
+def test_interval_is_students():
+    values = [-1.0, -0.5, -1.0]
+    low, high = compare.interval(values)
+    # Student's t of two degrees of freedom: 4.303; standard error 0.2887 / sqrt(3) = 0.1667.
+    assert (low, high) == pytest.approx((-2.5 / 3 - 0.7172, -2.5 / 3 + 0.7172), abs=1e-4)
+    assert (low, high) == pytest.approx(
+        stats.t.interval(0.95, 2, statistics.fmean(values), stats.sem(values))
+    )
+    assert compare.interval([1.0]) is None
+    spread = compare.interval([0.0, 0.0, 3.0])
+    assert spread[0] < 0 < spread[1] and math.isclose(sum(spread), 2.0)
+
+
+def test_means_over_data_sets_are_of_seeds_that_all_have():
+    found = compare.group_by_seeds(LINES)
+    column = "linear, 20 % of labels", compare.MEAN
+    assert found["krr_st"][column] == {(0, 0): 25.0, (1, 1): 28.0}
+    assert found["krr_st_d5"][column] == {(1, 1): 27.25, (2, 2): 32.0}
+
+
+def test_a_table_for_each_data_set_and_one_of_the_means():
+    rows = rows_of(compare.format_datasets(TABLE, LINES))
+    assert rows[0] == ["digits: cars", "linear, 20 % of labels", "full, 20 labels/class", "n"]
+    assert rows[1] == ["KRR-ST", "14.00 ± 4.32", "5.00 ± 0.00", "3 x 1"]
+    assert rows[2] == [
+        "KRR-ST, D5: pool that never resets", "13.17 ± 4.25 (-0.83 [-1.55, -0.12]*)", "", "3 x 1"
+    ]  # fmt: skip
+    assert rows[3] == ["digits: cifar10", "linear, 20 % of labels", "n"]
+    assert rows[5][1:] == ["44.00 ± 1.00 (-1.00)", "2 x 1"]  # one pair: no interval
+    loss = [
+        line("krr_st", (0, None), f"{name} images", accuracy, compare.LOSS)
+        for name, accuracy in (("initial", 40.0), ("distilled", 20.0))
+    ]
+    [heading, krr_st, _] = rows_of(compare.format_means(TABLE, LINES + loss))
+    assert heading == [
+        "digits, mean over data sets", "linear, 20 % of labels", "full, 20 labels/class",
+        compare.LOSS, "n"
+    ]  # fmt: skip
+    assert krr_st == ["KRR-ST", "26.50 ± 1.50", "5.00 ± 0.00", "20.00 ± 0.00", "2 x 1"]
+    assert (
+        compare.format_means(TABLE, []) == compare.format_datasets(TABLE, []) == "No results yet."
+    )
+
+
+def test_each_target_network_has_a_table_with_the_rows_that_need_none():
+    targets = TargetNetwork("target"), TargetNetwork("encoder")
+    table = Table(
+        "toy",
+        "A toy.",
+        sources=(Source("digits", targets=targets), Source("photos")),
+        methods=("scratch", "random", "krr_st"),
+        against="scratch",
+    )
+    lines = [
+        line("scratch", (None, 0), "cars", 1.0, source=None),
+        line("random", (0, 0), "cars", 2.0),
+        line("krr_st.target", (0, 0), "cars", 3.0),
+        line("krr_st.encoder", (0, 0), "cars", 5.0),
+        line("krr_st", (0, 0), "cars", 6.0, source="photos"),
+        line("dsa", (0, 0), "cars", 9.0),  # no row of this table
+    ]
+    rows = rows_of(compare.format_datasets(table, lines))
+    heads = [row[0] for row in rows if "cars" in row[0]]
+    assert heads == [
+        "digits, target network target: cars", "digits, target network encoder: cars",
+        "photos: cars"
+    ]  # fmt: skip
+    krr_st = [row[1] for row in rows if row[0] == "KRR-ST"]
+    assert krr_st == ["3.00 ± 0.00 (+2.00)", "5.00 ± 0.00 (+4.00)", "6.00 ± 0.00 (+5.00)"]
+    assert sum(row[0] == "random real images" for row in rows) == 2
+    assert sum(row[0] == "no pre-training" for row in rows) == 3
+    other = rows_of(compare.format_datasets(table, lines, against="random"))
+    assert next(row[1] for row in other if row[0] == "KRR-ST") == "3.00 ± 0.00 (+1.00)"
+
+
+def test_stored_results_give_the_same_tables_in_the_documents(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in LINES))
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setitem(TABLES, "toy", TABLE)
+    compare.main(["toy", str(folder), "--collect"])
+    first = capsys.readouterr().out
+    compare.main(["toy"])
+    assert first.endswith(capsys.readouterr().out) and "toy.jsonl: 11 results" in first
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table toy.datasets -->\n<!-- end of table -->\n")
+    with pytest.raises(UserError, match="stale"):
+        docs.main(["--check", str(page)])
+    docs.main(["--write", str(page)])
+    assert "13.17 ± 4.25 (-0.83 [-1.55, -0.12]*)" in page.read_text()
+    with pytest.raises(UserError, match="--against magic: not one of"):
+        compare.main(["toy", "--against", "magic"])
+
+
+def test_command_refuses_a_file_that_is_none(tmp_path):
+    (tmp_path / "results.jsonl").write_text("no json\n")
+    done = command("-m", "analysis.compare", "departures", tmp_path, check=False)
+    assert done.returncode == 2 and "line 1 is not a result" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outer_losses_come_from_the_distilled_sets(distilled, tmp_path):
+    copy = tmp_path / "digits" / "krr_st" / "seed0" / "distilled.pt"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(distilled.read_bytes())
+    initial, learned = compare.read_losses(tmp_path)
+    meta = load_distilled(distilled).meta
+    assert learned["method"] == "krr_st" and learned["source"] == "digits"
+    assert learned["accuracy"] == pytest.approx(100 * meta["outer_loss_distilled"], 1e-3)
+    found = compare.group_by_seeds([initial, learned])["krr_st"]
+    assert found == {
+        (compare.LOSS, "initial images"): {(0, None): initial["accuracy"]},
+        (compare.LOSS, "distilled images"): {(0, None): learned["accuracy"]},
+    }
+
+
+def test_stored_departures_hold_what_their_table_needs():
+    lines = results.read(compare.results_file("departures"))
+    assert {each["method"] for each in lines} == {*TABLES["departures"].methods}
+    keys = [(each["method"], each["seed"], compare.column_of(each)) for each in lines
+            if each["protocol"] != compare.LOSS]  # fmt: skip
+    assert len(keys) == len({*keys}) == 3 * 6 * len(TABLES["departures"].methods)

@@ -1,0 +1,187 @@
+"""Tasks are carried out in order, once, whoever else works on the run folder."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from evaluation import results
+from experiments import scheduler
+from experiments.scheduler import TaskList
+from tests.conftest import ROOT
+
+
+def make_tasks(top, *rows):
+    """Tasks of a little script that adds an x to a file in `top`: (file, names of the files that it
+    needs)."""
+    (top / "make.py").write_text(
+        "import sys, time; time.sleep(0.05); open(sys.argv[1], 'a').write('x')"
+    )
+    made = TaskList()
+    for row in rows:
+        made.add([top / name for name in ("make.py", *row)], top / row[0])
+    return made.tasks
+
+
+def do(tasks, top, jobs=1):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return scheduler.carry_out(tasks, jobs, top / "runs")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_tasks_wait_for_the_files_that_they_name(tmp_path, capfd):
+    tasks = make_tasks(tmp_path, ("b", "a"), ("a",))
+    assert [len(task.needs) for task in tasks] == [0, 0]  # those above only
+    tasks = make_tasks(tmp_path, ("a",), ("b", "a"), ("c", "b"), ("d",), ("d", "a"))
+    needs = [[Path(each.leaves[0]).name for each in task.needs] for task in tasks]
+    assert needs == [[], ["a"], ["b"], []]
+    assert do(tasks, tmp_path, jobs=2) == 0
+    out = capfd.readouterr().out
+    shown = [line.split()[-1] for line in out.splitlines() if line.startswith("$")]
+    assert {name: (tmp_path / name).read_text() for name in "abcd"} == dict.fromkeys("abcd", "x")
+    assert len(shown) == 4
+    assert do(make_tasks(tmp_path, ("a",), ("b", "a")), tmp_path) == 0
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_tasks_wait_for_evaluations_of_networks_that_they_name():
+    made = TaskList()
+    made.add(["x.py", "first"], "a")
+    made.wait()
+    folder = "runs/net/results.jsonl"
+    made.add(["finetune.py", "--seed", 0], f"{folder}#cars_full_seed0")
+    made.add(["finetune.py", "--seed", 1], f"{folder}#cars_0.1_seed1", f"{folder}#cars_seed1")
+    made.add(["kd.py", "--teacher", "runs/net/cars_full_seed0/model.pt"], "b")
+    made.add(["print.py"])
+    assert [[made.tasks.index(each) for each in task.needs] for task in made.tasks] == [
+        [], [0], [0], [0, 1], [0, 1, 2, 3]
+    ]  # fmt: skip
+
+
+def test_a_task_is_done_when_all_that_it_leaves_is_there(tmp_path):
+    made = TaskList()
+    made.add(["finetune.py"], *(f"{tmp_path}/results.jsonl#{name}" for name in ("a", "b")))
+    [task] = made.tasks
+    results.append(tmp_path, dict(digest="1", name="a", seconds=2.0))
+    assert not task.is_done()
+    results.append(tmp_path, dict(digest="2", name="b", seconds=3.0))
+    assert task.is_done() and task.time_spent() == (5.0, 1.0)
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path, capfd):
+    tasks = make_tasks(tmp_path, ("a",), ("b", "a"), ("c",))
+    tasks[0].words = ["-c", "raise SystemExit(3)"]
+    assert do(tasks, tmp_path) == 1
+    assert (tmp_path / "c").exists() and not (tmp_path / "b").exists()
+    error = capfd.readouterr().err
+    assert "failed (3)" in error and "1 failed; 1 that need them did not run" in error
+
+
+def test_a_task_that_another_process_runs_is_left_to_it(tmp_path):
+    [task] = make_tasks(tmp_path, ("a",))
+    held = scheduler.claim(task, tmp_path)
+    assert held and scheduler.claim(task, tmp_path) is None
+    held.close()
+    scheduler.claim(task, tmp_path).close()
+
+
+def test_estimate_from_what_took_how_long(tmp_path):
+    for seed in (0, 1, 2):
+        run = tmp_path / f"seed{seed}"
+        run.mkdir()
+        # The first two were resumed after step 20 and count their seconds anew.
+        resumed = [(10, 4.0), (20, 9.0), (30, 1.0), (100, 21.0)]
+        steps = resumed if seed < 2 else [(25, 10.0)]
+        log = [dict(phase="p", step=step, of=100, seconds=seconds) for step, seconds in steps]
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        if seed < 2:
+            (run / "model.pt").write_text("")
+    made = TaskList()
+    for seed in (0, 1, 2, 3):
+        words = ["pretrain.py", "--distilled", tmp_path / "d.pt", "--seed", seed]
+        made.add(words, tmp_path / f"seed{seed}" / "model.pt")
+    made.add(["other.py"], tmp_path / "o.pt")
+    assert made.tasks[0].time_spent() == (30.0, 1.0)
+    assert made.tasks[2].time_spent() == (10.0, 0.25)
+    assert scheduler.estimate(made.tasks, 1) == (
+        "2 of 5 commands done; about 1 min left; no estimate yet for 1"
+    )
+
+
+TOY = """
+import sys
+from experiments import __main__ as experiments
+from experiments.tables import TABLES, Protocol, Scale, Source, Table
+from utils import cli
+
+KRR_ST = dict(width=0.125, outer_steps=500, outer_batch=64, pool_size=2, pool_steps=3)
+TABLES["toy"] = Table(
+    "toy",
+    "A toy table.",
+    sources=(Source("digits"),),
+    methods=("krr_st",),
+    datasets=("digits",),
+    protocols=(Protocol("linear", label_fractions=(0.1, 1)), Protocol("full")),
+    seeds=(0, 1),
+    scale=Scale(
+        width=0.125,
+        sets=dict(num_images=20),
+        methods=dict(krr_st=KRR_ST),
+        pretrain=dict(feature=dict(epochs=2)),
+        finetune=dict(steps=2),
+    ),
+    last=("-m analysis.tables {runs}",),
+)
+cli.run(experiments.main)
+"""
+
+
+def test_a_toy_table_killed_and_started_again(roots, runs, tmp_path):
+    """Two processes on one run root, with two jobs each; stopped, killed, and resumed."""
+    shutil.copytree(runs / "target", tmp_path / "digits" / "target")  # done already
+    places = [*roots[:2], "--run-root", str(tmp_path)]
+    words = [sys.executable, "-c", TOY, "toy", *places, "--jobs", "2"]
+    flags = ["--", "--log-every", "1"]
+    out = open(tmp_path / "out.txt", "w+")  # noqa: SIM115
+
+    def begin():
+        return subprocess.Popen([*words, *flags], cwd=ROOT, stdout=out, stderr=out)
+
+    def reach(condition):
+        deadline = time.time() + 240
+        while not condition():
+            assert time.time() < deadline, (tmp_path / "out.txt").read_text()
+            time.sleep(0.05)
+
+    log = tmp_path / "digits" / "krr_st" / "seed0" / "log.jsonl"
+    first = begin()
+    reach(lambda: log.is_file() and log.read_text().count("\n") > 2)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 130 and (log.parent / "checkpoint.pt").is_file()
+    assert not (log.parent / "distilled.pt").exists()
+    before = log.read_text().splitlines()
+
+    pair = [begin(), begin()]
+    reach(lambda: any(len(results.read(p)) for p in log.parent.rglob("results.jsonl")))
+    pair[0].kill()  # what it had begun goes on, and the other waits for that
+    assert pair[1].wait(timeout=240) == 0, (tmp_path / "out.txt").read_text()
+    shown = (tmp_path / "out.txt").read_text()
+    assert log.read_text().splitlines()[: len(before)] == before  # resumed, not done again
+    for seed in (0, 1):
+        lines = results.read(log.parent / "convnet3-x0.125" / f"seed{seed}" / "results.jsonl")
+        names = [f"digits_{name}_seed{seed}" for name in ("full", "linear", "linear_0.1")]
+        assert sorted(line["name"] for line in lines) == names
+        [full] = [line for line in lines if line["protocol"] == "full"]
+        assert full["deviations"]["finetune.steps"] == [2, 100]
+        assert shown.count(f"--dataset digits --seed {seed}") == 2  # each was begun once
+    assert "(n=2)" in shown and "KRR-ST" in shown
+    listing = subprocess.run(
+        [*words, "--dry-run", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "8 of 8 commands done" in listing.stdout
