@@ -1,23 +1,23 @@
 """Compare the rows of an experiment, paired by seed, as Markdown.
 
-    python -m analysis.compare departures runs/departures              # from its results
-    python -m analysis.compare departures --collect runs/departures    # store them in analysis/
-    python -m analysis.compare departures                              # from there
+    python -m analysis.compare departures runs/departures              # results of a run root
+    python -m analysis.compare departures --collect runs/departures    # and store them
+    python -m analysis.compare departures                              # stored results
     python -m analysis.compare small --against krr_st
 
-The first argument is a table of experiments/tables.py. Each source and target network has a table
-of its own: a row for each method, a column for each protocol, in the mean over data sets and then
-by data set. Rows without source or target network (no pre-training, random images with labels)
-stand in each table that they belong to.
+The first argument is a table of experiments/tables.py. There is a table for each source and target
+network, with a row for each method. The columns are protocols, first averaged over the data sets
+and then for each data set. Rows without a source or target network (no pre-training, random images
+with labels) appear in every table to which they belong.
 
-A cell is the mean accuracy in percent ± the standard deviation of all runs (ddof = 0). In brackets
-stands the difference from the row `--against`, paired by the seeds of distillation and
-pre-training: the mean, and the 95 % interval of Student's t over the means of the distillations. A
-star marks an interval without zero; of many cells, one in twenty has one by chance. The column n
-holds the number of distillations and of pre-trainings of each.
+A cell is the mean accuracy in percent ± the standard deviation over all runs (ddof = 0). The
+brackets contain the difference from the row `--against`, paired by the seeds of distillation and
+pre-training: its mean, and the 95 % interval of Student's t over the means per distillation. A star
+marks an interval that excludes zero. By chance alone, one in twenty cells has a star. Column n is
+the number of distillations and of pre-trainings per distillation.
 
-Last comes the loss that distill.py minimises, times 100, under the final pool and for images drawn
-at random from the source. A variant with another kind of pool has another measure.
+The last table is the loss that distill.py minimises, times 100, under the final pool and for random
+images of the source. Variants with a different kind of pool are not comparable in this loss.
 """
 
 import json
@@ -61,12 +61,12 @@ MEAN = "mean over data sets"
 
 
 def results_file(name):
-    """Where the results of a table are stored."""
+    """Return the file with the stored results of a table."""
     return HERE / f"{name}.jsonl"
 
 
 def read_losses(folder):
-    """A line for each distilled.pt below a run root that knows its outer loss."""
+    """Yield a line for each distilled.pt in a run root that stores its outer loss."""
     for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
         meta = load_distilled(path).meta
         for dataset in ("initial", "distilled"):
@@ -84,7 +84,7 @@ def read_losses(folder):
 
 
 def split_blocks(table, lines):
-    """[(heading, lines)] for each source and target network of a `Table`."""
+    """Return [(heading, lines)] for each source and target network of a `Table`."""
     names = {*table.methods, "full"}
     lines = [line for line in lines if registry.base(line["method"]) in names]
     described = {source.name: source for source in table.sources}
@@ -107,13 +107,15 @@ def split_blocks(table, lines):
 
 
 def column_of(line):
-    """Protocol and data set; with the network where a line names one."""
+    """Return the column of a result: (protocol, data set)."""
     return line["protocol"] if line["protocol"] == LOSS else other_column(line), line["dataset"]
 
 
 def group_by_seeds(lines):
-    """{method: {column: {(distillation, pre-training): accuracy}}}, with the mean over data sets
-    where all are there."""
+    """Return {method: {column: {(distillation, pre-training): accuracy}}}.
+
+    The mean over data sets is included if all data sets have a result.
+    """
     found = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         seeds = line["distilled_seed"], line.get("seed")
@@ -135,13 +137,13 @@ def group_by_seeds(lines):
 
 
 def paired_differences(ours, base):
-    """Differences of two {(distillation, pre-training): accuracy} at equal seeds.
+    """Return the differences of two {(distillation, pre-training): accuracy} at equal seeds.
 
-    A row without distillations (None) is compared with each of the other's.
+    A row without distillations (None) is compared with every distillation of the other row.
 
     Returns:
-        The mean over pre-trainings of each distillation; of each pre-training, where neither row
-        has distillations.
+        A list with the mean difference over pre-trainings for each distillation. If neither row has
+        distillations, it has the difference of each pre-training.
     """
     groups = defaultdict(list)
     for (ours_set, ours_seed), accuracy in ours.items():
@@ -154,7 +156,7 @@ def paired_differences(ours, base):
 
 
 def interval(values, level=0.95):
-    """(low, high) of the mean of `values` by Student's t, or None for fewer than two."""
+    """Return Student's t interval (low, high) of the mean of `values`; None for fewer than two."""
     if len(values) < 2:
         return None
     error = statistics.stdev(values) / len(values) ** 0.5
@@ -163,7 +165,7 @@ def interval(values, level=0.95):
 
 
 def format_cell(values, base):
-    """The text of a cell; `base` are the values of the row to compare with, or empty."""
+    """Return the text of a cell; `base` are the values of the reference row, or empty."""
     if not values:
         return ""
     accuracies = values.values()
@@ -178,8 +180,10 @@ def format_cell(values, base):
 
 
 def count_runs(columns):
-    """The number of distillations and of pre-trainings of each: 3 x 3. Where a row has only one
-    of them, its number."""
+    """Return the number of distillations and of pre-trainings per distillation, such as 3 x 3.
+
+    A row without distillations or pre-trainings has a single number.
+    """
     trained = defaultdict(set)
     for distilled, seed in {pair for values in columns for pair in values}:
         trained[distilled] |= {seed} - {None}
@@ -190,8 +194,10 @@ def count_runs(columns):
 
 
 def format_table(found, heading, columns, against):
-    """Markdown, headed `heading`: a row for each method with a result in `columns` {head:
-    column}."""
+    """Return a Markdown table with a row for each method that has results.
+
+    `columns` is {heading: column}; `heading` is the first cell.
+    """
     rows = [[Cell(heading), *map(Cell, columns), Cell("n")]]
     for method in sorted(found, key=registry.order):
         mine = [found[method].get(column, {}) for column in columns.values()]
@@ -206,7 +212,7 @@ def format_table(found, heading, columns, against):
 
 
 def columns_by_dataset(found):
-    """{data set: {protocol: column}} in order: the mean first, the losses last."""
+    """Return {data set: {protocol: column}}, with the mean first and the losses last."""
     columns = {column for values in found.values() for column in values}
     names = sorted(
         {dataset for protocol, dataset in columns if protocol != LOSS},
@@ -222,7 +228,7 @@ def columns_by_dataset(found):
 
 
 def format_means(table, lines, against=None):
-    """Markdown tables of the means over data sets, with the outer loss of the distilled images."""
+    """Return Markdown tables of the means over data sets, and the outer loss if it is stored."""
     texts = []
     for heading, part in split_blocks(table, lines):
         found = group_by_seeds(part)
@@ -236,7 +242,7 @@ def format_means(table, lines, against=None):
 
 
 def format_datasets(table, lines, against=None):
-    """Markdown tables for each data set, and of the losses."""
+    """Return Markdown tables for each data set and for the losses."""
     texts = []
     for heading, part in split_blocks(table, lines):
         found = group_by_seeds(part)
@@ -248,7 +254,7 @@ def format_datasets(table, lines, against=None):
 
 
 def collected_tables():
-    """{name: text} of the tables whose results are stored: NAME with means, NAME.datasets."""
+    """Return {name: text} of all stored tables: NAME has means, NAME.datasets each data set."""
     made = {}
     for name, table in TABLES.items():
         if lines := results.read(results_file(name)):
@@ -287,8 +293,10 @@ def parse_args(argv):
     parser = cli.Parser(__doc__)
     parser.add_argument("table", choices=[*TABLES], metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("folder", nargs="?", type=Path, help="run root (default: stored results)")
-    parser.add_argument("--against", metavar="ROW", help="default: the table's own")
-    parser.add_argument("--collect", action="store_true", help="store the folder's results")
+    parser.add_argument("--against", metavar="ROW", help="reference row (default: the table's)")
+    parser.add_argument(
+        "--collect", action="store_true", help="store the results of the folder in analysis/"
+    )
     args = parser.parse_args(argv)
     if args.collect and not args.folder:
         parser.error("--collect needs a folder")

@@ -1,11 +1,12 @@
-"""Write the tables in README.md and other Markdown files from the stored results, or check them.
+"""Update the tables in README.md and other Markdown files from the stored results, or check them.
 
     python -m analysis.docs --write README.md docs/*.md
-    python -m analysis.docs --check README.md docs/*.md    # fails where a table is stale
+    python -m analysis.docs --check README.md docs/*.md    # fails if a table is stale
 
-A table stands between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is a table or data
-set of `analysis.tables`; NAME or NAME.datasets of `analysis.compare`, where its results are stored;
-or one of methods, speed, parallel and scaling.
+A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is one of:
+- a table or data set of `analysis.tables`;
+- a table of `analysis.compare` with stored results, or NAME.datasets of such a table;
+- methods, speed, parallel or scaling.
 """
 
 import re
@@ -22,7 +23,7 @@ MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.
 
 
 def update_tables(text, lines):
-    """`text` with the tables between its marks made from the results `lines` and the benchmarks."""
+    """Return `text` with all marked tables rendered from the results `lines` and the benchmarks."""
     made = tables.document(lines) | speed.collected_tables()
     made["methods"] = registry.markdown()
     made["scaling"] = scaling.collected_tables()
@@ -38,11 +39,11 @@ def main(argv):
         after = update_tables(before, lines)
         if args.check and after != before:
             raise UserError(
-                f"{path}: its tables are stale; run: python -m analysis.docs --write {path}"
+                f"{path}: the tables are stale; run: python -m analysis.docs --write {path}"
             )
         if after != before:
             files.write_text(path, after)
-        state = "up to date" if after == before else "renewed"
+        state = "up to date" if after == before else "updated"
         print(f"{path}: {len(MARK.findall(before))} tables {state}")
 
 
@@ -50,8 +51,10 @@ def parse_args(argv):
     parser = cli.Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="Markdown files")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--write", action="store_true", help="renew the tables")
-    action.add_argument("--check", action="store_true", help="exit with an error if one is stale")
+    action.add_argument("--write", action="store_true", help="update the tables")
+    action.add_argument(
+        "--check", action="store_true", help="exit with an error if a table is stale"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of sets and results; each command writes one PNG file.
+"""Figures of sets and results. Each command writes one PNG file.
 
     python -m analysis.figures images --out images.png \\
         --distilled runs/cifar100/krr_st/seed0/distilled.pt
@@ -8,10 +8,10 @@
     python -m analysis.figures bars   --out bars.png runs     # Figure 3 of the paper
     python -m analysis.figures count  --out count.png runs    # accuracy by m
 
-images: the distilled images beside those that they started from (Figures 2 and 4 to 6). tsne:
-g_phi(X_s), Y_s and g_phi(X_t) in two dimensions (Figure 2; van der Maaten and Hinton, 2008).
-Without folders, bars and count draw the results in analysis/results.jsonl. Colours are those of
-Okabe and Ito; markers, dashes and hatches tell the same.
+images: initial and distilled images (Figures 2 and 4 to 6). tsne: g_phi(X_s), Y_s and g_phi(X_t) in
+two dimensions (Figure 2; van der Maaten and Hinton, 2008). Without folders, bars and count use the
+results in analysis/results.jsonl. The colours are those of Okabe and Ito; markers, dashes and
+hatches distinguish the series without colour.
 """
 
 import math
@@ -58,20 +58,21 @@ def describe_origin(distilled):
 
 
 def initial_and_distilled(distilled, source, most):
-    """[(title, pixels (k, 3, S, S))] of the first `most` images: where they started from, if that
-    and an `ImageSet` of theirs are known and they have moved, and the distilled ones."""
+    """Return [(title, pixels (k, 3, S, S))] of the first `most` initial and distilled images.
+
+    The initial images are left out if they or their `ImageSet` `source` are unknown, or if the
+    images have not moved.
+    """
     pixels, meta = distilled.pixels()[:most], distilled.meta
     initial = meta.get("initial")
     shown = [("distilled", pixels)]
     if initial is not None and source is not None and meta.get("distance_from_initial") != 0:
-        shown.insert(
-            0, ("where they started from", to_float(source.pixels[torch.tensor(initial[:most])]))
-        )
+        shown.insert(0, ("initial", to_float(source.pixels[torch.tensor(initial[:most])])))
     return shown
 
 
 def images(args):
-    """The first `args.most` distilled images, beside their initial ones where these are known."""
+    """Draw the first `args.most` distilled images, and their initial images if known."""
     distilled = load_distilled(args.distilled)
     count = len(distilled.images)
     most = min(args.most or count, count)
@@ -97,14 +98,17 @@ def images(args):
 
 
 def sample_features(source, target, count):
-    """g_phi of `count` random images of the source, the same each time: (count, d_y)."""
+    """Return g_phi (count, d_y) of `count` fixed random images of the source."""
     index = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
     return torch.cat([target.features_at(source, part) for part in index.split(512)])
 
 
 def draw_tsne(distilled, source, target, real, size=(6.4, 5.6), title=""):
-    """One embedding of `real`, g_phi(X_t) (n, d_y), of g_phi(X_s), and of Y_s; `size` in inches."""
-    from sklearn.manifold import TSNE  # here, since scikit-learn takes a second to import
+    """Draw a joint embedding of `real` = g_phi(X_t) (n, d_y), of g_phi(X_s), and of Y_s.
+
+    `size` is in inches. Returns a matplotlib figure.
+    """
+    from sklearn.manifold import TSNE  # imported here, because it takes a second
 
     x_syn = normalise(
         distilled.images * distilled.std[:, None, None] + distilled.mean[:, None, None],
@@ -143,8 +147,7 @@ def draw_tsne(distilled, source, target, real, size=(6.4, 5.6), title=""):
 
 
 def tsne(args):
-    """One embedding of the features of real images, of the distilled images, and of the learned
-    targets."""
+    """Draw a joint t-SNE of features of real and distilled images and of the learned targets."""
     distilled = load_distilled(args.distilled)
     source = load_source(args, distilled)
     target = load_target(args.target_network, source, torch.device("cpu"), "fp32")
@@ -156,8 +159,10 @@ def tsne(args):
 
 
 def read_curves(folders):
-    """{(phase, scalar): {folder: [(step, value)]}} of the runs' logs, the loss first; without what
-    is no number."""
+    """Return {(phase, scalar): {folder: [(step, value)]}} of the logs, with the loss first.
+
+    Values that are not finite numbers are left out.
+    """
     found = defaultdict(dict)
     for folder in folders:
         for line in read_log(folder):
@@ -178,8 +183,11 @@ def is_number(value):
 
 
 def draw_curves(axis, title, lines, names):
-    """`lines`: {name: [(step, value)]}, on a logarithmic scale where they span much; a name's place
-    among `names` decides its look."""
+    """Draw `lines`, a dict of name to [(step, value)].
+
+    The scale is logarithmic if the values span more than a factor of 20. The index of a name in
+    `names` determines its style.
+    """
     for name, points in lines.items():
         i = names.index(name)
         axis.plot(
@@ -197,10 +205,10 @@ def draw_curves(axis, title, lines, names):
 
 
 def curves(args):
-    """Every scalar in the runs' logs by step; a panel for each phase and scalar."""
+    """Draw all scalars of the logs by step, with a panel for each phase and scalar."""
     found = read_curves(args.folders)
     if not found:
-        raise UserError(f"{', '.join(map(str, args.folders))}: no log.jsonl with numbers in it")
+        raise UserError(f"{', '.join(map(str, args.folders))}: no log.jsonl with numbers")
     figure, axes = make_panels(len(found))
     for axis, ((phase, scalar), lines) in zip(axes, found.items(), strict=True):
         draw_curves(axis, f"{phase}: {scalar}", lines, args.folders)
@@ -214,8 +222,7 @@ def load_results(args):
 
 
 def bars(args):
-    """Accuracy by method and data set, a panel for each network, as Figure 3 (the paper's Tables 5
-    to 8)."""
+    """Draw accuracy by method and data set, with a panel for each network (Figure 3)."""
     lines, chosen = load_results(args), []
     for table in tables.all_tables():
         if table.name in args.tables.split(","):
@@ -227,12 +234,12 @@ def bars(args):
     for axis, (_, settings, columns, rows) in zip(axes, chosen, strict=True):
         wide = 0.8 / len(rows)
         for i, (method, own, cells) in enumerate(rows):
-            there = [j for j, column in enumerate(columns) if column in cells]
-            values = [cells[columns[j]] for j in there]
+            present = [j for j, column in enumerate(columns) if column in cells]
+            values = [cells[columns[j]] for j in present]
             means, deviations = (list(map(f, values)) for f in (statistics.mean, statistics.pstdev))
             look = methods.index(method)
             axis.bar(
-                [j + (i - (len(rows) - 1) / 2) * wide for j in there],
+                [j + (i - (len(rows) - 1) / 2) * wide for j in present],
                 means,
                 wide,
                 yerr=deviations,
@@ -254,12 +261,14 @@ def bars(args):
 
 
 def count(args):
-    """Accuracy by the number of distilled images; a panel for each source, data set, network and
-    protocol."""
+    """Draw accuracy by the number of distilled images.
+
+    There is a panel for each source, data set, network and protocol.
+    """
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     levels = defaultdict(
         lambda: defaultdict(list)
-    )  # of no number of images: no pre-training, and the oracle
+    )  # without a number of images: no pre-training, and the oracle
     for line in load_results(args):
         if line["protocol"] in ("fid", "kd"):
             continue
@@ -278,7 +287,7 @@ def count(args):
     )
     if not drawn:
         raise UserError(
-            "no method has results for two numbers of images (distill.py --num-images) yet"
+            "no method has results for two numbers of images yet; see distill.py --num-images"
         )
     methods = sorted({method for key in drawn for method in found[key]}, key=registry.order)
     figure, axes = make_panels(len(drawn), most=2)
@@ -338,21 +347,25 @@ def parse_args(argv):
             "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
         )
         one.add_argument(
-            "--source", help="data set or folder that it was distilled from (default: as it says)"
+            "--source",
+            help="data set or folder of the source (default: the source stored in the set)",
         )
         if name == "images":
             one.add_argument(
                 "--most",
                 type=cli.non_negative_int,
                 default=100,
-                help="images shown; 0: all (default: 100)",
+                help="number of images to show; 0: all (default: 100)",
             )
         else:
             one.add_argument(
                 "--target-network", type=Path, required=True, help="target.pt of the source"
             )
             one.add_argument(
-                "--real", type=cli.positive_int, default=2000, help="real images (default: 2000)"
+                "--real",
+                type=cli.positive_int,
+                default=2000,
+                help="number of real images (default: 2000)",
             )
     for name in ("curves", "bars", "count"):
         one = commands.add_parser(name)
@@ -362,7 +375,7 @@ def parse_args(argv):
                 "--tables", default="table5,table6,table7,table8", help="default: %(default)s"
             )
     for one in commands.choices.values():
-        one.add_argument("--out", type=Path, required=True, help="the PNG file")
+        one.add_argument("--out", type=Path, required=True, help="PNG file to write")
     return parser.parse_args(argv)
 
 

@@ -1,15 +1,20 @@
-"""All runs of a folder on one page: settings, curves, images, t-SNE and tables, in one HTML file.
+"""Write one HTML page about all runs in a folder: settings, curves, images, t-SNE and tables.
 
     python -m analysis.report runs                    # writes runs/report.html
     python -m analysis.report runs --out page.html
 
-Shows what is there, of finished and of unfinished runs: the tables of `analysis.tables`; for each
-target network and distilled set its command, links to its files, the settings that differ from its
-preset, the curves of its log, the images beside those that they started from, and t-SNE where the
-target network and the prepared source are at hand (those of the first sets only); below it the
-networks that were trained on it. Without the linked files the page is still complete. What is
-damaged is named and left out. Nothing is changed, and nothing is decoded or downloaded. Half a
-minute for ten sets, and under 10 MB.
+The page also covers unfinished runs. It has the tables of `analysis.tables`. For each target
+network and distilled set it has:
+- its command, and links to its files;
+- the settings that differ from the preset;
+- the curves of the log;
+- the initial and the distilled images;
+- a t-SNE, for the first sets only, if the target network and the prepared source are on disk;
+- the networks that were trained on it.
+
+The page is complete without the linked files. Damaged files are listed and left out. The command
+changes no run, prepares no data and downloads nothing. Ten sets take half a minute and less than 10
+MB.
 """
 
 import base64
@@ -44,16 +49,16 @@ LINKED = ("distilled.pt", "target.pt", "images.png", "config.json", "log.jsonl")
 ARTEFACTS = ("target.pt", "distilled.pt", "model.pt", "expert.pt")
 MADE_BY = {"pretrain_target.py": "target", "finetune.py": "finetune", "kd.py": "kd"} | {
     entry.command.split()[-1]: entry.stage for entry in registry.ENTRIES if entry.module
-}  # the last word of a command -> the stage of its settings
-FEW_SETS = 12  # up to which each set has more images and its t-SNE, and is shown unfolded
-FEW_FAULTS = 8  # up to which they are shown unfolded
-MOST_IMAGES, FEWER_IMAGES = 40, 10  # of a set
-MOST_PIXELS = 64  # of a side, of an image
-MOST_CURVES = 8  # in one panel
-MOST_POINTS = 400  # of each part of a t-SNE
+}  # last word of a command -> stage of its settings
+FEW_SETS = 12  # with at most so many sets, each has more images, a t-SNE, and is unfolded
+FEW_FAULTS = 8  # with at most so many, they are unfolded
+MOST_IMAGES, FEWER_IMAGES = 40, 10  # per set
+MOST_PIXELS = 64  # side of an image
+MOST_CURVES = 8  # per panel
+MOST_POINTS = 400  # per part of a t-SNE
 MEASURED = {
-    "distance_from_initial": "images moved from their initial ones (root mean square, in the "
-    "source's deviations)",
+    "distance_from_initial": "distance of the images from the initial ones (root mean square, in "
+    "standard deviations of the source)",
     "outer_loss_initial": "outer loss of the initial images",
     "outer_loss_distilled": "outer loss of the distilled images",
     "objective_initial": "objective of the initial images",
@@ -101,15 +106,23 @@ img.plot { width: 340px; }
 
 @dataclass
 class Folder:
-    """A run: its folder, its path below the run root, the content of its config.json (None where
-    damaged), the name of its artefact or None, and the last line of its log or {}."""
+    """A run.
+
+    Attributes:
+        path: its folder.
+        name: its path relative to the run root.
+        config: content of config.json; None if damaged.
+        artefact: name of its artefact; None if unfinished.
+        last: last line of its log, or {}.
+        below: runs on its artefact.
+    """
 
     path: Path
     name: str
     config: dict | None
     artefact: str | None
     last: dict
-    below: list = field(default_factory=list)  # runs on what this one made
+    below: list = field(default_factory=list)
 
     @property
     def settings(self):
@@ -120,13 +133,15 @@ class Folder:
         if self.artefact:
             return "finished"
         if not self.last:
-            return "unfinished, nothing logged yet"
+            return "unfinished, no log yet"
         of = f" of {number(self.last.get('of'))}" if "of" in self.last else ""
         return f"unfinished: {self.last['phase']}, step {number(self.last['step'])}{of}"
 
     def changes(self, default):
-        """{setting: [here, in the preset]} where these differ; `default` is the preset where the
-        settings name none."""
+        """Return the settings that differ from the preset: {setting: [value, preset's value]}.
+
+        `default` is the preset of runs whose settings name none.
+        """
         command = [*map(str, (self.config or {}).get("command", [])), "", ""]
         made_by = command[1] if command[0] == "python -m distillers" else Path(command[0]).name
         settings, kind = self.settings, None
@@ -152,22 +167,24 @@ def text(value):
 
 
 class Page:
-    """What is shown of a run root, and the `faults` of what is left out. `page_folder` is the
-    folder of the HTML file."""
+    """The page of a run root.
+
+    `faults` lists the reasons for what is left out. `page_folder` is the folder of the HTML file.
+    """
 
     def __init__(self, root, data_root, page_folder):
         self.root, self.data_root, self.page_folder = root, data_root, page_folder
         self.faults, self._real = [], {}
 
     def attempt(self, function, *arguments):
-        """What the function returns; None where it raises UserError or OSError, which is noted."""
+        """Call a function; on UserError or OSError, record the fault and return None."""
         try:
             return function(*arguments)
         except (UserError, OSError) as error:
             self.faults.append(str(error))
 
     def runs(self):
-        """The `Folder`s below the root by name, those on what another made in its `below` too."""
+        """Return all `Folder`s by name. Runs on another's artefact are also in its `below`."""
         found = {}
         for config in sorted(
             self.root.rglob("config.json"), key=lambda path: tables.natural_key(str(path))
@@ -187,20 +204,20 @@ class Page:
             found[run.name] = run
             above = [found[str(each)] for each in Path(run.name).parents if str(each) in found]
             if above:
-                above[-1].below.append(run)  # the outermost
+                above[-1].below.append(run)  # the outermost run
         return found
 
     def results(self):
-        """Lines of all results.jsonl, without those that are no results."""
+        """Yield the valid lines of all results.jsonl."""
         for path in sorted(self.root.rglob("results.jsonl")):
             for line in self.attempt(results.read, path) or ():
                 if fault := find_fault(line):
-                    self.faults.append(f"{path}: a result with {fault}")
+                    self.faults.append(f"{path}: result with {fault}")
                 else:
                     yield line
 
     def panels(self, found):
-        """A picture for each panel of `found` {title: {name: [(step, value)]}}."""
+        """Yield an image for each panel of `found`, {title: {name: [(step, value)]}}."""
         for title, lines in found.items():
             shown = dict(itertools.islice(lines.items(), MOST_CURVES))
             figure, axis = plt.subplots(figsize=(3.6, 2.7), layout="constrained")
@@ -212,8 +229,7 @@ class Page:
             yield image_html(render_figure(figure), f"{title}{more}", more)
 
     def networks(self, runs, default):
-        """What was trained on a set: a curve of the losses for each kind of run, and a line for
-        each run."""
+        """Yield loss curves for each kind of run on a set, and a table with a row for each run."""
         losses = {}
         for run in runs:
             kind = re.sub(r"seed\d+", "seed*", run.name)
@@ -237,12 +253,11 @@ class Page:
                 [run.name, run.state, f"{loss:.4g}" if figures.is_number(loss) else "", changed]
             )
         yield plain_table(
-            ["run", "state", "last loss", "settings that differ from the preset (there)"], rows
+            ["run", "state", "last loss", "settings that differ from the preset (preset's)"], rows
         )
 
     def set(self, run, many):
-        """A target network's or distilled set's part of the page; `many`: whether there are many of
-        these."""
+        """Yield the section of a target network or distilled set; `many`: for many sections."""
         default = preset_name(Path(run.name).parts[0])
         changed = run.changes(default)
         yield from self.files(run)
@@ -252,11 +267,11 @@ class Page:
             preset = text(run.settings.get("preset", default))
             yield f"<p>Settings that differ from the preset {preset}:</p>"
             yield plain_table(
-                ["setting", "here", "preset"], [[key, *pair] for key, pair in changed.items()]
+                ["setting", "run", "preset"], [[key, *pair] for key, pair in changed.items()]
             )
         elif run.artefact in (None, "distilled.pt", "target.pt"):
             preset = text(run.settings.get("preset", default))
-            yield f"<p>Settings: those of the preset {preset}.</p>"
+            yield f"<p>All settings are those of the preset {preset}.</p>"
         others = [[key, value] for key, value in run.settings.items() if key not in changed]
         if others:
             inside = plain_table(["setting", "value"], others)
@@ -279,7 +294,7 @@ class Page:
             yield f"<details><summary>{len(run.below)} runs on it</summary>{inside}</details>"
 
     def files(self, run):
-        """The command that made a run, and links to its files, relative to the page."""
+        """Yield the command of a run, and links to its files relative to the page."""
         if run.config and (command := self.attempt(shareable_command, run.path)):
             yield f"<p><code>{text(command)}</code></p>"
         place = quote(Path(os.path.relpath(run.path, self.page_folder)).as_posix())
@@ -289,11 +304,11 @@ class Page:
             yield f'<p class="faint">Files: {links}</p>'
 
     def images(self, run, distilled, many):
-        """What was measured of a distilled set, its images, and its t-SNE."""
+        """Yield the measurements of a distilled set, its images, and its t-SNE."""
         meta, size = distilled.meta, distilled.images.shape[-1]
         rows = [
             ["images", len(distilled.images)],
-            ["pixels of a side", size],
+            ["image size in pixels", size],
             ["targets", distilled.target_kind],
         ]
         rows += [
@@ -306,7 +321,7 @@ class Page:
         try:
             source = load_prepared_images(str(meta.get("source")), size, self.data_root)
             if source.fingerprint != run.settings.get("fingerprint"):
-                source, why = None, f"{source.name} is another version than the set was made from"
+                source, why = None, f"{source.name} has changed since the set was distilled"
         except (UserError, OSError) as error:
             why = str(error)
         if meta.get("initial") is None and "fingerprint" not in run.settings:
@@ -330,18 +345,18 @@ class Page:
                 why = str(error)
         yield f'<div class="pictures">{"".join(pictures)}</div>'
         if why:
-            left_out = "Initial images and t-SNE, or one of them, left out"
+            left_out = "Initial images or t-SNE left out"
             yield f'<p class="faint">{left_out}: {text(why)}.</p>'
 
     def tsne(self, run, distilled, source):
-        """A t-SNE plot as bytes, under the target network that the set was made with."""
+        """Return a t-SNE plot as PNG bytes, with the target network of the set."""
         home, wanted = run.path.parents[1] / "target", run.settings.get("target_network")
         path = next(
             (each for each in sorted(home.glob("*/target.pt")) if files.digest(each) == wanted),
             None,
         )
         if path is None:
-            raise UserError(f"{home}: its target network is not there")
+            raise UserError(f"{home}: target network not found")
         target = load_target(path, source, torch.device("cpu"), "fp32")
         if wanted not in self._real:
             self._real[wanted] = figures.sample_features(source, target, MOST_POINTS)
@@ -354,15 +369,15 @@ class Page:
         )
 
     def body(self):
-        """The page between its heading and its end."""
+        """Yield the body of the page after its heading."""
         lines, runs = [*self.results()], self.runs()
         if not runs and not lines:
-            raise UserError(f"{self.root}: no runs there (no config.json, no results.jsonl)")
+            raise UserError(f"{self.root}: contains no runs (no config.json, no results.jsonl)")
         below = {each.name for run in runs.values() for each in run.below}
         sets, rest = (
             {},
             {},
-        )  # by the first part of the name; other runs by the folder that they lie in
+        )  # by the first part of the name; other runs by their parent folder
         for run in runs.values():
             if (
                 run.artefact in ("target.pt", "distilled.pt")
@@ -391,7 +406,7 @@ class Page:
                     f'<details class="set"{opened}><summary>{title}</summary>{inside}</details>'
                 )
         if rest:
-            sections.append("<h2>Networks on no distilled set</h2>")
+            sections.append("<h2>Networks without a distilled set</h2>")
         for folder, these in rest.items():
             inside = "".join(
                 self.networks(these, preset_name(Path(folder).parts[0] if folder != "." else None))
@@ -402,7 +417,7 @@ class Page:
                 f"</summary>{inside}</details>"
             )
         unfinished = [run for run in runs.values() if not run.artefact]
-        counts = f"{len(runs)} runs, {len(unfinished)} of them unfinished; {len(lines)} results."
+        counts = f"{len(runs)} runs ({len(unfinished)} unfinished), {len(lines)} results."
         yield f"<p>{counts}</p>"
         if self.faults:
             faults = [*dict.fromkeys(self.faults)]
@@ -415,7 +430,7 @@ class Page:
 
 
 def find_fault(line):
-    """What makes a dict no result that a table can show, in words, or None."""
+    """Describe why a dict is not a valid result; None if it is valid."""
     fid, kd = line.get("protocol") == "fid", line.get("protocol") == "kd"
     words = ["method", "dataset", "protocol", *(["network", "source"] if fid else ["arch"])]
     numbers = ["fid"] if fid else ["accuracy", "width", "image_size"]
@@ -436,19 +451,19 @@ def find_fault(line):
     whole = isinstance(images, dict) and {"source", "method", "seed", "num_images"} <= images.keys()
     if (kd or "images" in line) and not (whole and isinstance(images["method"], str)):
         faults.append("images")
-    needed = ["source", "distilled_seed", "num_images"]  # may be null, but are there
+    needed = ["source", "distilled_seed", "num_images"]  # required, but may be null
     faults += [name for name in needed if name not in line and name not in faults]
-    return f"no or a wrong {', '.join(faults)}" if faults else None
+    return f"missing or invalid {', '.join(faults)}" if faults else None
 
 
 def short_title(kind, phase):
-    """What a panel of losses is called: the last two parts of the path, without the seeds."""
+    """Return the title of a loss panel: the last two parts of the path without seeds."""
     parts = [part for part in Path(kind).parts if part != "seed*"]
     return f"{' '.join(parts[-2:]).replace('_seed*', '')}: {phase}"
 
 
 def table(heading, rows):
-    """The rows of `tables.Cell`s under their heading."""
+    """Return rows of `tables.Cell`s as an HTML table with a heading."""
     said = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text(heading))
     cells = [
         [f"<strong>{text(cell.text)}</strong>" if cell.best else text(cell.text) for cell in row]
@@ -473,7 +488,7 @@ def plain_table(heads, rows):
 
 
 def image_html(content, alt, caption="", look="plot"):
-    """PNG bytes as an image within the page."""
+    """Return PNG bytes as an embedded HTML image."""
     data = base64.b64encode(content).decode()
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     source = f"data:image/png;base64,{data}"
@@ -481,7 +496,7 @@ def image_html(content, alt, caption="", look="plot"):
 
 
 def render_figure(figure):
-    """A matplotlib figure as PNG bytes, the same for the same numbers."""
+    """Return a matplotlib figure as PNG bytes, reproducibly."""
     out = io.BytesIO()
     figure.savefig(out, dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -496,7 +511,10 @@ def compress_png(image):
 
 
 def image_grid(pixels):
-    """Images (k, 3, S, S) in [0, 1] as PNG bytes, ten in a row, of at most `MOST_PIXELS` a side."""
+    """Return images (k, 3, S, S) in [0, 1] as PNG bytes, ten per row.
+
+    Images larger than `MOST_PIXELS` are reduced.
+    """
     if pixels.shape[-1] > MOST_PIXELS:
         pixels = F.interpolate(pixels, size=(MOST_PIXELS, MOST_PIXELS), mode="area")
     return compress_png(
@@ -505,7 +523,7 @@ def image_grid(pixels):
 
 
 def shrink_png(path):
-    """A picture on disk as PNG bytes, at most as wide as it is shown."""
+    """Return a picture on disk as PNG bytes, reduced to the width shown."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -516,8 +534,10 @@ def shrink_png(path):
 
 
 def render_page(root, data_root, folder):
-    """The whole page as text, with links relative to the `folder` that it is for. Raises UserError
-    where the run root holds no runs."""
+    """Return the page as HTML text, with links relative to its `folder`.
+
+    Raises UserError if the run root contains no runs.
+    """
     title = text(f"Runs in {root}")
     body = "\n".join(Page(root, data_root, folder).body())
     return (
@@ -547,7 +567,9 @@ def parse_args(argv):
         default=Path("runs"),
         help="folder of runs (default: runs)",
     )
-    parser.add_argument("--out", type=Path, help="the HTML file (default: RUN_ROOT/report.html)")
+    parser.add_argument(
+        "--out", type=Path, help="HTML file to write (default: RUN_ROOT/report.html)"
+    )
     cli.add_data_root(parser)
     return parser.parse_args(argv)
 

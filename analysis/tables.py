@@ -1,17 +1,20 @@
-"""Print the paper's tables: our results, as mean ± standard deviation (n results), beside the
-paper's own.
+"""Print the paper's tables: our results as mean ± standard deviation (n results), and the paper's.
 
-    python -m analysis.tables runs                    # from all results.jsonl below folders
+    python -m analysis.tables runs                    # from all results.jsonl in the folder
     python -m analysis.tables --only table2 runs      # or --csv, --latex
-    python -m analysis.tables --collect runs          # take them into analysis/results.jsonl
+    python -m analysis.tables --collect runs          # store them in analysis/results.jsonl
 
-Results at the paper's settings are compared with its numbers (analysis/paper.csv): the difference,
-and whether it lies within two of the paper's standard deviations. Those at other settings make a
-table of their own, which says so. Below a table come, for each data set, the same sets and networks
-by other protocols: probes of the features with all or few labels, nearest neighbours, and the head
-that pre-training left (the accuracy of a network that has seen only the distilled set). All else is
-listed by data set. Deviations are the population's (ddof = 0), as the paper's are. `analysis.docs`
-puts the tables into README and docs/.
+Results with the paper's settings are compared with the paper's numbers (analysis/paper.csv). The
+table shows the difference, and whether it is within two of the paper's standard deviations. Results
+with other settings are in separate tables, which list the settings.
+
+Below a table, further tables show the same sets and networks under other protocols, one table per
+data set. These are probes of the features with all or few labels, nearest neighbours, and the head
+from pre-training (the accuracy of a network trained only on the distilled set). All other results
+are listed by data set.
+
+Standard deviations are those of the population (ddof = 0), as in the paper. `analysis.docs` inserts
+the tables into README and docs/.
 """
 
 import csv
@@ -32,34 +35,36 @@ from utils.presets import image_size
 HERE = Path(__file__).parent
 RESULTS, PAPER = HERE / "results.jsonl", HERE / "paper.csv"
 TITLES = {
-    "table1": "Table 1: CIFAR-100's sets, ConvNet3",
-    "table2": "Table 2: TinyImageNet's sets, ConvNet4",
-    "table3": "Table 3: ImageNet's sets, ConvNet4",
-    "table4": "Table 4: distillation of knowledge without the target's data, on TinyImageNet's "
-    "sets",
-    "table5": "Table 5: TinyImageNet's sets, VGG11",
-    "table6": "Table 6: TinyImageNet's sets, AlexNet",
-    "table7": "Table 7: TinyImageNet's sets, MobileNet",
-    "table8": "Table 8: TinyImageNet's sets, ResNet10",
-    "imagenette_convnet": "Appendix D: ImageNette's sets at 224 px, ConvNet5",
-    "imagenette_resnet18": "Appendix D: ImageNette's sets at 224 px, ResNet18",
-    "y_init": "Appendix E: where the targets start, CIFAR-100",
-    "ablations": "Departures of README, CIFAR-100",
+    "table1": "Table 1: sets distilled from CIFAR-100, ConvNet3",
+    "table2": "Table 2: sets distilled from TinyImageNet, ConvNet4",
+    "table3": "Table 3: sets distilled from ImageNet, ConvNet4",
+    "table4": "Table 4: knowledge distillation without the target data set, on sets distilled "
+    "from TinyImageNet",
+    "table5": "Table 5: sets distilled from TinyImageNet, VGG11",
+    "table6": "Table 6: sets distilled from TinyImageNet, AlexNet",
+    "table7": "Table 7: sets distilled from TinyImageNet, MobileNet",
+    "table8": "Table 8: sets distilled from TinyImageNet, ResNet10",
+    "imagenette_convnet": "Appendix D: sets distilled from ImageNette at 224 px, ConvNet5",
+    "imagenette_resnet18": "Appendix D: sets distilled from ImageNette at 224 px, ResNet18",
+    "y_init": "Appendix E: initialisation of the targets, CIFAR-100",
+    "ablations": "Departures from the paper, CIFAR-100",
     "fid": "Appendix F: FID to the source",
 }
-ORACLE = "full"  # what the others are measured by: never the best, and of no number of images
+ORACLE = "full"  # the upper reference: never marked as best, and without a number of images
 RECIPES = {
     "gaussian": {"kd.lr"},
     "imagenette_resnet18": {"finetune.batch_size"},
-}  # the released code's, by row or table
+}  # settings of the released code, by row or table
 PAPERS_NAMES = {"krr_st (y_syn at random)": "krr_st_random_targets"}
 
 
 @dataclass
 class Table:
-    """A table of the paper: what its rows and columns are, and its numbers {(method, arch,
-    dataset): (mean, std)}. With `probed`, one beside that of its name: other protocols on that data
-    set, which stand in place of the data sets."""
+    """A table of the paper: its rows, its columns, and its numbers.
+
+    `numbers` is a dict {(method, arch, dataset): (mean, std)}. If `probed` is set, the table shows
+    other protocols on that data set, and its columns are protocols.
+    """
 
     name: str
     source: str
@@ -72,17 +77,19 @@ class Table:
 
 @dataclass
 class Cell:
-    """One result or more, of one method and column; `text` is how it is shown, `best` whether in
-    bold."""
+    """A cell: its text, and whether it is the best of its column (bold)."""
 
     text: str = ""
     best: bool = False
 
 
 def all_tables(lines=(), path=PAPER):
-    """The paper's tables, with FID by source; and for `lines` with FID by other networks than the
-    paper's, a table for each network, since such numbers cannot be compared; and for those by other
-    protocols a table for each data set."""
+    """Return all tables.
+
+    These are the paper's tables, with one FID table per source. For results `lines` there are two
+    more kinds: a FID table for each network other than Inception, since FIDs of different networks
+    are not comparable, and for other protocols a table for each data set.
+    """
     found = {}
     with open(path) as file:
         for line in csv.DictReader(file):
@@ -124,19 +131,18 @@ def value(line):
 
 
 def method_of(line):
-    """The method of a row: that of the images, in distillation of knowledge."""
+    """Return the method of a row; in knowledge distillation it is that of the images."""
     return line["images"]["method"] if line["protocol"] == "kd" else line["method"]
 
 
 def by_another_protocol(line):
-    """Whether a result is of another kind than those in the paper's tables: a probe, a head as it
-    is, or few labels."""
+    """Return whether the protocol is not in the paper's tables: a probe, a head, or few labels."""
     few = line.get("labels_per_class") or line.get("label_fraction")
     return bool(few) or line["protocol"] not in ("full", "kd", "fid")
 
 
 def belongs_to(line, table):
-    """Whether a result is one of `table`'s kind, at whatever scale."""
+    """Return whether a result belongs to `table`, at any scale."""
     method = method_of(line)
     if by_another_protocol(line) != bool(table.probed):
         return False
@@ -163,7 +169,7 @@ def belongs_to(line, table):
 
 
 def deviations_of(line, table):
-    """The settings that differ from the paper's: {name: [here, there]}."""
+    """Return the settings that differ from the paper's: {name: [ours, paper's]}."""
     method = method_of(line)
     own = (
         registry.own_settings(method) | RECIPES.get(method, set()) | RECIPES.get(table.name, set())
@@ -172,14 +178,17 @@ def deviations_of(line, table):
     size = image_size(table.source)
     if (
         line["method"] == "scratch" and line["image_size"] != size
-    ):  # it has no source of its own to be compared with
+    ):  # without a source, compare with the table's
         scale["image_size"] = [line["image_size"], size]
     return scale
 
 
 def column_of(line):
-    """Network and data set, or network and protocol where that is none of the paper's; with FID,
-    the network of its features and the source."""
+    """Return the column of a result: (network, data set).
+
+    For other protocols than the paper's it is (network, protocol); for FID it is (network of the
+    features, source).
+    """
     if line["protocol"] == "fid":
         return line["network"], line["source"]
     return line["arch"], other_column(line) if by_another_protocol(line) else line["dataset"]
@@ -192,7 +201,7 @@ def format_value(number):
 
 
 def natural_key(text):
-    """A key by which 50 comes before 1,000."""
+    """Sort key that orders numbers in a text by value: 50 before 1,000."""
     parts = re.split(r"(\d+)", text.replace(",", ""))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
@@ -202,8 +211,10 @@ def format_setting(name, here, theres):
 
 
 def split_deviations(lines, table):
-    """What `lines` have in common, as (name, here, {there}), and the names of the settings that
-    tell rows apart."""
+    """Split the deviations of `lines` into common ones and those that distinguish rows.
+
+    Returns [(name, ours, {paper's})] of the common ones, and the names of the others.
+    """
     here, there, groups = defaultdict(set), defaultdict(set), defaultdict(list)
     for line in lines:
         scale = deviations_of(line, table)
@@ -235,13 +246,16 @@ def split_deviations(lines, table):
 
 
 def select_results(table, lines):
-    """Those of `lines` that `table` shows, in parts (whether reduced, lines): at the paper's scale,
-    and all others. A column needs more than the row that others are compared with."""
+    """Yield the results that `table` shows, as (reduced, lines).
+
+    The first part is at the paper's scale, the second at reduced scale. Columns with results of the
+    baseline row only are excluded.
+    """
     base = "krr_st" if any(method in registry.VARIANTS for method in table.methods) else "scratch"
     mine = [line for line in lines if belongs_to(line, table)]
     if (
         table.name == "fid" and not table.numbers
-    ):  # by a network of ours: beside each other, whatever the scale
+    ):  # by another network than Inception: all scales in one table
         yield any(deviations_of(line, table) for line in mine), mine
         return
     for reduced in (False, True):
@@ -251,9 +265,11 @@ def select_results(table, lines):
 
 
 def split_by_scale(table, lines):
-    """The results of `table` in `lines` as (settings, columns, rows): those at the paper's scale,
-    whose settings are None, and all others, where it is a list of what differs from the paper in
-    all rows. A row is (method, what else tells it apart, {column: results})."""
+    """Yield the results of `table` in `lines` as (settings, columns, rows), for each scale.
+
+    At the paper's scale, `settings` is None. At reduced scale, it is the list of deviations common
+    to all rows. A row is (method, distinguishing settings, {column: results}).
+    """
     for reduced, chosen in select_results(table, lines):
         if not chosen:
             continue
@@ -282,8 +298,7 @@ def split_by_scale(table, lines):
 
 
 def grid(table, reduced, columns, rows):
-    """The rows of `split_by_scale` as rows of `Cell`s, those of the paper beside them; the first is
-    the heading."""
+    """Return the rows of `split_by_scale`, and the paper's, as rows of `Cell`s; heading first."""
     one_arch = len({arch for arch, _ in columns}) == 1
     many_datasets = len({dataset for _, dataset in columns}) > 1
     heads = [
@@ -352,8 +367,10 @@ def grid(table, reduced, columns, rows):
 
 
 def difference(ours, paper):
-    """(text, difference, whether within two of the paper's standard deviations); the last two None
-    where unknown."""
+    """Return (text, difference, within two of the paper's standard deviations).
+
+    The last two are None if unknown.
+    """
     if not ours or not paper:
         return "", None, None
     apart = statistics.mean(ours) - paper[0]
@@ -362,7 +379,7 @@ def difference(ours, paper):
 
 
 def markdown(lines):
-    """Rows of `Cell`s as a Markdown table, padded so that it reads as text too."""
+    """Return rows of `Cell`s as a Markdown table with aligned columns."""
     texts = [[f"**{cell.text}**" if cell.best else cell.text for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
     left = 2 if any(cell.text == "ours" for cell in (line[1] for line in lines)) else 1
@@ -374,7 +391,7 @@ def markdown(lines):
 
 
 def latex(lines):
-    """Rows of `Cell`s as a LaTeX tabular."""
+    """Return rows of `Cell`s as a LaTeX tabular."""
 
     def escaped(cell):
         text = re.sub(r"([%&#_$])", r"\\\1", cell.text)
@@ -397,7 +414,7 @@ def latex(lines):
 
 
 def comma_separated(tables, lines, out):
-    """One line a cell, for programs."""
+    """Write tables as CSV, one line per cell."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         [
@@ -444,7 +461,7 @@ def comma_separated(tables, lines, out):
 
 
 def other_row(line):
-    """Method, network and images of a result that is in no table of the paper."""
+    """Return the row name of a result that is in no table of the paper."""
     origin = f", m = {line['num_images']}, {line['source']}" if line["source"] else ""
     origin += f", distilled with seed {line['distilled_seed']}" if line["distilled_seed"] else ""
     own = {
@@ -453,7 +470,7 @@ def other_row(line):
         "seed": line["distilled_seed"],
         "num_images": line["num_images"],
     }
-    if (images := line.get("images", own)) != own:  # distillation of knowledge on other images
+    if (images := line.get("images", own)) != own:  # knowledge distillation on other images
         method = registry.title(images["method"])
         origin += f"; on {images['num_images']} images of {method}"
         origin += f", {images['source']}" + (
@@ -472,7 +489,7 @@ def other_column(line):
 
 
 def protocol_order(column):
-    """A key that sorts the columns of `other_column`: by protocol, all labels after few."""
+    """Sort key of `other_column`: by protocol, then few labels before all."""
     protocol, _, labels = column.partition(", ")
     known = ["head", "knn", "linear", "full", "kd"]
     return (
@@ -484,7 +501,7 @@ def protocol_order(column):
 
 
 def other_results(lines):
-    """The results that are in none of the paper's tables: {data set: rows of `Cell`s}."""
+    """Return the results in none of the paper's tables: {data set: rows of `Cell`s}."""
     found = defaultdict(lambda: defaultdict(list))
     shown = {
         id(line)
@@ -512,8 +529,7 @@ def other_results(lines):
 
 
 def blocks(lines, only=None):
-    """(name, heading, rows of `Cell`s) of all tables that `lines` have results for, or of those in
-    `only`."""
+    """Yield (name, heading, rows of `Cell`s) for all tables, or those in `only`, with results."""
     above = name = None
     for table in all_tables(lines):
         if only and table.name not in only:
@@ -525,7 +541,7 @@ def blocks(lines, only=None):
                 f", {table.source}, features of {table.archs[0]}" if table.name == "fid" else ""
             )
             heading += (
-                f". The same sets and networks on {table.probed}, by other protocols"
+                f". The same sets and networks on {table.probed}, under other protocols"
                 if table.probed
                 else ""
             )
@@ -533,13 +549,13 @@ def blocks(lines, only=None):
                 compared = any(cell.text.endswith(("✓", "✗")) for row in shown_grid for cell in row)
                 remark = "✓: within two of the paper's standard deviations." if compared else ""
             elif table.name == name and above and {*settings} <= {*above}:
-                remark = "**Reduced scale**, settings as above."
+                remark = "**Reduced scale**, with the settings of the table above."
             else:
                 above, name = settings, table.name
-                said = ", ".join(settings) or "as the rows say"
+                said = ", ".join(settings) or "see the rows"
                 remark = (
                     "**Reduced scale, not comparable with the paper.** "
-                    f"Settings (in brackets the paper's): {said}."
+                    f"Settings (the paper's in brackets): {said}."
                 )
             yield table.name, f"{heading}. {remark}".strip(), shown_grid
     for dataset, rows in other_results(lines).items():
@@ -548,7 +564,7 @@ def blocks(lines, only=None):
 
 
 def document(lines, only=None, style=markdown):
-    """{name: text} of the tables of `blocks`."""
+    """Return {name: text} of the tables of `blocks`."""
     texts = defaultdict(list)
     for name, heading, rows in blocks(lines, only):
         texts[name] += [heading, style(rows)]
@@ -556,7 +572,7 @@ def document(lines, only=None, style=markdown):
 
 
 def identity(line):
-    """What two results of the same experiment share: all but what came out and by what means."""
+    """Return the key of a result; results of the same experiment have the same key."""
     names = (
         "source",
         "method",
@@ -578,7 +594,7 @@ def identity(line):
 
 
 def gather_results(folders):
-    """All results below `folders`, each file once; of results of the same experiment the last."""
+    """Return all results in `folders`; of the same experiment only the last."""
     paths = sorted(
         {path.resolve() for folder in folders for path in Path(folder).rglob("results.jsonl")}
     )
@@ -586,8 +602,7 @@ def gather_results(folders):
 
 
 def collect(folders, path=RESULTS):
-    """Take the results below `folders` into the file `path`, in place of those of the same
-    experiments."""
+    """Store the results in `folders` in the file `path`; replace those of the same experiments."""
     kept = {identity(line): line for line in [*results.read(path), *gather_results(folders)]}
     files.write_text(
         path, "".join(json.dumps(kept[key], sort_keys=True) + "\n" for key in sorted(kept))
@@ -619,19 +634,21 @@ def parse_args(argv):
         "folders",
         nargs="*",
         type=Path,
-        help=f"of runs (default: the results in {RESULTS.name} here)",
+        help=f"folders of runs (default: the stored results, analysis/{RESULTS.name})",
     )
     parser.add_argument(
-        "--only", help=f"tables by name, with commas: {', '.join(TITLES)}, or a data set"
+        "--only", help=f"comma-separated names of tables: {', '.join(TITLES)}, or a data set"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--collect",
         action="store_true",
-        help="take the folders' results into analysis/results.jsonl",
+        help="store the results of the folders in analysis/results.jsonl",
     )
-    what.add_argument("--latex", action="store_true")
-    what.add_argument("--csv", action="store_true", help="of the paper's tables, one line a cell")
+    what.add_argument("--latex", action="store_true", help="print LaTeX")
+    what.add_argument(
+        "--csv", action="store_true", help="the paper's tables as CSV, one line per cell"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that is to be known about a GPU, in under ten minutes on a fast one: whether float32 gives the CPU's losses,
-# how fast a step is beside the plain one (CIFAR-100's and TinyImageNet's settings, float32 and bf16), how it grows, and
-# what bf16 does to the result. Everything is printed and kept in the folder $1 (default: runs/gpu); a short table last.
+# Measure a GPU in under ten minutes (on a fast one): whether float32 gives the losses of the CPU, the
+# speedup over the reference step (settings of CIFAR-100 and TinyImageNet, float32 and bf16), how a
+# step scales, and the effect of bf16 on the result. Prints all results, a summary last, and stores
+# them in the folder $1 (default: runs/gpu).
 #     bash benchmarks/gpu.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,7 +28,7 @@ done
 "$PYTHON" -m benchmarks.scaling --device cuda --precision bf16 --width 1 --out "$out/scaling.png" | tee "$out/scaling.md"
 
 echo
-echo "Losses on the digits, step by step, relative to the CPU's in float32:"
+echo "Losses on the digits in each step, relative to those of the CPU in float32:"
 "$PYTHON" - "$out/digits" <<'END'
 import sys
 from pathlib import Path

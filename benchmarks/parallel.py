@@ -1,11 +1,11 @@
-"""What several processes do at a time on one run of distill.py: `torchrun --nproc-per-node 2 -m
+"""Time outer steps of distill.py in several processes: `torchrun --nproc-per-node 2 -m
 benchmarks.speed`.
 
-Each process takes whole outer steps of the same size, so an ideal machine takes as long for R of
-them as for one. Three times are measured in turn: of the first process while the others wait, of
-all at once without telling each other anything, and of all at once as distill.py does it, with one
-exchange of the gradients a step. The first ratio shows what the machine's shared parts cost
-(memory, caches, clock), the second what the exchange does.
+Every process takes whole outer steps of the same size. On an ideal machine, R processes take as
+long as one. Each round measures three times: one process while the others wait, all processes
+without communication, and all processes as in distill.py, which exchanges the gradients once per
+step. The first ratio is the cost of shared hardware (memory, caches, clock). The second is the cost
+of the exchange.
 """
 
 import statistics
@@ -26,17 +26,17 @@ from benchmarks.step import (
 )
 from utils import distributed, progress
 
-LINKS = {"25 GB/s": 25e9, "900 GB/s": 900e9}  # a fast network; a link between GPUs
+LINKS = {"25 GB/s": 25e9, "900 GB/s": 900e9}  # a fast network; a GPU link
 NUMBERS = (2, 4, 8, 16)
 
 
 def slowest(took):
-    """The largest of all ranks' seconds."""
+    """Return the largest time of all ranks in seconds."""
     return distributed.all_reduce_max(round(1e6 * took)) / 1e6
 
 
 def measure(args, device):
-    """The result as a dict of plain values, which `markdown` prints."""
+    """Return the measurements as a dict of plain values for `markdown`."""
     with tempfile.TemporaryDirectory() as folder:
         step = Step(
             False, *make_inputs(args, num_source_images(args), device, Path(folder)), args, device
@@ -48,7 +48,7 @@ def measure(args, device):
         single()
         rounds = []
         for _ in progress.bar(range(args.pairs), desc="rounds"):
-            distributed.all_reduce_max(0)  # waits for all
+            distributed.all_reduce_max(0)  # synchronises all processes
             alone = time_call(single, device)[0] if distributed.is_main_process() else 0.0
             took = dict(alone=slowest(alone))
             took["beside"] = slowest(time_call(single, device)[0])
@@ -72,7 +72,7 @@ def measure(args, device):
 
 
 def markdown(result):
-    """A `measure` as tables and the lines around them."""
+    """Format the result of `measure` as Markdown."""
     rounds, count = result["rounds"], result["ranks"]
     times = {name: format_median(each[name] for each in rounds) for name in rounds[0]}
     images, targets = (result["bytes"][name] for name in ("images", "targets"))
@@ -89,30 +89,29 @@ def markdown(result):
     return "\n".join(
         [
             f"Preset {result['preset']} (m = {result['num_images']:,}, b = "
-            f"{result['outer_batch']:,} a process, "
+            f"{result['outer_batch']:,} per process, "
             f"{result['image_size']} px, {network}, {result['precision']}), {count} processes, "
             "each on "
-            f"{result['machine']}, torch {result['torch']}; {len(rounds)} rounds, median, smallest "
-            "and largest.",
+            f"{result['machine']}, torch {result['torch']}. Median, minimum and maximum of "
+            f"{len(rounds)} rounds.",
             "",
-            "| an outer step | s |",
+            "| outer step | s |",
             "|---|---:|",
-            f"| of one process, the others waiting | {times['alone']} |",
-            f"| of {count} at a time, each for itself | {times['beside']} |",
-            f"| of {count} at a time, with their exchange | {times['together']} |",
-            f"| the exchange alone | {times['exchange']} |",
+            f"| one process, the others wait | {times['alone']} |",
+            f"| {count} processes, without exchange | {times['beside']} |",
+            f"| {count} processes, with exchange | {times['together']} |",
+            f"| exchange alone | {times['exchange']} |",
             "",
             f"Efficiency: **{efficiency}**; "
             "without the exchange "
             f"{format_median(each['alone'] / each['beside'] for each in rounds)}.",
             "",
             f"A step exchanges {images / 1e6:.1f} MB for the images and {targets / 1e6:.1f} MB for "
-            "the targets, whatever "
-            "the batch, the network and the number of processes. In a ring each of R sends 2 (R - "
-            "1) / R of that; worked "
-            f"out, as time and as a share of the {step:.3g} s above:",
+            "the targets. This depends on neither the batch, the network nor the number of "
+            "processes. In a ring of R processes, each sends 2 (R - 1) / R of that. The table has "
+            f"the calculated time, and in brackets its ratio to the {step:.3g} s above:",
             "",
-            "| R | MB a step | " + " | ".join(f"at {name}" for name in LINKS) + " |",
+            "| R | MB per step | " + " | ".join(f"at {name}" for name in LINKS) + " |",
             "|---:|---:|" + "---:|" * len(LINKS),
             *rows,
         ]

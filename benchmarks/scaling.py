@@ -1,14 +1,13 @@
-"""How an outer step of distill.py grows with m, b, the image size and the source: time, memory,
-what takes most.
+"""Measure how an outer step of distill.py scales with m, b, the image size and the source.
 
     python -m benchmarks.scaling                             # prints Markdown
-    python -m benchmarks.scaling --collect --out scaling.png  # also stores them, and draws them
+    python -m benchmarks.scaling --collect --out scaling.png  # also stores and draws the results
 
-Starting from CIFAR-100's setting one quantity is changed at a time; each setting is a process of
-its own. The networks have --width (default 0.25, for a CPU). Time is the sum of the step's parts
-(benchmarks/step.py); memory is the largest resident memory that no file backs, on a GPU its peak.
-Sources that take more than half a gigabyte are sparse files of zeros, so that ImageNet's number of
-images can be had on any disk. Linux only.
+Reports time, memory and the most expensive part of a step. One quantity at a time is varied from
+CIFAR-100's setting. Each setting runs in its own process. --width is the width of the networks
+(default 0.25, for a CPU). Time is the sum of the parts of the step (benchmarks/step.py). Memory is
+the peak of anonymous resident memory, or the peak GPU memory. Sources larger than half a gigabyte
+are sparse files of zeros, so that ImageNet's number of images fits on any disk. Linux only.
 """
 
 import argparse
@@ -40,26 +39,25 @@ AXES = dict(
 NAMES = dict(
     num_images="distilled images m",
     outer_batch="real images b",
-    image_size="pixels of a side",
+    image_size="image size in pixels",
     source="images in the source",
     chunk="--chunk",
 )
 
 
 def anonymous_memory():
-    """Bytes of resident memory that no file backs."""
+    """Return the anonymous resident memory in bytes."""
     rows = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
 
 
 def shared_flags(args):
-    """Those that every setting shares, as words of a command line."""
+    """Return the flags common to all settings, as words of a command line."""
     return ["--width", str(args.width), "--device", args.device, "--precision", args.precision]
 
 
 def measure(setting, args):
-    """One line of the results: `setting` with the parts' seconds and FLOP, and the memory of a step
-    in GiB."""
+    """Return a result: `setting`, seconds and FLOP of the parts, and memory of a step in GiB."""
     most, done = 0, threading.Event()
 
     def watch():
@@ -92,14 +90,14 @@ def measure(setting, args):
 
 
 def all_settings():
-    """(axis, setting) for each row of the tables; the starting point is measured once."""
+    """Yield (axis, setting) for each row of the tables."""
     for axis, values in AXES.items():
         for value in values:
             yield axis, BASE | {axis: value}
 
 
 def select_rows(lines, axis):
-    """The lines that `axis` alone tells apart, in its order."""
+    """Return the lines that differ from `BASE` in `axis` only, sorted by it."""
     others = {name: value for name, value in BASE.items() if name != axis}
     return sorted(
         (line for line in lines if others.items() <= line.items()), key=lambda line: line[axis]
@@ -107,22 +105,22 @@ def select_rows(lines, axis):
 
 
 def summarise(line):
-    """Seconds of a step, the part that takes most of them, and its share."""
+    """Return the seconds of a step, its slowest part, and the fraction of time of that part."""
     total = sum(took for took, _ in line["parts"].values())
     name, (took, _) = max(line["parts"].items(), key=lambda item: item[1][0])
     return total, name, took / total
 
 
 def markdown(lines):
-    """A table of all axes."""
+    """Format the results as a Markdown table of all axes."""
     first = lines[0]
     text = [
         f"{label(first['arch'], first['width'])}, {first['precision']}, {first['machine']}, torch "
         f"{first['torch']}; "
-        f"where nothing else is said, m = {BASE['num_images']:,}, b = {BASE['outer_batch']:,}, "
+        f"unless stated otherwise, m = {BASE['num_images']:,}, b = {BASE['outer_batch']:,}, "
         f"{BASE['image_size']} px and {BASE['source']:,} images in the source.",
         "",
-        "| | | s a step | GiB | what takes most |",
+        "| varied | value | s per step | GiB | slowest part |",
         "|---|---:|---:|---:|---|",
     ]
     for axis in AXES:
@@ -136,17 +134,17 @@ def markdown(lines):
 
 
 def collected_tables():
-    """The results in `RESULTS`, as Markdown."""
+    """Return the results in `RESULTS` as Markdown."""
     lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else ()
     return markdown([json.loads(line) for line in lines]) if lines else "No results yet."
 
 
 def draw(lines, out):
-    """Time and memory against each axis, as a PNG file."""
+    """Draw time and memory against each axis, as a PNG file."""
     axes_drawn = [axis for axis in AXES if axis != "chunk"]
     figure, panes = make_panels(len(axes_drawn), most=2)
     numbers = [number for line in lines for number in (summarise(line)[0], line["memory_gib"])]
-    low, high = min(numbers) / 1.3, max(numbers) * 1.3  # the same for all
+    low, high = min(numbers) / 1.3, max(numbers) * 1.3  # common to all panels
     ticks = [
         tick for power in range(-3, 5) for tick in (10**power, 3 * 10**power) if low <= tick <= high
     ]
@@ -156,7 +154,7 @@ def draw(lines, out):
         label_axis(pane, x=NAMES[axis], y="seconds, GiB")
         for i, (name, values) in enumerate(
             (
-                ("seconds a step", [summarise(line)[0] for line in rows]),
+                ("seconds per step", [summarise(line)[0] for line in rows]),
                 ("GiB", [line["memory_gib"] for line in rows]),
             )
         ):
@@ -194,7 +192,7 @@ def main(argv):
         if done.returncode == 0:
             lines.append(json.loads(done.stdout.splitlines()[-1]))
         else:
-            print(f"left out, since it failed ({done.returncode}): {setting}", file=sys.stderr)
+            print(f"failed with exit code {done.returncode}, left out: {setting}", file=sys.stderr)
     if not lines:
         sys.exit(1)
     print(markdown(lines))
@@ -208,12 +206,15 @@ def parse_args(argv):
     parser = cli.Parser(__doc__)
     add_device_flags(parser)
     parser.add_argument(
-        "--width", type=cli.non_negative_float, default=0.25, help="of the networks (default: 0.25)"
+        "--width",
+        type=cli.non_negative_float,
+        default=0.25,
+        help="width of the networks (default: 0.25)",
     )
     parser.add_argument(
-        "--collect", action="store_true", help=f"put the results into benchmarks/{RESULTS.name}"
+        "--collect", action="store_true", help=f"store the results in benchmarks/{RESULTS.name}"
     )
-    parser.add_argument("--out", type=Path, help="PNG file for a figure")
+    parser.add_argument("--out", type=Path, help="PNG file to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return resolve_precision(parser.parse_args(argv))
 

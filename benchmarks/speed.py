@@ -1,17 +1,18 @@
-"""How fast an outer step of distill.py is: its parts, its share of the machine's peak, and beside
-the plain step.
+"""Measure the speed of an outer step of distill.py against the reference step.
 
     python -m benchmarks.speed                          # CIFAR-100's setting
     python -m benchmarks.speed --preset tinyimagenet --device cuda
     python -m benchmarks.speed --collect                # add the result to benchmarks/speed.jsonl
-    torchrun --nproc-per-node 2 -m benchmarks.speed     # several processes at a time (parallel.py)
+    torchrun --nproc-per-node 2 -m benchmarks.speed     # several processes (parallel.py)
 
-Ours and the plain step of distillers/reference.py are timed in turn, each in a process of its own,
-since what a process does with freed memory is a part of the difference (utils/allocator.py); their
-ratio is the figure to quote, since machines are shared and change their pace. The loss and
-gradients of both are compared with the plain step in float64. Beside each pair the machine's own
-peak is measured: the best rate of square matrix products, and that of a 3x3 convolution. FLOP are
-those that PyTorch counts. Images are noise (step.py). Prints Markdown.
+distill.py's step and the reference step of distillers/reference.py are timed alternately. Each runs
+in its own process, because the handling of freed memory per process is part of the difference
+(utils/allocator.py). Quote the ratio of the two, because the speed of a shared machine varies. The
+loss and gradients of both are compared with the reference step in float64.
+
+With each pair, the peak of the machine is measured: the best rate of square matrix products, and
+the rate of a 3x3 convolution. FLOP are counted by PyTorch. Images are noise (step.py). Prints the
+time of each part, the fraction of the peak, and the ratio, as Markdown.
 """
 
 import argparse
@@ -59,12 +60,14 @@ KEY = (
     "machine",
     "ranks",
 )
-CHECKED = 200  # images, distilled and real, in the comparison with float64
+CHECKED = 200  # most distilled and real images in the comparison with float64
 
 
 def peak_rates(device, dtype=torch.float32):
-    """Best rate in FLOP/s: {"matmul": of square products, "convolution": of 256 to 512 channels on
-    maps of 8 x 8}."""
+    """Return the best rates in FLOP/s as {"matmul": ..., "convolution": ...}.
+
+    They are those of square products, and of a convolution from 256 to 512 channels on 8 x 8 maps.
+    """
     rates = {"matmul": 0.0, "convolution": 0.0}
     enough = 0.2 if device.type == "cpu" else 0.02
     layout = dict(memory_format=torch.channels_last)
@@ -86,8 +89,10 @@ def peak_rates(device, dtype=torch.float32):
 
 
 def relative_errors(args, source, target, device):
-    """{"ours": {loss, gradients: relative error}, "plain": ...} in float32, against the plain step
-    in float64, with at most `CHECKED` distilled and real images."""
+    """Return the relative errors {"ours": {loss and gradients: error}, "plain": ...} in float32.
+
+    The reference is the plain step in float64, with at most `CHECKED` distilled and real images.
+    """
     few = vars(args) | {
         name: min(getattr(args, name), CHECKED) for name in ("num_images", "outer_batch")
     }
@@ -118,7 +123,7 @@ def relative_errors(args, source, target, device):
 
 
 class ReferenceProcess:
-    """The plain step, in the process that `measure` starts."""
+    """The reference step, in the process that `measure` starts."""
 
     step = None
 
@@ -141,22 +146,21 @@ class ReferenceProcess:
 
 @contextlib.contextmanager
 def keeping_freed_memory(device):
-    """Memory as distill.py has it on this device (`utils.select_device`); all of it is given back
-    at the end."""
+    """Handle freed memory as distill.py does on this device; release all of it at the end."""
     keep_freed_memory(device.type == "cpu")
     yield
     keep_freed_memory(False)
 
 
 def measure(args, device):
-    """The result as a dict of plain values, which `markdown` prints."""
+    """Return the measurements as a dict of plain values for `markdown`."""
     precisely = argparse.Namespace(**vars(args) | dict(precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
         source, target = make_inputs(args, num_source_images(args), device, Path(folder))
         ours = Step(False, source, target, args, device)
         keep_freed_memory(
             False
-        )  # counting holds more than a step does, and both processes at once may not fit
+        )  # counting needs more memory than a step, and two processes may exceed it
         operations = count_flop(ours)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -216,7 +220,7 @@ def measure(args, device):
 
 
 def markdown(result):
-    """A `measure` as a table and the lines around it."""
+    """Format the result of `measure` as Markdown."""
     kind = "bfloat16" if result["precision"] == "bf16" else "float32"
     rounds = result["rounds"]
     product, convolution = (
@@ -242,29 +246,29 @@ def markdown(result):
     lines = [
         f"Preset {result['preset']} ({setting}) on {result['machine']}, torch {result['torch']}.",
         "",
-        "| part of the step | ms | GFLOP | GFLOP/s | of the matrix products' peak |",
+        "| part of the step | ms | GFLOP | GFLOP/s | of the matrix product peak |",
         "|---|---:|---:|---:|---:|",
         *rows,
         "",
         f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, "
-        f"{share} % of the matrix "
-        f"products' peak, {of_convolution} % of the convolution's; plain step: {plain:.3g} s, "
-        f"{result['plain_flop'] / 1e12:.2f} TFLOP. "
+        f"{share} % of the matrix product peak, {of_convolution} % of the convolution peak. "
+        f"Reference step: {plain:.3g} s, {result['plain_flop'] / 1e12:.2f} TFLOP. "
         f"**{format_median(r['plain'] / r['ours'] for r in rounds)} times as fast** "
-        f"(median, smallest and largest of {len(rounds)} pairs). Peak: matrix products "
+        f"(median, minimum and maximum of {len(rounds)} pairs). Peak: matrix products "
         f"{product / 1e9:,.0f} GFLOP/s, "
         f"convolution {convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
     ]
     first = result["pool_size"] * result["pool_steps"] / 2
-    pool = result["parts"]["step of the pool's member"][0]
+    pool = result["parts"]["training step of the pool member"][0]
     lines[-1] += (
-        f" At that pace {result['outer_steps']:,} steps are "
+        f" At this speed, {result['outer_steps']:,} steps take "
         f"{result['outer_steps'] * ours / 3600:,.1f} hours, after "
-        f"{first * pool / 3600:,.1f} for starting the pool (about {first:,.0f} steps of its "
-        "members)."
+        f"{first * pool / 3600:,.1f} hours for initialising the pool (about {first:,.0f} training "
+        "steps)."
     )
     for which, named in result["errors"].items():
-        lines[-1] += f" Relative error of {which} against float64: "
+        name = {"ours": "distill.py", "plain": "the reference step"}[which]
+        lines[-1] += f" Relative error of {name} against float64: "
         lines[-1] += ", ".join(f"{name} {value:.0e}" for name, value in named.items()) + "."
     return "\n".join(lines)
 
@@ -276,7 +280,7 @@ def read_results():
 
 
 def collected_tables():
-    """The tables of README by name: Markdown of all results in `RESULTS`."""
+    """Return the tables of all results in `RESULTS` as {name: Markdown}."""
     alone, several = (
         "\n\n".join(show(each) for each in read_results() if (each["ranks"] > 1) == of_several)
         for show, of_several in ((markdown, False), (parallel.markdown, True))
@@ -287,7 +291,7 @@ def collected_tables():
 
 
 def key(result):
-    """What two results of the same experiment share."""
+    """Return the key of a result; results of the same experiment have the same key."""
     return [str(result.get(name)) for name in KEY]
 
 
@@ -305,12 +309,14 @@ def main(argv):
 
 
 def parse_args(argv):
-    """distill.py's own flags, and those of this benchmark."""
+    """Parse the flags of distill.py and of this benchmark."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--preset", default="cifar100")
-    parser.add_argument("--pairs", type=cli.positive_int, default=5)
+    parser.add_argument("--preset", default="cifar100", help="preset to time (default: cifar100)")
     parser.add_argument(
-        "--collect", action="store_true", help=f"put the result into benchmarks/{RESULTS.name}"
+        "--pairs", type=cli.positive_int, default=5, help="number of timed pairs (default: 5)"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help=f"store the result in benchmarks/{RESULTS.name}"
     )
     mine, others = parser.parse_known_args(argv)
     args = method.parse_args(distill.METHOD, ["--preset", mine.preset, *others])

@@ -1,8 +1,7 @@
-"""An outer step of distill.py made for timing: its loop with one member of the pool, and images of
-noise.
+"""An outer step of distill.py for timing, with one pool member and noise images.
 
-The target network is untrained; neither changes the time of a step. Shared by the benchmarks of
-speed.
+The target network is untrained. Neither changes the time of a step. The speed benchmarks share this
+module.
 """
 
 import platform
@@ -33,7 +32,7 @@ def synchronize(device):
 
 
 def time_call(function, device):
-    """Of one call, and what it returns."""
+    """Return the seconds of a call, and its result."""
     synchronize(device)
     started = time.perf_counter()
     result = function()
@@ -42,28 +41,30 @@ def time_call(function, device):
 
 
 def count_flop(function):
-    """Floating-point operations of a call, in matrix products and convolutions."""
+    """Return the floating-point operations of a call, in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def sparse_tensor(path, shape, dtype):
-    """A tensor of zeros mapped from a sparse .npy file, which takes no room on disk."""
+    """Return a tensor of zeros, memory-mapped from a sparse .npy file without disk usage."""
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 class UntrainedTarget(NetworkTarget):
-    """An untrained target network whose features of the source are what is given."""
+    """An untrained target network with given features of the source."""
 
     def features_of(self, images):
         return self.table
 
 
 def make_inputs(args, images, device, folder):
-    """(source, target): `images` images, noise where they fit in half a gigabyte, else zeros in a
-    sparse file."""
+    """Return (source, target) with `images` images.
+
+    Images are noise if they fit in half a gigabyte, and zeros in a sparse file otherwise.
+    """
     shape = (images, args.image_size, args.image_size, 3)
     network = (
         models.build("resnet18_target", args.image_size, 0).to(device).requires_grad_(False).eval()
@@ -88,7 +89,7 @@ def make_inputs(args, images, device, folder):
 
 
 class Step:
-    """The loop of distill.py with one pool member, `plain` or ours, that can be taken apart."""
+    """A step of distill.py with one pool member, in parts; `plain` selects the reference step."""
 
     def __init__(self, plain, source, target, args, device):
         randomness = Randomness(0, device)
@@ -98,7 +99,7 @@ class Step:
         chosen = torch.arange(args.num_images) % len(source)
         x = source.normalised(chosen, device).contiguous(memory_format=layout)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)
-        self.x_syn = (x + 0.1 * noise).requires_grad_()  # no image twice
+        self.x_syn = (x + 0.1 * noise).requires_grad_()  # all images are distinct
         self.y_syn = target.table[chosen].to(device).requires_grad_()
         self.member = Member(
             args.arch,
@@ -126,7 +127,7 @@ class Step:
         loss.backward(inputs=[self.x_syn, self.y_syn])
 
     def exchanged(self, loss):
-        """What ranks tell each other in a step."""
+        """Return the tensors that ranks exchange in a step."""
         return [self.x_syn.grad, self.y_syn.grad, loss.detach()]
 
     def train(self):
@@ -142,7 +143,7 @@ class Step:
 
 
 def time_parts(step):
-    """{name: (seconds, FLOP)} of a step's parts, each timed alone, after a call that counts."""
+    """Return {name: (seconds, FLOP)} of the parts of a step, each timed alone after one call."""
     x_real, y_real = step.batch()
     args, member = step.args, step.member
     step.gradient(step.loss(x_real, y_real))
@@ -167,17 +168,17 @@ def time_parts(step):
     def real(_):
         member.embed(x_real, args.chunk)
 
-    named = {  # what is timed, and what has to be there for it
+    named = {  # the timed function, and the one that prepares its argument
         "batch of real images": (lambda _: step.batch(), nothing),
         "features of the real images": (real, nothing),
         "features of the distilled images": (lambda _: embed(), nothing),
-        "their gradient": (
+        "gradient of the distilled images": (
             lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]),
             embed,
         ),
         "kernels and solve, with gradient": (lambda _: head(), nothing),
         "update of images and targets": (lambda _: step.adamw.step(), nothing),
-        "step of the pool's member": (lambda _: step.train(), nothing),
+        "training step of the pool member": (lambda _: step.train(), nothing),
     }
     found = {}
     for name, (function, before) in named.items():
@@ -192,14 +193,14 @@ def time_parts(step):
 
 
 def peak_memory(device):
-    """Peak memory in GiB: of the GPU, or of this process so far."""
+    """Return the peak memory in GiB of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def machine_name(device):
-    """Its name as a table should say it."""
+    """Return the name of the machine for tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = (
@@ -218,6 +219,6 @@ def num_source_images(args):
 
 
 def format_median(values):
-    """Median, smallest and largest, as text."""
+    """Return median, minimum and maximum as text."""
     values = list(values)
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,12 +1,12 @@
-"""Every other way to make a distilled set, under one command and with one kind of file.
+"""Run a distillation method, a baseline, or the import of a released set.
 
     python -m distillers random --source cifar100
     python -m distillers import --source cifar100 --method mtt_released --images images_best.pt ...
     python -m distillers export runs/cifar100/krr_st/seed0/distilled.pt FOLDER
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. `import` does so for a set that
-others released. `export` writes a set or a network as a folder that others can use without this
-package.
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. All methods write the same kind
+of file. `import` converts a set that others released. `export` writes a set or a network as a
+folder that others can use without this package. KRR-ST itself is distill.py.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from utils.run import program_name
 
 
 def listing():
-    """The methods, one a line, with their titles."""
+    """List the methods and their titles, one per line."""
     width = max(map(len, registry.COMMANDS))
     return "\n".join(f"  {name:{width}}  {registry.title(name)}" for name in registry.COMMANDS)
 
@@ -27,7 +27,7 @@ def main(argv):
     name, *flags = argv or [""]
     prog = f"{program_name()} {name}"
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach, import and export have their own --help.")
+        print(f"{__doc__}\nMethods:\n{listing()}\n\nEach method, import and export have a --help.")
     elif name == "import":
         importing.main(flags, reserved=("target", *registry.METHODS), prog=prog)
     elif name == "export":
@@ -37,7 +37,7 @@ def main(argv):
         method.main(module.METHOD, flags, prog=prog)
     else:
         known = ", ".join(registry.COMMANDS)
-        raise UserError(f"name a method first, one of: {known}, import or export")
+        raise UserError(f"the first argument must be a method ({known}), import or export")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""DM: images whose mean features equal those of the real images of their class, under random
-networks.
+"""DM: match the mean features of each class to those of the real images, under random networks.
 
     python -m distillers dm --source cifar100
 
 Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023, equation 5. Each step
-draws an untrained network psi and, for each class c, an augmentation A_c; the images of the set
-follow the gradient of
+draws an untrained network psi and an augmentation A_c for each class c. It updates the distilled
+images with the gradient of
 
     sum_c || mean psi(A_c(real images of c)) - mean psi(A_c(distilled images of c)) ||^2.
 
-Needs labels; starts from the images of `random` under the same seed. The cheapest of the methods
-that learn images: no network is ever trained. A step passes 256 real images of each class through
-the network.
+Needs labels. Starts from the images of `random` with the same seed. This is the cheapest method
+that learns images, because it trains no network. A step passes 256 real images of each class
+through the network.
 """
 
 import torch
@@ -28,27 +27,31 @@ from utils.run import Tensors
 from utils.sampling import Randomness
 
 HELP = dict(
-    arch="network, one with instance norm",
-    width="factor on its hidden widths",
+    arch="network, with instance norm",
+    width="multiplier of the hidden widths of the network",
     outer_steps="updates of the distilled images",
-    outer_lr="SGD learning rate of the images, momentum 0.5",
-    real_batch="real images of each class in a step",
+    outer_lr="SGD learning rate of the images (momentum 0.5)",
+    real_batch="real images per class and step",
 )
-PASS = 4096  # images in one pass: as many whole classes as fit
+PASS = 4096  # most images in a pass, which holds whole classes
 MEASUREMENT_NETWORKS = 10
 
 
 def class_means(features, labels, num_classes):
-    """Mean of the `features` (n, d) of each class: (num_classes, d); `labels` (n,) int64, each
-    class at least once."""
+    """Return the mean of `features` (n, d) for each class: (num_classes, d).
+
+    `labels` (n,) int64 contains each class at least once.
+    """
     members = F.one_hot(labels, num_classes).to(features.dtype).T  # (c, n)
     return (members / members.sum(1, keepdim=True)) @ features
 
 
 def mean_distance(f_real, y_real, f_syn, y_syn, num_classes):
-    """Equation 5 under one network: the squared distances of the class means of f_real (b, d) and
-    f_syn (m, d), summed over the classes. `y_real` (b,) and `y_syn` (m,) are labels in
-    0..num_classes-1."""
+    """Return equation 5 for one network: the squared distances of class means, summed over classes.
+
+    `f_real` (b, d) and `f_syn` (m, d) are features. `y_real` (b,) and `y_syn` (m,) are their labels
+    in 0..num_classes-1.
+    """
     return (
         (class_means(f_real, y_real, num_classes) - class_means(f_syn, y_syn, num_classes))
         .square()
@@ -57,12 +60,13 @@ def mean_distance(f_real, y_real, f_syn, y_syn, num_classes):
 
 
 def losses(network, x_syn, real, randomness, precision):
-    """Yield the objective in parts, each the sum over as many classes as one pass takes.
+    """Yield the objective in parts; each part is the sum over the classes of one pass.
 
-    `x_syn` (m, 3, S, S) holds equally many images of each class of `real`, in order. The parts
-    depend on different images, so a gradient taken part by part is that of the sum, in less memory.
+    `x_syn` (m, 3, S, S) holds the same number of images of each class of `real`, in order. The
+    parts depend on different images. Backpropagating them one by one gives the gradient of the sum
+    and needs less memory.
     """
-    syn = x_syn.split(len(x_syn) // len(real.members))  # one (m/c, 3, S, S) for each class
+    syn = x_syn.split(len(x_syn) // len(real.members))  # (m/c, 3, S, S) per class
     for classes in torch.arange(len(syn)).split(max(1, PASS // max(real.batch_size, len(syn[0])))):
         pairs = [
             diff_augment_alike(randomness.device, real.draw(label, randomness.cpu), syn[label])
@@ -75,7 +79,7 @@ def losses(network, x_syn, real, randomness, precision):
 
 
 def _features(network, parts, precision):
-    """Features of the images in `parts`, one tensor for each class, and which part each is of."""
+    """Return the features of the images in `parts`, and the index of the part of each image."""
     device, counts = parts[0].device, torch.tensor([len(x) for x in parts])
     with autocast(device, precision), torch.set_grad_enabled(parts[0].requires_grad):
         features = network.embed(torch.cat(parts)).float()
@@ -117,8 +121,7 @@ def distill(source, chosen, target, args, run, device):
 
 @torch.no_grad()
 def measure_objective(x, real, source, args, device):
-    """The objective of images `x`, as a mean over networks and draws that are the same at every
-    call."""
+    """Return the objective of images `x` (m, 3, S, S), averaged over fixed random draws."""
     randomness, total = Randomness(MEASUREMENT_SEED, device), 0.0
     for _ in range(MEASUREMENT_NETWORKS):
         network = build_untrained(args, source, 0, device)

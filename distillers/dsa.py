@@ -1,21 +1,21 @@
-"""DSA: images that pull a network's weights where the real images of their class pull them.
+"""DSA: match the gradient of the loss for each class to that of the real images.
 
     python -m distillers dsa --source cifar100
 
 Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, equation
-7 and algorithm 1. A network starts afresh and is then trained on the distilled set; on its way the
-images follow the gradient of
+7 and algorithm 1. A new network is initialised and trained on the distilled set. Between its
+training steps, the distilled images are updated with the gradient of
 
     sum_c D(grad of the loss on A_c(real images of c),
-            grad of the loss on A_c(distilled images of c)),
+            grad of the loss on A_c(distilled images of c)).
 
-where A_c is one augmentation for both and D sums 1 - cosine over the rows of each weight matrix (a
-row for each output of a layer; biases and norms are left out). How often the images are updated
-under one network, and how long it is trained in between, follows from the images per class.
+A_c is the same augmentation for both. D sums 1 - cosine over the rows of each weight matrix, where
+a row belongs to one output of a layer. Biases and norms are excluded. The number of image updates
+per network and the training epochs between them depend on the images per class.
 
-Needs labels; starts from the images of `random` under the same seed. Among the slowest methods: an
-update takes a gradient of a gradient for each class in turn, and there are 1,000 networks times the
-images per class of them.
+Needs labels. Starts from the images of `random` with the same seed. This is one of the slowest
+methods. An update takes a second-order gradient for each class in turn, and the number of updates
+is 1,000 networks times the images per class.
 """
 
 import torch
@@ -32,15 +32,15 @@ from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    arch="network, one with instance norm",
-    width="factor on its hidden widths",
-    networks="fresh networks, one after the other",
-    outer_loops="updates of the images under each; 0: by images per class",
-    inner_epochs="epochs on the distilled set between updates; 0: by images per class",
-    outer_lr="SGD learning rate of the images, momentum 0.5",
-    real_batch="real images of each class in an update",
+    arch="network, with instance norm",
+    width="multiplier of the hidden widths of the network",
+    networks="networks, used one after the other",
+    outer_loops="updates of the images per network; 0: depends on images per class",
+    inner_epochs="epochs on the distilled set between updates; 0: depends on images per class",
+    outer_lr="SGD learning rate of the images (momentum 0.5)",
+    real_batch="real images per class and update",
     inner_lr="SGD learning rate of the networks",
-    inner_batch="distilled images in a batch of theirs",
+    inner_batch="distilled images per batch of the networks",
 )
 INNER_EPOCHS = {
     1: 1,
@@ -49,15 +49,15 @@ INNER_EPOCHS = {
     30: 20,
     40: 15,
     50: 10,
-}  # by images per class, beside as many updates
+}  # images per class, also the number of updates -> epochs
 MEASUREMENT_NETWORKS = 5
 
 
 def loop_counts(per_class):
-    """(updates, epochs between them) under one network, as the authors set them for 1, 10, 20, ...
-    50 images per class.
+    """Return (updates, epochs between them) per network for `per_class` images per class.
 
-    Between those the epochs are the next larger number's; above 50 both stay as for 50.
+    The authors give both for 1, 10, 20, ... 50 images per class. In between, the epochs are those
+    of the next larger number. Above 50, both are those of 50.
     """
     return min(per_class, 50), next(
         (epochs for most, epochs in INNER_EPOCHS.items() if per_class <= most), 10
@@ -65,10 +65,10 @@ def loop_counts(per_class):
 
 
 def gradient_distance(real, syn):
-    """D of equation 7: 1 - cosine of each pair of rows, summed over the rows of all tensors.
+    """Return D of equation 7: 1 - cosine of each pair of rows, summed over all rows and tensors.
 
-    `real` and `syn` are gradients of the same weights, each (out, ...): its rows are flattened. A
-    row of zeros has the cosine 0 with any other.
+    `real` and `syn` are gradients of the same weights, with shape (out, ...) each. Their rows are
+    flattened. A row of zeros has cosine 0 with any row.
     """
     total = 0.0
     for a, b in zip(real, syn, strict=True):
@@ -78,8 +78,10 @@ def gradient_distance(real, syn):
 
 
 def weight_gradients(network, x, label, precision, create_graph=False):
-    """Gradients, by each layer's weights but not by biases and norms, of the mean cross-entropy on
-    images `x` (b, 3, S, S) of class `label`."""
+    """Return the gradients of the mean cross-entropy on images `x` (b, 3, S, S) of class `label`.
+
+    They are with respect to the weights of each layer, without biases and norms.
+    """
     with autocast(x.device, precision):
         predicted = network(x)
     y = torch.full((len(x),), label, device=x.device)
@@ -90,11 +92,11 @@ def weight_gradients(network, x, label, precision, create_graph=False):
 
 
 def losses(network, x_syn, real, randomness, precision):
-    """Yield the distance of each class in turn; `x_syn` (m, 3, S, S) holds equally many images of
-    each, in order.
+    """Yield the gradient distance of each class in turn.
 
-    The classes' images are different ones, so a gradient taken class by class is that of the sum,
-    in less memory.
+    `x_syn` (m, 3, S, S) holds the same number of images of each class, in order. The classes depend
+    on different images. Backpropagating them one by one gives the gradient of the sum and needs
+    less memory.
     """
     for label, syn in enumerate(x_syn.split(len(x_syn) // len(real.members))):
         x_real, syn = diff_augment_alike(randomness.device, real.draw(label, randomness.cpu), syn)
@@ -105,7 +107,7 @@ def losses(network, x_syn, real, randomness, precision):
 
 
 def train(network, x_syn, y_syn, epochs, args, randomness):
-    """Epochs of SGD on the distilled set, augmented."""
+    """Train `network` for `epochs` epochs of SGD on the augmented distilled set."""
     sgd = optim.optimizer(
         "sgd", network.parameters(), args.inner_lr, weight_decay=0.0, momentum=0.0
     )
@@ -167,8 +169,7 @@ def distill(source, chosen, target, args, run, device):
 
 
 def measure_objective(x, real, source, args, device):
-    """The objective of images `x`, as a mean over untrained networks and draws that are the same at
-    every call."""
+    """Return the objective of images `x` (m, 3, S, S), averaged over fixed random draws."""
     randomness, total = Randomness(MEASUREMENT_SEED, device), 0.0
     for _ in range(MEASUREMENT_NETWORKS):
         network = build_untrained(args, source, len(source.classes), device)

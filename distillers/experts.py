@@ -1,7 +1,7 @@
-"""Networks trained on the source, called experts.
+"""Experts: networks trained on the source.
 
-mtt and mkdt match their parameters, high_loss ranks images by their errors. Under the same settings
-expert k is the same network for every method and every seed of a run: k is its seed.
+mtt and mkdt match their parameters, and high_loss ranks images by their errors. Expert k is trained
+with seed k. With the same settings it is the same network for all methods and all seeds of a run.
 """
 
 import torch
@@ -20,21 +20,25 @@ HELP = dict(
     expert_lr="SGD learning rate of the experts",
     expert_momentum="momentum of the experts",
     expert_weight_decay="weight decay of the experts",
-    expert_batch="real images in a batch of theirs",
+    expert_batch="real images per batch of the experts",
 )
 
 
 def fit_loss(predicted, y):
-    """Mean squared error for features `y` (b, d_y), cross-entropy for classes `y` (b,)."""
+    """Return the mean squared error for features `y` (b, d_y), cross-entropy for classes (b,)."""
     return F.mse_loss(predicted, y) if y.is_floating_point() else F.cross_entropy(predicted, y)
 
 
 class Learner:
-    """An expert in training: a network fitted to `targets` of the images of `source`.
+    """Trains experts: networks fitted to `targets` of the images of `source`.
 
-    `source` is an `ImageSet`; `targets` (n, d_y) features or (n,) classes; `num_outputs` of the
-    network. `args` has `arch`, `width`, `precision` and the settings in `HELP`. `augment` turns on
-    differentiable augmentation.
+    Args:
+        source: an `ImageSet`.
+        targets: features (n, d_y) or classes (n,).
+        num_outputs: number of outputs of the network.
+        args: has `arch`, `width`, `precision` and the settings in `HELP`.
+        device: where to train.
+        augment: use differentiable augmentation.
     """
 
     def __init__(self, source, targets, num_outputs, args, device, augment=False):
@@ -44,7 +48,7 @@ class Learner:
         self.begin(0)
 
     def begin(self, k):
-        """Start as expert k: new weights, a new optimiser, a new order of the images."""
+        """Initialise expert k: weights, optimiser and order of the images."""
         args, source = self.args, self.source
         self.randomness = Randomness(k, self.device)
         network = models.build(args.arch, source.image_size, self.num_outputs, args.width)
@@ -55,7 +59,7 @@ class Learner:
         self.loader.batches = self.batches
 
     def step(self):
-        """Take the next step; the loss before it, ()."""
+        """Take the next step; return the loss () before the step."""
         pixels, y = self.loader.next()
         x = normalise(to_float(pixels), self.source.mean, self.source.std)
         if self.augment:
@@ -69,7 +73,7 @@ class Learner:
         return loss.detach()
 
     def measure_errors(self):
-        """Mean squared error of the features predicted for each image, in eval mode: (n,)."""
+        """Return the mean squared error of each image's predicted features in eval mode: (n,)."""
         found = torch.empty(len(self.source))
         with evaluating(self.network), autocast(self.device, self.args.precision):
             for index in torch.arange(len(self.source)).split(BATCH):

@@ -1,25 +1,28 @@
-"""FRePo: images and soft labels on which a ridge head over a pool of networks' features predicts
-the real labels.
+"""FRePo: ridge regression on the features of a pool of networks predicts the real labels.
 
     python -m distillers frepo --source cifar100
 
 Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022.
-KRR-ST has its head and its pool from there; here the targets are labels. With features f of a
-network of the pool, k_rs = f(X_t) f(X_s)^T, k_ss = f(X_s) f(X_s)^T and C classes, each step lowers
+KRR-ST takes its ridge head and its pool from FRePo. In FRePo the targets are labels. With features
+f of a network from the pool, k_rs = f(X_t) f(X_s)^T, k_ss = f(X_s) f(X_s)^T and C classes, each
+step minimises
 
     mean_i 1/2 || y_i - [k_rs (k_ss + lambda I)^-1 Y_s]_i ||^2
         - mean_j min(top1(y_j) - top2(y_j), 1/C)
 
 over the images X_s (m, 3, S, S) and labels Y_s (m, C). Here i runs over b real images with centred
-one-hot labels y_i (1 - 1/C and -1/C), lambda = 1e-6 trace(k_ss) / m, and the second term keeps the
-two largest entries of each learned label y_j apart. X_s starts as real images, Y_s as their centred
-one-hot labels divided by sqrt(C / 10). The pool's networks differ in age; the one drawn then takes
-one Adam step on (X_s, Y_s), or starts afresh after 100.
+one-hot labels y_i (1 - 1/C and -1/C), and lambda = 1e-6 trace(k_ss) / m. The second term keeps the
+two largest entries of each learned label y_j apart. X_s is initialised with real images, and Y_s
+with their centred one-hot labels divided by sqrt(C / 10). The networks of the pool differ in their
+number of training steps. The drawn network then takes one Adam step on (X_s, Y_s), or is
+reinitialised after 100 steps.
 
-Needs labels, no target network. A step costs as much as one of distill.py. Differs from the
-published recipe in the networks (those of KRR-ST: batch norm after each convolution, and its
-running statistics in the objective), in the images' normalisation (no ZCA, as KRR-ST re-ran it),
-and in that no image is mirrored or augmented.
+Needs labels and no target network. A step costs as much as one of distill.py. It differs from the
+published recipe:
+- The networks are those of KRR-ST. They have batch norm after each convolution, and the objective
+  uses its running statistics.
+- The images are not ZCA-whitened, as in the KRR-ST authors' rerun.
+- No image is mirrored or augmented.
 """
 
 import math
@@ -36,29 +39,39 @@ from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    arch="network of the pool's members",
-    width="factor on its hidden widths",
+    arch="network of the pool members",
+    width="multiplier of the hidden widths of the network",
     outer_steps="updates of the distilled set",
-    outer_lr="LAMB learning rate of images and labels, to a tenth along a cosine",
-    outer_batch="b, real images in a mini-batch",
-    pool_size="members of the pool",
-    pool_steps="steps after which a member starts afresh",
+    outer_lr="LAMB learning rate of images and labels, with cosine decay to a tenth",
+    outer_batch="b, real images per mini-batch",
+    pool_size="number of pool members",
+    pool_steps="steps after which a member is reinitialised",
     pool_lr="Adam learning rate of the members",
-    pool_batch="distilled images in a member's step, at most",
-    ridge="lambda as a factor on the mean of the kernel's diagonal",
+    pool_batch="most distilled images in a training step of a member",
+    ridge="lambda as a multiple of the mean of the kernel's diagonal",
 )
 
 
 def label_margin(y_syn):
-    """Minus the mean over labels (m, C) of how far the largest entry exceeds the second, at most
-    1/C each."""
+    """Return minus the mean over labels (m, C) of the largest minus the second largest entry.
+
+    The difference is clamped to 1/C.
+    """
     first, second = y_syn.topk(2).values.unbind(1)
     return -(first - second).clamp(max=1 / y_syn.shape[1]).mean()
 
 
 def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0, fallbacks=None):
-    """The two terms above, for real images (b, 3, S, S) with targets (b, C) and a distilled set of
-    m."""
+    """Return the objective (): the two terms above.
+
+    Args:
+        member: a `Member` of the pool.
+        x_real, y_real: real images (b, 3, S, S) and their labels (b, C).
+        x_syn, y_syn: distilled images (m, 3, S, S) and their labels (m, C).
+        ridge: lambda as a multiple of trace(k_ss) / m.
+        chunk: images per pass; 0: all.
+        fallbacks: see `krr.solve`.
+    """
     with torch.no_grad():
         f_real = member.embed(x_real, chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, chunk)  # (m, d_h)
@@ -69,12 +82,15 @@ def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0, fallbacks=No
 
 
 def distill(source, chosen, target, args, run, device):
-    """From the images at `chosen` (m,): the learned images (m, 3, S, S) and labels (m, C) as a
-    `Distilled`, with the objective under the final pool before and after in its meta."""
+    """Learn images (m, 3, S, S) and labels (m, C), starting from the images at `chosen` (m,).
+
+    Returns a `Distilled` whose meta holds the objective of the initial and the distilled set under
+    the final pool.
+    """
     randomness, classes = Randomness(args.seed, device), len(source.classes)
 
     def batch_of(index):
-        """x (b, 3, S, S) normalised and y (b, C) centred."""
+        """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
         return source.normalised(index, device), centred_one_hot(source.labels[index], classes).to(
             device
         )
@@ -113,9 +129,12 @@ def distill(source, chosen, target, args, run, device):
         ),
     )
 
-    def some_of(x, y):
-        """What a member's step sees of the set. Its mean squared error is FRePo's half sum of
-        squares times 2 / C, and Adam's step does not depend on a factor."""
+    def draw_subset(x, y):
+        """Draw the part of the set for one training step of a member.
+
+        The mean squared error of that step is FRePo's half sum of squares times 2 / C. Adam's step
+        does not depend on a constant factor.
+        """
         if len(x) <= args.pool_batch:
             return x.detach(), y.detach()
         index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch].to(device)
@@ -123,7 +142,7 @@ def distill(source, chosen, target, args, run, device):
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", sum(pool.ages)):
-        pool.first_below_initial_age().train_step(*some_of(x_init, y_init))
+        pool.first_below_initial_age().train_step(*draw_subset(x_init, y_init))
 
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = batch_of(order.next())
@@ -139,7 +158,7 @@ def distill(source, chosen, target, args, run, device):
             lr=scheduler.get_last_lr()[0],
         )
         lamb.step()
-        pool.advance(member, *some_of(x_syn, y_syn))
+        pool.advance(member, *draw_subset(x_syn, y_syn))
         scheduler.step()
         method.update_picture(run, args, step, lambda: make_distilled(x_syn, y_syn, "soft", source))
 

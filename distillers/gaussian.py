@@ -1,14 +1,16 @@
-"""Gaussian noise in place of images: the floor of the paper's distillation of knowledge (Table 4).
+"""Gaussian noise instead of images: the lower baseline for knowledge distillation (Table 4).
 
     python -m distillers gaussian --source tinyimagenet
     python kd.py --weights none --arch convnet4 --image-size 64 --lr 1e-3 --dataset cifar10 \\
                  --distilled runs/tinyimagenet/gaussian/seed0/distilled.pt --teacher .../model.pt
 
-Every value of the normalised images is a draw from N(0, 1). The set has no targets (kind `none`),
-so nothing can be pre-trained on it and kd.py's student starts from scratch; kd.py draws new noise
-of the same count at each step, as the released code does, where 1e-3 is the learning rate of this
-row. Needs neither labels nor a target network, of the source only its size and statistics; takes no
-time.
+Each value of the normalised images is drawn from N(0, 1). The set has no targets (kind `none`), so
+a network cannot be pre-trained on it, and the student of kd.py starts from random weights. kd.py
+draws the same number of new noise images at each step, as in the released code. The learning rate
+of this row in the released code is 1e-3.
+
+Needs neither labels nor a target network. Only the image size and the statistics of the source are
+used.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A set that others distilled and released becomes a distilled.pt, which every later stage reads.
+"""Convert a released distilled set to a distilled.pt that all later stages read.
 
     python -m distillers import --source tinyimagenet --method krr_st_released --normalised none \\
                                 --images x_syn.pt --targets y_syn.pt --target-kind feature
@@ -9,15 +9,19 @@
     python -m distillers import --source cifar100 --method kip_released --normalised source \\
                                 --images kip.npz --target-kind soft
 
-Reads what torch.save (any suffix) or NumPy (.npy, .npz) wrote, as data only. The images are the
-file's one array of shape (m, 3, S, S) or (m, S, S, 3), floats or bytes; the targets lie beside them
-or in a file of their own: class indices (m,), or (m, d) that --target-kind explains. What a file
-cannot tell is asked for, never guessed: a missing answer is an error that says what was found.
-STATS is `source` (the mean and standard deviation of the source's training images, which must then
-be at hand), `imagenet`, or six numbers for pixels in [0, 1]: R,G,B/R,G,B.
+Reads files of torch.save (any suffix) and NumPy (.npy, .npz). No code in these files is executed.
+The images are the only array of shape (m, 3, S, S) or (m, S, S, 3) in the file, as floats or bytes.
+The targets are in the same file or in a separate one. They are class indices (m,), or an array
+(m, d) that --target-kind describes. The command never guesses a fact that the files do not contain.
+If a flag is missing, the error says what was found and names the flag.
 
-Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png, by which the answers can be
-checked.
+STATS is one of:
+- `source`, the mean and standard deviation of the source's training images, which must be on disk;
+- `imagenet`;
+- six numbers R,G,B/R,G,B, the mean and standard deviation of pixels in [0, 1].
+
+Writes runs/<source>/<method>/seed<k>/distilled.pt and images.png. Check the flags by looking at
+images.png.
 """
 
 import argparse
@@ -46,12 +50,11 @@ KIND_QUESTION = (
     "(one-hot)?"
 )
 VALUES_QUESTION = (
-    "are they --normalised none (pixels in [0, 1], used as they are), --normalised STATS "
-    "(normalised already), or "
-    "pixels to --normalise STATS? STATS: source, imagenet, or R,G,B/R,G,B"
+    "are they --normalised none (pixels in [0, 1], used without normalisation), "
+    "--normalised STATS (already normalised), or pixels to --normalise STATS? "
+    "STATS: source, imagenet, or R,G,B/R,G,B"
 )
-# Of DC's lists of accuracies and of arrays that torch.save took as they were; they make numbers and
-# arrays, no more.
+# NumPy types in files that DC wrote with torch.save. They only construct numbers and arrays.
 NUMPY = [
     np.ndarray,
     np.dtype,
@@ -64,11 +67,11 @@ NUMPY = [
 
 
 def read(path):
-    """Name -> tensor, for every array in a file; names are the keys and positions on the way there,
-    `data.0.1`.
+    """Return all arrays of a file as a dict of name to tensor.
 
-    Floats become float32, integers int64, bytes stay uint8. Raises UserError for a file that is not
-    there or that holds more than data.
+    A name joins the keys and positions of the array by dots: `data.0.1`. Floats are converted to
+    float32 and integers to int64; bytes remain uint8. Raises UserError if the file does not exist
+    or contains anything other than data.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -76,7 +79,7 @@ def read(path):
         try:
             content = np.load(path, allow_pickle=False)
             content = dict(content) if path.suffix == ".npz" else content
-        except Exception as error:  # whatever bytes that are no such file make the reader do
+        except Exception as error:  # NumPy raises many types for an invalid file
             raise UserError(
                 f"{path}: not a NumPy file of plain arrays ({str(error)[:120]})"
             ) from error
@@ -111,8 +114,17 @@ def _arrays(content, place):
 
 
 def select_entry(found, entry, fits, path, flag, wanted):
-    """(name, tensor) of the entry asked for, or of the only one that `fits`. Raises UserError where
-    there is none, or more than one."""
+    """Return (name, tensor) of `entry`, or of the only array for which `fits(name, tensor)` holds.
+
+    Args:
+        found: dict of name to tensor.
+        entry: a name in `found`, or None.
+        fits: predicate of name and tensor.
+        path, flag, wanted: file, flag and description for the error message.
+
+    Raises:
+        UserError: no array fits, or more than one.
+    """
     names = (
         [entry]
         if entry in found
@@ -131,7 +143,7 @@ def select_entry(found, entry, fits, path, flag, wanted):
 
 
 def read_images(path, entry):
-    """(name, tensor) of the images, (m, 3, S, S) float32 or uint8."""
+    """Return (name, tensor) of the images, (m, 3, S, S) float32 or uint8."""
 
     def fits(name, tensor):
         return tensor.ndim == 4 and 3 in (tensor.shape[1], tensor.shape[3])
@@ -148,7 +160,7 @@ def read_images(path, entry):
 
 
 def read_targets(args, images_entry, m):
-    """The targets, (m,) or (m, d): of --targets, or those that lie beside the images."""
+    """Return the targets (m,) or (m, d), from --targets or from the file of the images."""
     beside = images_entry.rpartition(".")[0]
     path = args.targets or args.images
 
@@ -157,7 +169,9 @@ def read_targets(args, images_entry, m):
         return near and tensor.ndim in (1, 2) and len(tensor) == m
 
     elsewhere = (
-        "" if args.targets else ", give --targets FILE, or --target-kind none for the images alone"
+        ""
+        if args.targets
+        else "; give --targets FILE, or --target-kind none for a set without targets"
     )
     wanted = f"targets for {m} images{elsewhere}"
     y = select_entry(read(path), args.targets_entry, fits, path, "--targets-entry", wanted)[1]
@@ -165,23 +179,22 @@ def read_targets(args, images_entry, m):
 
 
 def class_indices(y, path):
-    """Integers (m,) or one-hot rows (m, c) as int64 (m,). Raises UserError for anything else."""
+    """Return integers (m,) or one-hot rows (m, c) as int64 (m,). Raises UserError otherwise."""
     if y.ndim == 1:
         if not torch.equal(y, y.round() if y.is_floating_point() else y):
             raise UserError(
-                f"{path}: targets of one dimension that are no class indices ({describe(y)})"
+                f"{path}: one-dimensional targets must be class indices ({describe(y)})"
             )
         return y.long()
     if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
         raise UserError(
-            f"{path}: targets that are not one-hot ({describe(y)}); give --target-kind soft or "
-            "feature"
+            f"{path}: targets are not one-hot ({describe(y)}); give --target-kind soft or feature"
         )
     return y.argmax(1)
 
 
 def describe(tensor):
-    """Shape, type and range of a tensor; of images also mean and deviation of each channel."""
+    """Describe shape, type and range of a tensor; for images also mean and std per channel."""
     text = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.numel():
         text += f", {tensor.min():.4g} to {tensor.max():.4g}"
@@ -195,7 +208,7 @@ def describe(tensor):
 
 
 def resolve_statistics(answer, args, image_size):
-    """Mean and std (3,) that STATS stands for."""
+    """Return the mean and std (3,) that STATS denotes."""
     if answer == "source":
         source = load_images(args.source, "train", image_size, args.data_root)
         return source.mean, source.std
@@ -203,8 +216,10 @@ def resolve_statistics(answer, args, image_size):
 
 
 def parse_statistics(text):
-    """An argparse type for STATS: none, source and imagenet as they are, R,G,B/R,G,B as
-    ((r, g, b), (r, g, b))."""
+    """Parse STATS, as an argparse type.
+
+    Returns none, source and imagenet unchanged, and R,G,B/R,G,B as ((r, g, b), (r, g, b)).
+    """
     if text in (*STATISTICS, "source"):
         return text
     try:
@@ -224,8 +239,10 @@ def parse_statistics(text):
 
 
 def build_distilled(args):
-    """The `Distilled` that the files and the answers make, without meta. Raises UserError for what
-    does not fit or is missing."""
+    """Return the `Distilled` of the files and flags, without meta.
+
+    Raises UserError if a flag is missing or contradicts the files.
+    """
     entry, x = read_images(args.images, args.images_entry)
     kind, y, questions = args.target_kind, torch.empty(len(x), 0), []
     if kind != "none":
@@ -240,16 +257,16 @@ def build_distilled(args):
         elif kind is None:
             questions.append(f"targets {describe(y)}: {KIND_QUESTION}")
     elif args.targets or args.targets_entry:
-        raise UserError("--target-kind none: then give neither --targets nor --targets-entry")
+        raise UserError("--target-kind none cannot be combined with --targets or --targets-entry")
     answer = args.normalise or args.normalised
     if answer is None:
         questions.append(f"images {describe(x)}: {VALUES_QUESTION}")
     if questions:
-        raise UserError(f"{args.images}: the file cannot tell: {'; '.join(questions)}")
+        raise UserError(f"{args.images}: the file does not say: {'; '.join(questions)}")
     if x.dtype == torch.uint8:
         if args.normalised not in (None, "none"):
             raise UserError(
-                f"{args.images}: bytes are pixels; give --normalised none or --normalise STATS"
+                f"{args.images}: bytes are pixels: give --normalised none or --normalise STATS"
             )
         x = x.float() / 255
     if kind != "none":
@@ -263,7 +280,7 @@ def build_distilled(args):
 
 
 def source_name(name, root):
-    """As load_images names a source; a plain name that is not at hand stays as it is."""
+    """Return the name that load_images gives a source; a source not on disk keeps its name."""
     if (
         name in ARCHIVES
         or in_data_root(name, root)
@@ -275,7 +292,7 @@ def source_name(name, root):
 
 
 def main(argv, reserved=(), prog=None):
-    """Import as `argv` says; `reserved` are names that --method may not be."""
+    """Run the import with the command line `argv`; --method must not be one of `reserved`."""
     args = parse_args(argv, prog)
     check_name("--method", args.method, reserved)
     result = build_distilled(args)
@@ -294,7 +311,7 @@ def main(argv, reserved=(), prog=None):
         cli.run_settings(args, **digests, **values),
     )
     if run.finished:
-        print(f"{run.artefact} is there already")
+        print(f"{run.artefact} already exists")
         return
     changed = deviations(
         args.preset,
@@ -328,50 +345,52 @@ def parse_args(argv, prog=None):
     data, run = parser.groups["data"], parser.groups["run"]
     name = preset_name(cli.peek_flag("preset", argv, cli.peek_flag("source", argv)))
     data.add_argument(
-        "--source", required=True, help="data set that the images were distilled from"
+        "--source", required=True, help="data set from which the images were distilled"
     )
     run.add_argument(
         "--method",
         required=True,
-        help="name for the run's folder and for tables, such as dm_released",
+        help="name of the run folder and of the row in tables, such as dm_released",
     )
     parser.groups["method"].add_argument(
         "--preset",
         choices=[*PRESETS],
         default=name,
-        help="settings of later stages (default: source)",
+        help="preset of later stages (default: that of the source)",
     )
     run.add_argument(
         "--seed",
         type=cli.non_negative_int,
         default=0,
-        help="k of the folder, for several sets of one method",
+        help="k in the folder name, for several sets of one method",
     )
-    data.add_argument("--images", type=Path, required=True, metavar="FILE", help="holds the images")
     data.add_argument(
-        "--images-entry", metavar="NAME", help="which array of that file, such as data.0.0"
+        "--images", type=Path, required=True, metavar="FILE", help="file with the images"
+    )
+    data.add_argument(
+        "--images-entry", metavar="NAME", help="name of the images' array, such as data.0.0"
     )
     data.add_argument(
         "--targets",
         type=Path,
         metavar="FILE",
-        help="holds the targets (default: beside the images)",
+        help="file with the targets (default: the file of the images)",
     )
-    data.add_argument("--targets-entry", metavar="NAME", help="which array of that file")
+    data.add_argument("--targets-entry", metavar="NAME", help="name of the targets' array")
     data.add_argument(
-        "--target-kind", choices=[*TARGET_KINDS], help="what targets of two dimensions are"
+        "--target-kind", choices=[*TARGET_KINDS], help="kind of two-dimensional targets"
     )
     values = data.add_mutually_exclusive_group()
     values.add_argument(
         "--normalised",
         type=parse_statistics,
         metavar="none|STATS",
-        help="what the file's values are",
+        help="how the images in the file are normalised",
     )
     values.add_argument(
         "--normalise",
         type=parse_statistics,
         metavar="STATS",
-        help="they are pixels; normalise them so",
+        help="the images are pixels; normalise them by STATS",
     )
     return parser.parse_args(argv)

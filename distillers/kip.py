@@ -1,30 +1,31 @@
-"""KIP: images on which kernel ridge regression with an infinitely wide network's kernel predicts
-the real labels.
+"""KIP: kernel ridge regression with the kernel of an infinitely wide network predicts the labels.
 
     python -m distillers kip --source cifar100
     python -m distillers kip --source digits --kernel conv --outer-steps 20 --outer-batch 100
 
 Nguyen, Chen and Lee, "Dataset Meta-Learning from Kernel Ridge-Regression", ICLR 2021; Nguyen,
 Novak, Xiao and Lee, "Dataset Distillation with Infinitely Wide Convolutional Networks", NeurIPS
-2021. Each step lowers
+2021. Each step minimises
 
     1/2 mean ( y_t - k(X_t, X_s) (k(X_s, X_s) + lambda I)^-1 Y_s )^2
 
-over the images X_s (m, 3, S, S), and with --learn-labels over their labels Y_s (m, C). Here (X_t,
-y_t) are real images, as many of each class, with centred one-hot labels, which is also what X_s and
-Y_s start as; lambda is 1e-6 trace(k(X_s, X_s)) / m; and k is the neural tangent kernel of a ReLU
-network in float64, in closed form (distillers/ntk.py):
-    fc     --depth hidden layers (the first paper's FC1: --depth 1)
-    conv   --depth 3x3 convolutions and a linear read-out of the flattened maps, no pooling. The
-           second paper's networks pool, which makes a kernel of S^2 times as many numbers; its
-           extra convolution in front is --depth 4 here.
+over the images X_s (m, 3, S, S), and with --learn-labels also over their labels Y_s (m, C). Here
+X_t are real images, the same number of each class, and y_t are their centred one-hot labels. X_s
+and Y_s are initialised in the same way. lambda is 1e-6 trace(k(X_s, X_s)) / m. k is the neural
+tangent kernel of a ReLU network, in closed form and float64 (distillers/ntk.py):
+    fc     --depth hidden layers. The FC1 of the first paper is --depth 1.
+    conv   --depth 3x3 convolutions and a linear read-out of the flattened maps, without pooling.
+           The networks of the second paper use pooling, which makes a kernel with S^2 times as many
+           entries. They also have an additional first convolution; --depth 4 includes it.
 
-Needs labels, no target network. Departs from the papers in the network without pooling and the
-images' normalisation (no ZCA). A step makes (b + m) m numbers of the kernel, each with its
-gradient: on one CPU core 2 microseconds each for fc at 32 px and depth 3, 0.2 milliseconds for
-conv, which grows with the pixels and the depth. For CIFAR-100's 1,000 images fc takes 13 seconds a
-step and conv 20 minutes, which asks for a GPU that is fast in float64. Memory is 8 (b + m) m bytes
-for each kernel matrix, and for the part that is being made some 500 MB, on a GPU some 4 GB.
+Needs labels and no target network. It differs from the papers in the network without pooling and in
+the normalisation of the images (no ZCA).
+
+A step computes (b + m) m kernel entries and their gradients. On one CPU core at 32 px and depth 3,
+an entry takes 2 microseconds for fc and 0.2 milliseconds for conv. The time of conv grows with the
+number of pixels and the depth. With 1,000 images of CIFAR-100, a step takes 13 seconds for fc and
+20 minutes for conv. conv at this size needs a GPU with fast float64. A kernel matrix takes
+8 (b + m) m bytes. The part being computed takes about 500 MB on a CPU and 4 GB on a GPU.
 """
 
 import torch
@@ -41,27 +42,33 @@ from utils.run import Tensors
 from utils.sampling import Randomness
 
 HELP = dict(
-    kernel="of which infinitely wide network: fc or conv",
-    depth="its hidden layers",
+    kernel="infinitely wide network of the kernel: fc or conv",
+    depth="number of hidden layers of that network",
     outer_steps="updates of the distilled set",
-    outer_lr="Adam learning rate of images and labels, constant",
-    outer_batch="b, real images in a mini-batch, as many of each class; all of them if there are "
-    "no more",
-    ridge="lambda as a factor on the mean of the kernel's diagonal",
+    outer_lr="constant Adam learning rate of images and labels",
+    outer_batch="b, real images per mini-batch, the same number of each class; all images if the "
+    "source has no more",
+    ridge="lambda as a multiple of the mean of the kernel's diagonal",
     learn_labels="learn the labels as well",
 )
 
 
 def balanced_batch(source, size, generator):
-    """Indices of about `size` images, as many of each class (fewer where a class is smaller), or of
-    all if there are no more."""
+    """Return the indices of about `size` random images, the same number of each class.
+
+    The number per class is at most the size of the smallest class. If the source has at most `size`
+    images, all are returned.
+    """
     per_class = min(size // len(source.classes), int(source.labels.bincount().min()))
     return few_labels(source, 0 if size >= len(source) else max(1, per_class), 0.0, generator)
 
 
 def objective(x_real, y_real, x_syn, y_syn, args, fallbacks=None):
-    """Half the mean squared error over all entries (b, C), in the precision of x_syn (m, 3, S, S)
-    and y_syn (m, C)."""
+    """Return half the mean squared error (), in the precision of `x_syn` and `y_syn`.
+
+    `x_real` (b, 3, S, S) and `x_syn` (m, 3, S, S) are images. `y_real` (b, C) and `y_syn` (m, C)
+    are their labels. The mean is over all entries (b, C). For `fallbacks`, see `krr.solve`.
+    """
     k_rs = kernel(args.kernel, x_real, x_syn, args.depth)  # (b, m)
     k_ss = kernel(args.kernel, x_syn, x_syn, args.depth)  # (m, m)
     predicted = kernel_predict(k_rs, k_ss, y_syn, args.ridge, True, fallbacks)  # (b, C)
@@ -69,16 +76,18 @@ def objective(x_real, y_real, x_syn, y_syn, args, fallbacks=None):
 
 
 def distill(source, chosen, target, args, run, device):
-    """From the images at `chosen` (m,): the learned images (m, 3, S, S) and their labels (m, C) as
-    a `Distilled`, with the objective before and after in its meta."""
+    """Learn images (m, 3, S, S), and possibly labels (m, C), from the images at `chosen` (m,).
+
+    Returns a `Distilled` whose meta holds the objective of the initial and the distilled set.
+    """
     if args.kernel not in KERNELS:
         raise UserError(f"--kernel {args.kernel}: choose one of {', '.join(KERNELS)}")
     if device.type == "mps":
-        device = torch.device("cpu")  # which has float64
+        device = torch.device("cpu")  # MPS has no float64
     randomness = Randomness(args.seed, device)
 
     def batch_of(index):
-        """x (b, 3, S, S) normalised and y (b, C) centred."""
+        """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
         return source.normalised(index, device), centred_one_hot(
             source.labels[index], len(source.classes)
         ).to(device)
@@ -89,7 +98,7 @@ def distill(source, chosen, target, args, run, device):
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
     torch.rand(
         (), generator=randomness.cpu
-    )  # else the first batch would be the very images that the set starts as
+    )  # otherwise the first batch would be the initial images of the set
     run.resume(device, dict(learned=learned, optimizer=adam, randomness=randomness))
 
     run.limits = LIMITS
@@ -106,7 +115,7 @@ def distill(source, chosen, target, args, run, device):
             run, args, step, lambda: make_distilled(x_syn.float(), y_syn.float(), "soft", source)
         )
 
-    # A seed of no run: another draw than the images that the set starts as.
+    # A seed that no run uses, so that these are not the initial images of the set.
     x_held, y_held = batch_of(
         balanced_batch(source, args.outer_batch, torch.Generator().manual_seed(-1))
     )

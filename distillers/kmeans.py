@@ -1,18 +1,20 @@
-"""Real images nearest to the centroids of k-means in the target network's feature space.
+"""Real images nearest to the k-means centroids in the target network's feature space.
 
     python -m distillers kmeans --source cifar100
 
-k-means finds centroids c_j that minimise sum_i min_j ||g_phi(x_i) - c_j||^2 (k-means++ start,
-Lloyd's iterations); the set is the nearest real image of each centroid, each image once. Where the
-source has labels: m / classes centroids within each class, with the class as target. Where it has
-none, or with --ignore-labels: m centroids over all images, with the target network's features as
-targets.
+k-means finds centroids c_j that minimise sum_i min_j ||g_phi(x_i) - c_j||^2, with k-means++
+initialisation and Lloyd's iterations. The set consists of the real image nearest to each centroid,
+without repetition. If the source has labels, there are m / classes centroids for each class, and
+the targets are the classes. If it has none, or with --ignore-labels, there are m centroids over all
+images, and the targets are the target network's features.
 
-Needs the target network, labels or not: the paper takes this baseline from DC-BENCH (Cui et al.,
-2022) "in feature space of the source data set" and neither says which, so the space here is that of
-g_phi, which is at hand for every source. Seconds for the digits, minutes for TinyImageNet, on a
-CPU; it keeps no checkpoint. It prints the mean squared distance of the source's features to the
-nearest chosen image (of their class), for random images and for these.
+Needs a target network; labels are optional. The paper takes this baseline from DC-BENCH (Cui et
+al., 2022), "in feature space of the source data set". Neither says which feature space. Here it is
+that of g_phi, which is available for every source. On a CPU the command takes seconds for the
+digits and minutes for TinyImageNet. It writes no checkpoints.
+
+The command prints the mean squared distance of the source's features to those of the nearest chosen
+image (of the same class), for random images and for the chosen ones.
 """
 
 import torch
@@ -21,18 +23,18 @@ from data.subsets import balanced_subset, random_subset
 from distillers.method import Method, make_distilled
 from utils import progress
 
-# Pairs of an image and a centroid; about 2 s of two CPU cores an iteration at 512 features.
+# Pairs of an image and a centroid; about 2 s per iteration on two CPU cores at 512 features.
 MOST_PAIRS = 10**8
-ROWS = 1024  # features compared with all of the chosen at a time
+ROWS = 1024  # features compared at a time with all chosen ones
 
 
 def fit_centroids(features, k, seed):
-    """The k-means centroids of `features` (n, d), on the CPU: (k, d).
+    """Return the k-means centroids (k, d) of `features` (n, d), computed on the CPU.
 
-    All of `features` in each iteration up to `MOST_PAIRS` = n * k; beyond that, mini-batches
+    Each iteration uses all features if n * k is at most `MOST_PAIRS`, and a mini-batch otherwise
     (Sculley, 2010).
     """
-    from sklearn.cluster import (  # here, since scikit-learn takes a second to import
+    from sklearn.cluster import (  # imported here, because it takes a second
         KMeans,
         MiniBatchKMeans,
     )
@@ -45,8 +47,10 @@ def fit_centroids(features, k, seed):
 
 
 def nearest_distinct(features, centres):
-    """For each of `centres` (k, d) in turn the nearest row of `features` (n, d) that none before
-    took: (k,) int64."""
+    """Return the index of the nearest row of `features` (n, d) for each centre: (k,) int64.
+
+    `centres` (k, d) are processed in order. Rows taken by earlier centres are excluded.
+    """
     free, chosen = torch.ones(len(features), dtype=torch.bool), []
     for centre in centres:
         distance = torch.cdist(centre[None], features, compute_mode="donot_use_mm_for_euclid_dist")[
@@ -58,15 +62,14 @@ def nearest_distinct(features, centres):
 
 
 def sum_distances(features, chosen):
-    """Sum over the rows of `features` (n, d) of the squared distance to the nearest of `chosen` (k,
-    d)."""
+    """Return the sum of squared distances of `features` (n, d) to the nearest `chosen` (k, d)."""
     return sum(
         torch.cdist(part, chosen).amin(1).square().sum().item() for part in features.split(ROWS)
     )
 
 
 def choose_random(source, m, seed):
-    """Indices (m,) of random real images, balanced where there are labels: only to compare with."""
+    """Return indices (m,) of random real images for comparison, balanced if there are labels."""
     return (random_subset if source.labels is None else balanced_subset)(source, m, seed)
 
 
@@ -97,7 +100,7 @@ def distill(source, chosen, target, args, run, device):
 
 def add_flags(parser):
     parser.add_argument(
-        "--ignore-labels", action="store_true", help="treat the source as one without labels"
+        "--ignore-labels", action="store_true", help="do not use the labels of the source"
     )
 
 

@@ -1,37 +1,45 @@
-"""Kernel ridge regression on the features of a network: the closed-form head of the inner problem
-(paper, 3.2)."""
+"""Kernel ridge regression on network features: the closed-form head of the inner problem (3.2)."""
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Factor on the ridge where the kernel is not positive definite with the usual one.
+# Factor on the ridge if the kernel is not positive definite with the given one.
 LARGER_RIDGE = 10
 LIMITS = {  # for `Run.limits`
     "larger_ridge": (
         0.1,
-        "the kernel is not positive definite in that share of the steps; raise --ridge",
+        "the kernel is not positive definite in this fraction of steps; raise --ridge",
     )
 }
 
 
 def with_bias(features):
-    """Append a one to each feature vector: (n, d) to (n, d + 1)."""
+    """Append a column of ones to features (n, d): (n, d + 1)."""
     return F.pad(features, (0, 1), value=1.0)
 
 
 def ridge_predict(f_real, f_syn, y_syn, ridge, per_image=False, bias=True, fallbacks=None):
-    """Prediction h_W*(f_real) (b, d_y) of the ridge head fitted to (f_syn, y_syn).
+    """Fit the ridge head to (f_syn, y_syn) and return its prediction h_W*(f_real).
 
-    Paper, equation 4: k_rs (k_ss + lambda I)^-1 y_syn, differentiable in f_syn and y_syn. `f_real`
-    (b, d_h) and `f_syn` (m, d_h) are features, `y_syn` (m, d_y) their targets. lambda is `ridge`
-    times trace(k_ss), divided by m if `per_image`, and is held constant in the gradient. `bias`
-    appends a one to the features. `fallbacks`: see `solve`.
+    Paper, equation 4: k_rs (k_ss + lambda I)^-1 y_syn. The result is differentiable in f_syn and
+    y_syn. If m exceeds d_h, the equivalent system of d_h equations is solved:
+    f_real (f_syn^T f_syn + lambda I)^-1 f_syn^T y_syn.
 
-    Where m exceeds d_h, the equivalent system of d_h equations is solved:
-    f_real (f_syn^T f_syn + lambda I)^-1 f_syn^T y_syn. Products are in the precision of the
-    features, the system in float64 where the device supports it, since its condition number grows
-    as 1 / ridge.
+    Products use the precision of the features. The system is solved in float64 if the device
+    supports it, because its condition number grows as 1 / ridge.
+
+    Args:
+        f_real: features of real images (b, d_h).
+        f_syn: features of distilled images (m, d_h).
+        y_syn: targets of the distilled images (m, d_y).
+        ridge: lambda as a multiple of trace(k_ss). lambda is constant in the gradient.
+        per_image: divide lambda by m.
+        bias: append a column of ones to the features.
+        fallbacks: see `solve`.
+
+    Returns:
+        Predicted targets (b, d_y).
     """
     if bias:
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
@@ -43,12 +51,12 @@ def ridge_predict(f_real, f_syn, y_syn, ridge, per_image=False, bias=True, fallb
 
 
 def kernel_predict(k_rs, k_ss, y_syn, ridge, per_image=False, fallbacks=None):
-    """As `ridge_predict`, from the kernels themselves: `k_rs` (b, m), `k_ss` (m, m)."""
+    """Return the prediction of `ridge_predict` for kernels `k_rs` (b, m) and `k_ss` (m, m)."""
     return k_rs @ _solve_damped(k_ss, y_syn, ridge / (len(k_ss) if per_image else 1), fallbacks)
 
 
 def _solve_damped(k, y, ridge, fallbacks):
-    """(k + ridge * trace(k) I)^-1 y, of the precision of k."""
+    """Return (k + ridge * trace(k) I)^-1 y in the precision of k."""
     exact = torch.float32 if k.device.type == "mps" else torch.float64
     wide = k.to(exact)
     damping = ridge * wide.diagonal().sum().detach()
@@ -56,17 +64,23 @@ def _solve_damped(k, y, ridge, fallbacks):
 
 
 def centred_one_hot(labels, num_classes):
-    """Classes (n,) as 1 - 1/C at the class and -1/C elsewhere: (n, C) float32, rows sum to 0."""
+    """Return classes (n,) as centred one-hot rows (n, C) float32: 1 - 1/C and -1/C."""
     return F.one_hot(labels, num_classes).float() - 1 / num_classes
 
 
 def solve(k, damping, y, fallbacks=None):
-    """(k + damping I)^-1 y (m, d) by Cholesky, for a symmetric k (m, m) and y (m, d).
+    """Return (k + damping I)^-1 y (m, d) by a Cholesky factorisation.
 
-    Differentiable in k and y. Where rounding makes that matrix not positive definite, 10 times the
-    damping is used; where that fails too, the result is NaN. If a list `fallbacks` is given, a ()
-    tensor is appended that says whether the larger damping was used (nothing on a CPU if it was
-    not); the device is not waited for.
+    The result is differentiable in k and y. If rounding makes the matrix not positive definite, 10
+    times the damping is used. If that also fails, the result is NaN.
+
+    Args:
+        k: symmetric matrix (m, m).
+        damping: scalar.
+        y: right-hand sides (m, d).
+        fallbacks: a list, or None. A () bool tensor is appended to it: whether the larger damping
+            was used. On a CPU nothing is appended if it was not. The call does not synchronise
+            with the device.
     """
     factor, fallback = _factorise(k.detach(), damping)
     if fallbacks is not None and fallback is not None:
@@ -75,7 +89,7 @@ def solve(k, damping, y, fallbacks=None):
 
 
 class _Solve(torch.autograd.Function):
-    """The solution for a matrix k + damping I whose Cholesky factor is given."""
+    """The solution for a matrix k + damping I, given its Cholesky factor."""
 
     @staticmethod
     def forward(ctx, k, factor, y):
@@ -88,19 +102,23 @@ class _Solve(torch.autograd.Function):
     def backward(ctx, gradient):
         factor, dual = ctx.saved_tensors
         by_y = torch.cholesky_solve(gradient, factor)
-        return -by_y @ dual.T, None, by_y  # of A^-1 y by A: -(A^-T g) (A^-1 y)^T
+        return (
+            -by_y @ dual.T,
+            None,
+            by_y,
+        )  # gradient with respect to A of A^-1 y: -(A^-T g) (A^-1 y)^T
 
 
 def _factorise(k, damping):
-    """Lower Cholesky factor (m, m) of k + damping I, of k + 10 damping I, or NaN.
+    """Return the lower Cholesky factor (m, m) of k + damping I, or of k + 10 damping I, or NaN.
 
-    Also returns whether the second was taken, as a () tensor; None on a CPU where it was not.
+    Also returns whether the second was used, as a () tensor, or None if it was not on a CPU.
     """
     eye = torch.eye(len(k), dtype=k.dtype, device=k.device)
     factor, info = torch.linalg.cholesky_ex(k + damping * eye)
     if k.device.type == "cpu" and not info:
         return factor, None
-    # On a GPU always, since asking for `info` would wait for the device.
+    # A GPU computes both factors, because reading `info` would synchronise with the device.
     larger, failed = torch.linalg.cholesky_ex(k + LARGER_RIDGE * damping * eye)
     larger = torch.where(failed == 0, larger, torch.nan)
     return torch.where(info == 0, factor, larger), info > 0

@@ -1,5 +1,4 @@
-"""What the methods with labels have in common (dm, dsa, mtt): images class by class, and networks
-that treat each image by itself."""
+"""Code shared by the labelled methods (dm, dsa, mtt): batches of one class, untrained networks."""
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -7,13 +6,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import models
 from utils.errors import UserError
 
-# Seed of the draws that initial and distilled images are compared with; no run has it.
+# Seed of the draws for comparing initial and distilled images; no run uses it.
 MEASUREMENT_SEED = 1 << 30
 
 
 class ClassBatches:
-    """Random real images of one class at a time: at most `batch_size`, or all of a smaller class,
-    none twice."""
+    """Batches of distinct random real images of one class.
+
+    A batch holds `batch_size` images, or all images of a smaller class.
+    """
 
     def __init__(self, source, batch_size, device):
         self.source, self.batch_size, self.device = source, batch_size, device
@@ -23,22 +24,23 @@ class ClassBatches:
         )  # one (n_c,) for each class c
 
     def draw(self, label, generator):
-        """Normalised images (b, 3, S, S) of class `label`; `generator` is the CPU's."""
+        """Return normalised images (b, 3, S, S) of class `label`; `generator` is on the CPU."""
         members = self.members[label]
         index = members[torch.randperm(len(members), generator=generator)[: self.batch_size]]
         return self.source.normalised(index, self.device)
 
 
 def build_untrained(args, source, num_outputs, device):
-    """An untrained network of `args.arch` and `args.width` on `device`, initialised by torch's
-    global generator.
+    """Return an untrained network of `args.arch` and `args.width` on `device`.
 
-    Raises UserError for one with batch norm, which would tie each image to the others of its pass.
+    Torch's global generator initialises it. Raises UserError if the network has batch norm, because
+    the output for an image would then depend on the other images of the batch.
     """
     network = models.build(args.arch, source.image_size, num_outputs, args.width)
     if any(isinstance(module, _BatchNorm) for module in network.modules()):
         known = ", ".join(name for name in models.ARCHITECTURES if name.startswith("dc_"))
         raise UserError(
-            f"--arch {args.arch} has batch norm; this method needs instance norm: one of {known}"
+            f"--arch {args.arch} has batch norm; this method needs instance norm: "
+            f"choose one of {known}"
         )
     return network.to(device)

@@ -1,31 +1,33 @@
-"""Low-rank sets: KRR-ST's images and targets as coefficients times bases (`distill.py --bases U`).
+"""Low-rank sets: images and targets of KRR-ST as coefficients times bases (`distill.py --bases U`).
 
     python distill.py --source cifar100 --num-images 100 --bases 200 --views rotations
 
 Yu, Yao and Chiu, "Boost Self-Supervised Dataset Distillation via Parameterization, Predefined
-Augmentation, and Approximation", ICLR 2025. Images are bilinear enlargements of C_x B_x, with U
-bases of --base-size pixels a side; targets are C_y B_y, with V bases. Algorithm 1 learns
-coefficients and bases in place of X_s and Y_s. They start from the principal components of the
-source: C_x and C_y project real images, and their target features, on these.
+Augmentation, and Approximation", ICLR 2025. The images are C_x B_x, enlarged bilinearly, with U
+bases of --base-size pixels a side. The targets are C_y B_y, with V bases. Algorithm 1 learns the
+coefficients and bases instead of X_s and Y_s. The initial bases are the principal components of the
+source's images and of their target features. The initial coefficients are the projections of real
+images, and of their target features, onto these.
 
-With --views rotations each image also appears turned by 90, 180 and 270 degrees, with coefficients
-C_y^(k) of its own on the same B_y, which start from the target features of the turned images. The
-ridge head and the pool's members see all four views. After the last step one small network for each
-rotation is fitted to C_y^(k) - C_y as a function of C_y. The set keeps these networks and not
-C_y^(k).
+With --views rotations, the set also contains each image rotated by 90, 180 and 270 degrees. Each
+rotation has its own coefficients C_y^(k) on the same B_y, initialised with the target features of
+the rotated images. The ridge head and the pool members use all four views. After the last step, a
+small network for each rotation is fitted to predict C_y^(k) - C_y from C_y. The set stores these
+networks instead of C_y^(k).
 
---num-images N is the budget: the set keeps at most N (3 S S + d_y) numbers, as many as N images
-with their targets. What the bases and the networks leave of it decides the number of images m. The
-file holds the factors; `load_distilled` makes the images and targets from them.
+--num-images N is the budget. The set stores at most N (3 S S + d_y) numbers, as many as N images
+with their targets. The bases and networks are part of the budget; the rest determines the number of
+images m. The file stores the factors, and `load_distilled` computes the images and targets.
 
-The paper takes 30,000 steps for CIFAR-100 and 20,000 at 64 pixels. These choices are ours:
-- the principal components are of uncentred data, so that no mean is kept, and of at most 10,000
-  random images;
-- images are reduced by averaging squares of pixels;
-- coefficients and bases are scaled to the same root mean square, since Adam moves every number by
-  about the same amount;
-- the networks have a ReLU, and 500 steps of Adam at 0.01 on all images at once fit them;
-- the budget pays for the networks.
+The paper uses 30,000 steps for CIFAR-100 and 20,000 at 64 pixels. The paper does not specify the
+following choices:
+- The principal components are those of uncentred data, so that no mean is stored. They are computed
+  from at most 10,000 random images.
+- Images are reduced by averaging over squares of pixels.
+- Coefficients and bases are scaled to the same root mean square, because Adam changes every number
+  by about the same amount.
+- The networks have a ReLU. They are fitted by 500 full-batch steps of Adam with learning rate 0.01.
+- The networks are part of the budget.
 """
 
 import math
@@ -41,22 +43,22 @@ from utils.errors import UserError
 from utils.run import Tensors
 
 HELP = dict(
-    bases="U, bases of the images of a low-rank set (distillers/low_rank.py); 0: plain images",
-    target_bases="V, bases of its targets; 0: as many as of the images, and at most d_y",
-    base_size="pixels of a side of its images' bases",
-    views="views of its images: none but themselves, or rotations",
-    shift_width="hidden width of the networks that predict the rotations' targets",
+    bases="U, number of image bases of a low-rank set (distillers/low_rank.py); 0: plain images",
+    target_bases="V, number of target bases of a low-rank set; 0: min(U, d_y)",
+    base_size="side of the image bases in pixels",
+    views="additional views of the images: none or rotations",
+    shift_width="hidden width of the networks that predict the targets of rotated images",
 )
-NAME = "krr_st_low_rank"  # in the registry
+NAME = "krr_st_low_rank"  # name in the registry
 VIEWS = ("none", "rotations")
-MOST_ROWS = 10_000  # images that the principal components are taken of
+MOST_ROWS = 10_000  # most images for the principal components
 SHIFT_STEPS, SHIFT_LR = 500, 0.01
 
 
 class Plain:
-    """X_s (m, 3, S, S) and Y_s (m, d_y) themselves, with the methods of `LowRank`."""
+    """X_s (m, 3, S, S) and Y_s (m, d_y) as plain tensors, with the interface of `LowRank`."""
 
-    parts = {}  # noqa: RUF012, what a checkpoint keeps besides
+    parts = {}  # noqa: RUF012, other parts of a checkpoint
 
     def __init__(self, x_init, y_init):
         start = dict(x_syn=x_init, y_syn=y_init)
@@ -73,12 +75,16 @@ class Plain:
 
 
 class LowRank:
-    """The factors of a set while they are learned.
+    """The factors of a low-rank set during distillation.
 
-    `learned`: name -> tensor, what the optimiser moves: c_x (m, U), b_x (U, 3 s s), c_y (m, V),
-    b_y (V, d_y) and with rotations c_views (3, m, V). `initial` (m,): indices of the images that it
-    starts from. `parts`: what a checkpoint keeps besides. Raises UserError for settings that do not
-    go together.
+    Attributes:
+        learned: dict of name to learned tensor: c_x (m, U), b_x (U, 3 s s), c_y (m, V),
+            b_y (V, d_y), and with rotations c_views (3, m, V).
+        initial: indices (m,) of the initial images.
+        parts: other parts of a checkpoint.
+
+    Raises:
+        UserError: the settings are inconsistent.
     """
 
     def __init__(self, source, target, args, device):
@@ -88,7 +94,7 @@ class LowRank:
         m = count_images(args, n, self.size, d_y, v)
         print(f"the room of {args.num_images:,} plain images holds {m:,} images in factors")
         rows = random_subset(source, min(max(m, MOST_ROWS), n), args.seed)
-        self.initial = rows[:m]  # those of a plain set of so many images
+        self.initial = rows[:m]  # those of a plain set of m images
 
         def small(index):
             x = source.raw(index, device) if args.raw_init else source.normalised(index, device)
@@ -117,8 +123,11 @@ class LowRank:
         self.learned = {name: each.to(device).requires_grad_() for name, each in start.items()}
 
     def compose(self):
-        """Images (m, 3, S, S) and targets (m, d_y), or 4 m of each with rotations, as functions of
-        what is learned; after `finish`, as the set keeps them."""
+        """Return images (m, 3, S, S) and targets (m, d_y), or 4 m of each with rotations.
+
+        They are differentiable functions of `learned`. After `finish`, they are computed from the
+        stored factors.
+        """
         if self.finished or not self.shifts:
             return factors.materialise(self._kept(), self.size)
         c_x, b_x, c_y, b_y = (self.learned[name] for name in factors.NAMES)
@@ -126,16 +135,16 @@ class LowRank:
         return factors.add_rotations(x), torch.cat([c_y, *self.learned["c_views"]]) @ b_y
 
     def finish(self, run):
-        """Fit the rotations' networks; returns what the set's meta says of the factors."""
+        """Fit the networks of the rotations; return the entries of the set's meta."""
         meta = dict(initial=self.initial.tolist(), num_images=self.num_images)
         if self.shifts:
             meta["shift_r2"] = self._fit_shifts(run)
-            print(f"share of the rotations' shifts that is predicted: {meta['shift_r2']:.2f}")
+            print(f"explained variance (R^2) of the rotations' shifts: {meta['shift_r2']:.2f}")
         self.finished = True
         return meta | dict(numbers=factors.count_numbers(self.collect_factors()))
 
     def _fit_shifts(self, run):
-        """The share of the shifts' variance that the fitted networks explain."""
+        """Fit the networks; return the fraction of the shifts' variance that they explain."""
         c_y = self.learned["c_y"].detach()
         shifts = self.learned["c_views"].detach() - c_y
         for step in run.steps("fit shifts", SHIFT_STEPS):
@@ -151,24 +160,26 @@ class LowRank:
         return {name: self.learned[name] for name in factors.NAMES} | self.shifts
 
     def collect_factors(self):
-        """The factors that the set keeps, on the CPU."""
+        """Return the factors that the set stores, on the CPU."""
         return {name: each.detach().cpu().contiguous() for name, each in self._kept().items()}
 
 
 def fit_components(rows, k):
-    """The `k` leading right singular vectors of `rows` (n, d), as rows: (k, d) float32."""
+    """Return the `k` leading right singular vectors of `rows` (n, d), as rows: (k, d) float32."""
     rows = rows.double()
     return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -k:].flip(1).T.float()
 
 
 def balancing_ratio(coefficients, bases):
-    """The factor on the bases that gives both the same root mean square when it divides the
-    coefficients: ()."""
+    """Return the ratio () that equalises the root mean squares of coefficients and bases.
+
+    The coefficients are divided by it and the bases multiplied.
+    """
     return (coefficients.square().mean() / bases.square().mean()) ** 0.25
 
 
 def build_shifts(v, width, seed, device):
-    """The networks of the rotations: name -> tensor, initialised as `torch.nn.Linear` is."""
+    """Return the networks of the rotations as a dict of tensors, initialised as `nn.Linear`."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape, inputs):
@@ -184,8 +195,18 @@ def build_shifts(v, width, seed, device):
 
 
 def count_images(args, n, size, d_y, v):
-    """How many images the budget buys. Raises UserError where it buys none or more than `n`, or
-    where there are not as many bases."""
+    """Return the number of images m that the budget allows.
+
+    Args:
+        args: settings of the set.
+        n: number of images of the source.
+        size: S, image side in pixels.
+        d_y: number of target features.
+        v: V, number of target bases.
+
+    Raises:
+        UserError: the budget allows no image or more than `n`, or there are too many bases.
+    """
     side, u, h = args.base_size, args.bases, args.shift_width
     most_u, most_v = min(n, 3 * side * side), min(n, d_y)
     budget = args.num_images * (3 * size * size + d_y)
@@ -193,20 +214,21 @@ def count_images(args, n, size, d_y, v):
     if args.views == "rotations":
         fixed += factors.ROTATIONS * (v * h + h + h * v + v)
     m = (budget - fixed) // (u + v)
-    worth = f"--num-images {args.num_images}: worth {budget:,} numbers"
-    too_small = f"{worth}, of which the bases alone take {fixed:,}; raise it, or lower --bases"
+    allowed = f"--num-images {args.num_images}: a budget of {budget:,} numbers"
+    too_small = f"{allowed}, but the bases alone take {fixed:,}; raise it, or lower --bases"
     too_large = (
-        f"{worth}, enough for {m:,} images of the source's {n:,}; lower it, or raise --bases"
+        f"{allowed} allows {m:,} images, but the source has {n:,}; lower it, or raise --bases"
     )
-    faults = {
+    is_fault = {
         f"--views {args.views}: must be {' or '.join(VIEWS)}": args.views not in VIEWS,
-        "--random-targets goes without --bases": args.random_targets,
-        f"--base-size {side}: larger than the images, {size}": side > size,
-        f"--bases {u}: at most {most_u}, the numbers of a base or images": u > most_u,
-        f"--target-bases {v}: at most {most_v}, the features or images": v > most_v,
+        "--random-targets cannot be combined with --bases": args.random_targets,
+        f"--base-size {side}: larger than the images ({size} px)": side > size,
+        f"--bases {u}: must be at most {most_u}, the numbers in a base or the images": u > most_u,
+        f"--target-bases {v}: must be at most {most_v}, the target features or the images": v
+        > most_v,
         too_small: m < 1,
         too_large: m > n,
     }
-    if fault := next((fault for fault, there in faults.items() if there), None):
+    if fault := next((fault for fault, found in is_fault.items() if found), None):
         raise UserError(fault)
     return m

@@ -1,13 +1,13 @@
-"""Matching of training trajectories: what mtt and mkdt share.
+"""Matching of training trajectories, as used by mtt and mkdt.
 
-Experts, networks trained on the source, leave their parameters theta*_t after each epoch t. A step
-draws an expert and an epoch t below --max-start, goes on from theta*_t by N steps of plain gradient
-descent on the distilled set, at a learned rate, and follows the gradient of
+Experts are networks trained on the source. Their parameters theta*_t after each epoch t are stored.
+A step draws an expert and an epoch t below --max-start. Starting from theta*_t, it takes N steps of
+gradient descent on the distilled set with a learned learning rate. It then minimises
 
     || theta_N - theta*_{t+M} ||^2 / || theta*_t - theta*_{t+M} ||^2
 
-(Cazenavette et al., CVPR 2022, equation 2) by the images, by the rate, and by the targets where
-these are features.
+(Cazenavette et al., CVPR 2022, equation 2) over the images and the learning rate, and over the
+targets if they are features.
 """
 
 from itertools import chain
@@ -27,26 +27,36 @@ from utils.run import Run, Tensors, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = experts.HELP | dict(
-    arch="network, one with instance norm",
-    width="factor on its hidden widths",
+    arch="network, with instance norm",
+    width="multiplier of the hidden widths of the network",
     outer_steps="updates of the distilled set",
-    outer_lr="SGD learning rate of the images, momentum 0.5",
-    rate_lr="SGD learning rate of the rate of the inner steps, momentum 0.5",
-    inner_steps="N, steps on the distilled set",
-    inner_batch="distilled images in such a step",
-    match_epochs="M, epochs of an expert that they are to make up for",
-    max_start="number of an expert's first epochs that they may start at",
-    experts="networks trained on the source",
-    expert_lr="SGD learning rate of the experts, and the first one of the inner steps",
+    outer_lr="SGD learning rate of the images (momentum 0.5)",
+    rate_lr="SGD learning rate of the learned learning rate (momentum 0.5)",
+    inner_steps="N, training steps on the distilled set",
+    inner_batch="distilled images per inner step",
+    match_epochs="M, epochs of an expert that N inner steps match",
+    max_start="the inner steps start from an epoch of an expert below this",
+    experts="number of networks trained on the source",
+    expert_lr="SGD learning rate of the experts, and initial value of the learned one",
 )
-EXPERT = ("arch", "width", "image_size", "precision", *experts.HELP)  # what decides an expert
-LEAST_RATE = 1e-3  # of its first value: the learned rate stays above, so it stays positive
+EXPERT = (
+    "arch",
+    "width",
+    "image_size",
+    "precision",
+    *experts.HELP,
+)  # settings that determine an expert
+LEAST_RATE = (
+    1e-3  # the learned rate stays above this multiple of its initial value, so it is positive
+)
 MEASUREMENT_STARTS = 10
 
 
 def inner_gradient(network, theta, x, y, precision="fp32", create_graph=False):
-    """Gradient (p,) by the parameters of the loss (`fit_loss`) on x (b, 3, S, S) and y (b, ...), at
-    `theta` (p,)."""
+    """Return the gradient (p,) of `fit_loss` with respect to the parameters at `theta` (p,).
+
+    `x` (b, 3, S, S) are images and `y` (b, ...) their targets.
+    """
     with autocast(x.device, precision):
         predicted = functional_call(network, unflatten_parameters(theta, network), (x,))
     loss = fit_loss(predicted.to(theta.dtype), y)
@@ -54,11 +64,19 @@ def inner_gradient(network, theta, x, y, precision="fp32", create_graph=False):
 
 
 def matching_loss(network, start, goal, batches, rate, precision="fp32"):
-    """The loss above after one inner step on each of `batches`, and its gradients.
+    """Return the loss above after one inner step per batch, and its gradients.
 
-    `start` theta*_t and `goal` theta*_{t+M} (p,); `batches` a list of x (b, 3, S, S) and
-    y (b, ...); `rate` (). Returns the loss (); for each batch a list of its gradients by x and,
-    where y holds features, by y; and its gradient by the rate.
+    Args:
+        network: network of the experts.
+        start: theta*_t (p,).
+        goal: theta*_{t+M} (p,).
+        batches: list of pairs of images (b, 3, S, S) and targets (b, ...).
+        rate: learning rate ().
+        precision: "fp32" or "bf16".
+
+    Returns:
+        The loss (). For each batch, the list of gradients with respect to the images and, if they
+        are features, the targets. The gradient () with respect to the rate.
     """
     rate = rate.detach()
 
@@ -72,20 +90,32 @@ def matching_loss(network, start, goal, batches, rate, precision="fp32"):
 
 
 class Experts:
-    """Experts 0 to `args.experts` - 1 on the disk, trained where they are not there yet.
+    """Experts 0 to `args.experts` - 1; missing experts are trained and stored.
 
-    `trajectories`: for each, its parameters after 0, 1, 2, ... epochs, (epochs + 1, p) float32,
-    mapped from its file. `errors` (n,) float64: the experts' mean of `Learner.measure_errors` after
-    the first epoch, or None where the targets are classes.
+    The experts are stored next to the method's folder.
 
-    `learner` trains them; `targets_name` tells its targets from others of the source. They lie
-    beside the method's folder of `run`. Raises UserError for a network with batch norm.
+    Args:
+        run: the `Run` of the method.
+        args: settings of the method.
+        learner: the `Learner` that trains the experts.
+        targets_name: identifies the learner's targets among other targets of the source.
+
+    Attributes:
+        trajectories: for each expert, its parameters after 0, 1, 2, ... epochs,
+            (epochs + 1, p) float32, memory-mapped.
+        errors: mean over experts of `Learner.measure_errors` after the first epoch, (n,) float64;
+            None if the targets are classes.
+
+    Raises:
+        UserError: the network has batch norm.
     """
 
     def __init__(self, run, args, learner, targets_name):
         self.args, self.learner = args, learner
         self.network = build_untrained(args, learner.source, learner.num_outputs, learner.device)
-        self.epochs = args.max_start - 1 + args.match_epochs  # as many as a matching can reach
+        self.epochs = (
+            args.max_start - 1 + args.match_epochs
+        )  # the last epoch that a matching can reach
         source, kept = learner.source, dict(targets=targets_name, augment=learner.augment)
         kept |= dict(epochs=self.epochs, source=source.name, fingerprint=source.fingerprint)
         self.settings = kept | {name: getattr(args, name) for name in EXPERT}
@@ -98,7 +128,7 @@ class Experts:
         self.errors = sum(each.double() for each in errors) / len(errors) if ranked else None
 
     def _content(self, k):
-        """What expert k's file holds; it is trained if the file is not there."""
+        """Load the file of expert k; train the expert first if the file does not exist."""
         folder, args = self.folder / f"seed{k}", self.args
         run = Run(folder, "expert.pt", self.settings, args.log_every, args.tensorboard)
         if not run.finished:
@@ -126,14 +156,14 @@ class Experts:
 
 
 class Draws:
-    """Random matchings: an expert, an epoch to start at, and inner batches of m images."""
+    """Random draws of an expert, a start epoch, and inner batches from m images."""
 
     def __init__(self, experts, m, args, randomness):
         self.experts, self.args, self.randomness = experts, args, randomness
         self.order = Batches(m, args.inner_batch or m, randomness.cpu)
 
     def next(self, x_syn, y_syn):
-        """theta*_t, theta*_{t+M} and the batches of `matching_loss`."""
+        """Return theta*_t, theta*_{t+M} and the batches for `matching_loss`."""
         cpu, trajectories = self.randomness.cpu, self.experts.trajectories
         trajectory = trajectories[int(torch.randint(len(trajectories), (), generator=cpu))]
         t = int(torch.randint(self.args.max_start, (), generator=cpu))
@@ -150,10 +180,21 @@ class Draws:
 
 
 def learn(experts, x_init, y_init, kind, args, run, device, **meta):
-    """The set learned from images `x_init` (m, 3, S, S) and targets `y_init` (m, ...) of `kind`, as
-    a `Distilled` whose meta holds `meta`, the learned rate and the loss before and after.
+    """Learn a set from initial images and targets.
 
-    Targets of kind feature are learned too, at the rate `args.target_lr`.
+    Targets of kind feature are also learned, with learning rate `args.target_lr`.
+
+    Args:
+        experts: `Experts` to match.
+        x_init: initial images (m, 3, S, S).
+        y_init: initial targets (m, ...).
+        kind: kind of the targets, "class" or "feature".
+        args, run, device: as for `Method.distill`.
+        meta: further meta of the result.
+
+    Returns:
+        A `Distilled` whose meta holds `meta`, the learned rate, and the loss of the initial and the
+        distilled set.
     """
     randomness, source = Randomness(args.seed, device), experts.learner.source
     x_syn = x_init.clone().requires_grad_()
@@ -194,7 +235,7 @@ def learn(experts, x_init, y_init, kind, args, run, device, **meta):
 
 
 def measure_objective(experts, x, y, rate, args):
-    """The loss of a set at `rate`, as a mean over draws that are the same at every call."""
+    """Return the loss of a set at learning rate `rate`, averaged over fixed random draws."""
     draws, total = Draws(experts, len(x), args, Randomness(MEASUREMENT_SEED, x.device)), 0.0
 
     def gradient(theta, batch, create_graph):

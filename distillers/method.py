@@ -1,6 +1,7 @@
-"""What surrounds every method: its command line, its run folder, and the file it leaves.
+"""Code shared by all methods: command line, run folder and output files.
 
-A method is a module with a `METHOD`; distillers/registry.py lists them and says what each needs.
+A method is a module with a `METHOD`. distillers/registry.py lists all methods and their
+requirements.
 """
 
 import re
@@ -27,14 +28,20 @@ from utils.run import Run, versions
 
 @dataclass(frozen=True)
 class Method:
-    """How a method makes a distilled set; `registry.METHODS[name]` has the facts about it.
+    """A method that makes a distilled set; `registry.METHODS[name]` describes it.
 
-    `distill(source, chosen, target, args, run, device)` returns a
-    `Distilled`, whose meta may hold what it measured, and `initial` where it started from other
-    images than those chosen: `source` is an `ImageSet`, `chosen` (m,) the indices of the real
-    images to start from, `target` a `Target` or None, `run` a `Run` to train in. `help`: setting ->
-    description, for the flags. `choose(source, m, seed)` returns `chosen`. `add_flags(parser)` adds
-    flags that no preset sets.
+    Args:
+        name: key in `registry.METHODS`.
+        distill: `distill(source, chosen, target, args, run, device)` returns a `Distilled`.
+            `source` is an `ImageSet`, `chosen` (m,) holds the indices of the initial real images,
+            `target` is a `Target` or None, and `run` is the `Run` to train in. The meta of the
+            result may hold measurements. It must hold `initial` if the method starts from images
+            other than `chosen`.
+        help: dict of setting to description, for the flags.
+        doc: text of --help.
+        choose: `choose(source, m, seed)` returns `chosen`.
+        add_flags: `add_flags(parser)` adds flags that no preset sets.
+        check_flags: `check_flags(args)` raises UserError for invalid flags.
     """
 
     name: str
@@ -47,7 +54,7 @@ class Method:
 
 
 def main(method, argv, prog=None):
-    """Run `method` as the command line `argv` says; writes distilled.pt and images.png."""
+    """Run `method` with the command line `argv`; write distilled.pt and images.png."""
     args, entry = parse_args(method, argv, prog), registry.METHODS[method.name]
     device = select_device(args, entry.multi_process)
     source = load_images(args.source, "train", args.image_size, args.data_root)
@@ -66,7 +73,7 @@ def main(method, argv, prog=None):
         )
         facts["target_network"] = target.digest
         changed |= target.deviations
-    if entry.multi_process:  # another algorithm for each number of processes
+    if entry.multi_process:  # the algorithm depends on the number of processes
         facts["ranks"] = distributed.world_size()
         changed |= {"ranks": [distributed.world_size(), 1]} if distributed.world_size() > 1 else {}
     run = Run(
@@ -77,7 +84,7 @@ def main(method, argv, prog=None):
         args.tensorboard,
     )
     if run.finished:
-        print(f"{run.artefact} is there already")
+        print(f"{run.artefact} already exists")
         return
     result = method.distill(source, chosen, target, args, run, device)
     result.meta |= dict(
@@ -102,10 +109,16 @@ def main(method, argv, prog=None):
 
 
 def make_distilled(x_syn, targets, target_kind, source, normalised=True, **measured):
-    """A `Distilled` on the CPU of images (m, 3, S, S) with their targets.
+    """Return images (m, 3, S, S) and their targets as a `Distilled` on the CPU.
 
-    The images are normalised by the source's statistics, or else are pixels. `measured` becomes
-    its meta.
+    Args:
+        x_syn: images (m, 3, S, S).
+        targets: targets (m, ...) of kind `target_kind`.
+        target_kind: one of `data.distilled.TARGET_KINDS`.
+        source: the `ImageSet` that the images are distilled from.
+        normalised: whether the images are normalised by the source's statistics; if not, they are
+            pixels in [0, 1].
+        measured: the meta of the result.
     """
     x_syn, targets = x_syn.detach().cpu().contiguous(), targets.detach().cpu()
     mean, std = (source.mean, source.std) if normalised else (torch.zeros(3), torch.ones(3))
@@ -113,27 +126,28 @@ def make_distilled(x_syn, targets, target_kind, source, normalised=True, **measu
 
 
 def distance_from_initial(distilled, source, initial):
-    """How far the images of a `Distilled` have moved from the source's at `initial` (m,), which
-    they started from: the root mean square over all images, pixels and colours, in units of the
-    source's standard deviations."""
+    """Return the distance of the images of a `Distilled` from their initial images.
+
+    The distance is the root mean square over all images, pixels and channels, in units of the
+    source's standard deviations. `initial` (m,) holds the indices of the initial images in
+    `source`.
+    """
     start = normalise(source.raw(initial, "cpu"), distilled.mean, distilled.std)  # (m, 3, S, S)
-    images = distilled.images[: len(start)]  # without rotated views
+    images = distilled.images[: len(start)]  # excludes rotated views
     units = (distilled.std / source.std)[
         :, None, None
-    ]  # 1, but for a set that is not normalised (D7 normalised-init)
+    ]  # 1, except for sets that are not normalised (D7 normalised-init)
     return ((images - start) * units).square().mean().sqrt().item()
 
 
 def update_picture(run, args, step, distilled):
-    """Every `args.image_every` steps, renew images.png by the `Distilled` that `distilled()`
-    returns."""
+    """Update images.png every `args.image_every` steps; `distilled()` returns a `Distilled`."""
     if args.image_every and (step + 1) % args.image_every == 0:
         save_picture(run.folder / "images.png", distilled())
 
 
 def save_picture(path, distilled, most=100):
-    """A grid of the first `most` images as pixels, ten in a row, each enlarged to 64 screen pixels
-    or more."""
+    """Save a grid of the first `most` images, ten per row, each enlarged to at least 64 pixels."""
     if not distributed.is_main_process():
         return
     pixels = distilled.pixels()[:most]
@@ -149,23 +163,23 @@ def parse_args(method, argv, prog=None):
     run.add_argument(
         "--name",
         default=method.name,
-        help="of the run's folder and in tables (default: %(default)s)",
+        help="name of the run folder and of the row in tables (default: %(default)s)",
     )
     if entry.target_network:
         parser.groups["data"].add_argument(
-            "--target-network", type=Path, help="target.pt (default: that of the source, seed 0)"
+            "--target-network", type=Path, help="target.pt (default: the source's, seed 0)"
         )
     run.add_argument(
         "--image-every",
         type=cli.non_negative_int,
         default=0,
         metavar="STEPS",
-        help="renew images.png (0: at the end)",
+        help="update images.png every STEPS steps (0: only at the end)",
     )
     cli.add_settings(
         parser,
         preset(name, entry.stage),
-        dict(num_images="m, images in the set") | method.help,
+        dict(num_images="m, number of images in the set") | method.help,
         dict(arch=models.ARCHITECTURES),
     )
     method.add_flags(parser)
@@ -176,7 +190,7 @@ def parse_args(method, argv, prog=None):
 
 
 def check_name(flag, name, reserved):
-    """Raise UserError where `name` is no plain word or one of `reserved`."""
+    """Raise UserError if `name` is not a plain word or is one of `reserved`."""
     if not re.fullmatch(r"\w[\w.-]*", name) or registry.base(name) in reserved:
-        but = f", and none of {', '.join(reserved)}" if reserved else ""
+        but = f" other than {', '.join(reserved)}" if reserved else ""
         raise UserError(f"{flag} {name}: must be a plain word{but}")

@@ -1,20 +1,21 @@
-"""MKDT: images and target features on which a few steps of training lead where epochs of fitting
-the target network on the real images have led.
+"""MKDT: trajectory matching of networks that are fitted to the target network's features.
 
     python -m distillers mkdt --source cifar100
 
 Joshi, Ni and Mirzasoleiman, "Dataset Distillation via Knowledge Distillation: Towards Efficient
-Self-Supervised Pre-Training of Deep Networks", ICLR 2025; distillers/matching.py has the loss.
-Experts are fitted to the target network's features of all source images, by mean squared error and
-without augmentation; so are the inner steps to the distilled targets. Images, targets and the rate
-of the inner steps are learned. They start from the images that `high_loss` picks under seed 0 and
-the target network's features of these.
+Self-Supervised Pre-Training of Deep Networks", ICLR 2025. distillers/matching.py has the loss.
+Experts are fitted to the target features of all source images, and the inner steps to the distilled
+targets. Both use the mean squared error and no augmentation. MKDT learns the images, the targets
+and the learning rate of the inner steps. It starts from the images that `high_loss` selects with
+seed 0 and from their target features.
 
-Needs the target network, no labels. The first run on a source trains the experts into
-runs/<source>/experts/<network and settings>/seed<k>/expert.pt, for no more epochs than a matching
-can reach. Later runs with the same settings of the experts, whatever their seed, find them there.
-The set carries the learned rate, which pretrain.py takes. Each step draws one of all experts, as
-the paper says; the authors' released code stays with one.
+Needs a target network and no labels. The first run on a source trains the experts and stores them
+in runs/<source>/experts/<network and settings>/seed<k>/expert.pt. Later runs with the same expert
+settings reuse them, also with other seeds. The experts are trained for only as many epochs as a
+matching can reach.
+
+The set stores the learned learning rate, and pretrain.py uses it. Each step draws one of all
+experts, as in the paper. The authors' released code uses a single expert.
 """
 
 from data.subsets import random_subset
@@ -24,7 +25,7 @@ from distillers.high_loss import select_hardest
 from distillers.matching import Experts
 from distillers.method import Method
 
-HELP = matching.HELP | dict(target_lr="SGD learning rate of the targets, momentum 0.5")
+HELP = matching.HELP | dict(target_lr="SGD learning rate of the targets (momentum 0.5)")
 
 
 def distill(source, chosen, target, args, run, device):

@@ -1,4 +1,4 @@
-"""The model pool of Algorithm 1: networks of different ages that the set is distilled with."""
+"""The model pool of Algorithm 1: networks that differ in their number of training steps."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,10 @@ from utils.device import autocast
 
 
 class Member:
-    """One (omega, W, t): a network, the optimiser of its weights, and `steps`, how often it was
-    trained since it was initialised."""
+    """A pool member (omega, W, t): a network, its optimiser, and its number of training steps.
+
+    `steps` counts the training steps since the last initialisation.
+    """
 
     def __init__(
         self,
@@ -36,8 +38,10 @@ class Member:
         self.reset()
 
     def reset(self, keep_count=False):
-        """Start afresh: new weights, new optimiser, no steps (line 15). `keep_count` leaves the
-        count (D5 pool-reset)."""
+        """Reinitialise the weights, the optimiser and the step count (line 15).
+
+        `keep_count` does not reset the step count (D5 pool-reset).
+        """
         self.network = self._build()
         self.frozen = Frozen(self.network)
         self.optimizer = self._optimizer(self.network)
@@ -45,8 +49,10 @@ class Member:
             self.steps = 0
 
     def train_step(self, x_syn, y_syn):
-        """One full-batch step on the mean squared error (lines 12 and 13), batch norm in train
-        mode."""
+        """Take a full-batch step on the mean squared error (lines 12 and 13) in train mode.
+
+        `x_syn` (m, 3, S, S) are images and `y_syn` (m, d_y) their targets.
+        """
         self.steps += 1
         self.network.train()
         with autocast(self.device, self.precision):
@@ -57,8 +63,10 @@ class Member:
         self.optimizer.step()
 
     def embed(self, x, chunk=0):
-        """Features f_omega(x) (b, d_h) in eval mode, differentiable in x but not in the weights
-        (`Frozen`)."""
+        """Return the features f_omega(x) (b, d_h) of images x (b, 3, S, S) in eval mode.
+
+        They are differentiable in x but not in the weights (`Frozen`).
+        """
         with autocast(self.device, self.precision):
             return self.frozen(x, chunk).float()
 
@@ -76,7 +84,11 @@ class Member:
 
 
 class Pool:
-    """`size` members; each is trained for 1..T-1 steps, `ages`, before distillation starts."""
+    """A pool of `size` members.
+
+    Before distillation starts, each member is trained for its initial number of steps in `ages`,
+    between 1 and T-1.
+    """
 
     def __init__(self, size, max_steps, generator, **network):
         self.members = [Member(**network) for _ in range(size)]
@@ -84,19 +96,18 @@ class Pool:
         self.ages = torch.randint(1, max(2, max_steps), (size,), generator=generator).tolist()
 
     def first_below_initial_age(self):
-        """The first member that has not reached its initial age yet, or None."""
+        """Return the first member with fewer steps than its initial age, or None."""
         return next(
             (each for each, age in zip(self.members, self.ages, strict=True) if each.steps < age),
             None,
         )
 
     def draw(self, generator):
-        """A member, uniformly at random (line 8)."""
+        """Draw a member uniformly at random (line 8)."""
         return self.members[int(torch.randint(len(self.members), (), generator=generator))]
 
     def advance(self, member, x_syn, y_syn, keep_count=False):
-        """Lines 11 to 16: train a member for a step, or start it afresh when it has had its T
-        steps."""
+        """Train a member for one step, or reinitialise it after T steps (lines 11 to 16)."""
         if member.steps < self.max_steps:
             member.train_step(x_syn, y_syn)
         else:
@@ -104,8 +115,10 @@ class Pool:
 
     @torch.no_grad()
     def mean_losses(self, loss, *sets):
-        """For each of `sets`, (x, y) each, the mean of `loss(member, x, y)` over all members of all
-        ranks, as a list of numbers."""
+        """Return the mean of `loss(member, x, y)` over all members of all ranks, for each set.
+
+        `sets` are pairs (x, y). Returns a list of floats.
+        """
         means = [torch.stack([loss(each, x, y) for each in self.members]).mean() for x, y in sets]
         distributed.all_reduce_mean(means)
         return [each.item() for each in means]

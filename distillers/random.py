@@ -1,9 +1,8 @@
-"""Random real images with their labels, the same number of each class: the plainest baseline.
+"""Random real images with their labels, the same number of each class: the simplest baseline.
 
     python -m distillers random --source cifar100
 
-Needs labels. The labelled methods (dsa, dm, mtt, frepo, kip) start from these very images under the
-same seed.
+Needs labels. With the same seed, dsa, dm, mtt, frepo and kip start from these images.
 """
 
 from data.subsets import balanced_subset

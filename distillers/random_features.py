@@ -1,10 +1,9 @@
-"""Random real images with the target network's features: what KRR-ST starts from (Algorithm 1,
-lines 3 and 4).
+"""Random real images with the target network's features (Algorithm 1, lines 3 and 4).
 
     python -m distillers random_features --source tinyimagenet
 
-Needs no labels. Under the same seed these are exactly the images and targets that distill.py starts
-from, so the difference between the two is what distillation has learned.
+Needs no labels. With the same seed, distill.py starts from exactly these images and targets. The
+difference between the two sets is what distillation has learned.
 """
 
 from distillers.method import Method, make_distilled

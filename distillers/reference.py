@@ -1,9 +1,8 @@
-"""KRR-ST's outer step as plainly as it can be written, from the paper: `distill.py --reference`.
+"""The outer step of KRR-ST, written as plainly as possible: `distill.py --reference`.
 
-The target network is evaluated on every batch, images come one by one from a `DataLoader`, tensors
-lie as (b, 3, S, S) in memory, and the ridge system is solved by LU in float32. What is faster must
-give the same losses (tests/test_speed.py), and `python -m benchmarks.speed` says how much faster it
-is.
+The target network is evaluated on every batch. Images come one by one from a `DataLoader`. Tensors
+are contiguous as (b, 3, S, S). The ridge system is solved by LU in float32. The fast implementation
+must give the same losses (tests/test_speed.py). `python -m benchmarks.speed` measures its speedup.
 """
 
 import copy
@@ -24,8 +23,13 @@ FORMAT = torch.contiguous_format
 
 
 class Step(NamedTuple):
-    """The parts of an outer step that `--reference` replaces: the class of the real batches, the
-    loss, and the memory format of images and networks."""
+    """The parts of an outer step that `--reference` replaces.
+
+    Args:
+        batches: class of the real batches.
+        loss: the outer loss.
+        memory_format: memory format of images and networks.
+    """
 
     batches: type
     loss: Callable
@@ -33,7 +37,7 @@ class Step(NamedTuple):
 
 
 class _Images(Dataset):
-    """The images of an `ImageSet`, normalised: (3, S, S) float32 each."""
+    """The normalised images of an `ImageSet`, (3, S, S) float32 each."""
 
     def __init__(self, source):
         self.source = source
@@ -48,12 +52,14 @@ class _Images(Dataset):
 
 
 class RealBatches:
-    """As distill.py's, in the same order for the same generator."""
+    """Real batches in the order of distill.py's, for the same generator."""
 
     def __init__(self, source, target, args, randomness, device):
         if not isinstance(target, NetworkTarget):
-            raise UserError("--reference needs a target network of ours, not an encoder's features")
-        keep_freed_memory(False)  # as a plain script
+            raise UserError(
+                "--reference needs a target network, not the stored features of an encoder"
+            )
+        keep_freed_memory(False)  # the default of PyTorch
         self.target, self.device = (
             copy.deepcopy(target.network).to(memory_format=FORMAT).eval(),
             device,
@@ -68,14 +74,14 @@ class RealBatches:
             yield self.order.next().tolist()
 
     def next(self):
-        """x_real (b, 3, S, S) normalised and y_real (b, d_y)."""
+        """Return normalised images x_real (b, 3, S, S) and targets y_real (b, d_y)."""
         x_real = next(self.images).to(self.device)
         with torch.no_grad():
             return x_real, self.target.embed(x_real)
 
 
 def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
-    """Equation 4, as a mean over all entries."""
+    """Return equation 4, as a mean over all entries."""
     member.network.eval()
     with torch.no_grad():
         f_real = member.network.embed(x_real)  # (b, d_h)

@@ -1,10 +1,10 @@
-"""The list of methods: the command line, the experiments, the tables and the docs read it.
+"""The list of methods, used by the command line, the experiments, the tables and the docs.
 
-To add a method: write a module in distillers/ that has a `METHOD`, add an `Entry` here, and put its
-settings into utils/presets.py. This file imports no method, so reading it takes no time.
+To add a method, write a module in distillers/ with a `METHOD`, add an `Entry` here, and add its
+settings to utils/presets.py. This module imports no method, so that it loads quickly.
 
-A run folder has the name of its method or variant. Where a source has more than one target network,
-the name of the target network follows after a dot: `krr_st.encoder`.
+A run folder is named after its method or variant. If a source has several target networks, a dot
+and the name of the target network follow: `krr_st.encoder`.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with other settings than usual.
+    """A method with changed settings.
 
-    `name`: of its run folder. `settings`: setting -> value. `factors`: setting -> factor on the
-    usual value. `precision`: of every stage, from the distillation on. `targets`: the kind of
-    targets of its sets, where it is not the method's.
+    Args:
+        name: name of its run folder.
+        title: name in tables.
+        settings: dict of setting to value.
+        factors: dict of setting to a factor on the preset's value.
+        precision: precision of distillation and of all later stages.
+        targets: kind of targets of its sets, if it differs from the method's.
     """
 
     name: str
@@ -29,14 +33,22 @@ class Variant:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, or another way to arrive at a pre-trained network.
+    """A method, or another way to obtain a pre-trained network.
 
-    `name`: of its command and its run folder. `title`: in tables. `module`: of its `METHOD`; empty
-    for those that make no distilled set. `stage`: of its settings in utils/presets.py. `targets`:
-    the kind of targets of its sets where the source has labels. `labels`: whether it needs the
-    source's labels: "yes", "no" or "if there". `target_network`: whether it needs one.
-    `multi_process`: whether several processes can share a run (torchrun). `command`, `summary`,
-    `origin` and `cost` are for the documentation.
+    Args:
+        name: name of its command and its run folder.
+        title: name in tables.
+        command: command in the table of methods.
+        summary: what it does, in the table of methods.
+        origin: its reference, in the table of methods.
+        cost: its cost, in the table of methods.
+        module: module with its `METHOD`; empty if it writes no distilled set.
+        stage: key of its settings in utils/presets.py.
+        targets: kind of targets of its sets, if the source has labels.
+        labels: whether it needs the source's labels: "yes", "no" or "optional".
+        target_network: whether it needs a target network.
+        multi_process: whether several processes can share a run (torchrun).
+        variants: its `Variant`s.
     """
 
     name: str
@@ -63,7 +75,7 @@ def distiller(name, title, **facts):
 
 _AS_RELEASED = dict(keep_pool_count=True, raw_init=True, augment_outer=True)
 
-ENTRIES = (  # in the order of the tables' rows
+ENTRIES = (  # in the order of rows in tables
     Entry(
         "scratch",
         "no pre-training",
@@ -73,22 +85,22 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "gaussian",
         "Gaussian noise",
-        summary="noise, drawn anew at each step of `kd.py --weights none --lr 1e-3`: the "
-        "lowest row of Table 4",
+        summary="noise, redrawn at each step of `kd.py --weights none --lr 1e-3`; the row "
+        "without images in Table 4",
         origin="the paper",
         targets="none",
     ),
     distiller(
         "random",
         "random real images",
-        summary="random real images with their labels, as many of each class",
+        summary="random real images, the same number from each class",
         targets="class",
         labels="yes",
     ),
     distiller(
         "random_features",
         "random real images with the target's features",
-        summary="random real images with the target network's features: what KRR-ST starts from",
+        summary="random real images with the target network's features; KRR-ST starts from these",
         targets="feature",
         target_network=True,
     ),
@@ -96,11 +108,11 @@ ENTRIES = (  # in the order of the tables' rows
         "kmeans",
         "k-means",
         summary="the real image nearest to each k-means centroid of the target network's "
-        "features, by class where there are labels",
+        "features; per class if the source has labels",
         origin="DC-BENCH, Cui et al. 2022",
         cost="minutes",
         targets="class",
-        labels="if there",
+        labels="optional",
         target_network=True,
         variants=(
             Variant(
@@ -114,10 +126,10 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "high_loss",
         "highest-loss images with the target's features",
-        summary="the real images whose target features networks fit worst after one epoch: what "
-        "MKDT starts from",
+        summary="the real images whose target features are fitted worst by networks after one "
+        "epoch; MKDT starts from these",
         origin="Joshi et al., ICLR 2025",
-        cost="100 networks of one epoch",
+        cost="100 networks, each trained for one epoch",
         stage="high_loss",
         targets="feature",
         target_network=True,
@@ -125,9 +137,9 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "dsa",
         "DSA",
-        summary="the gradient of each class's loss equals the real images'",
+        summary="matches the gradient of the loss for each class to that of the real images",
         origin="Zhao and Bilen, ICML 2021",
-        cost="a gradient of a gradient for each class and step; among the slowest",
+        cost="a second-order gradient per class and step; one of the slowest methods",
         stage="dsa",
         targets="class",
         labels="yes",
@@ -135,9 +147,10 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "dm",
         "DM",
-        summary="the mean features of each class equal the real images', under untrained networks",
+        summary="matches the mean features of each class to those of the real images, under "
+        "untrained networks",
         origin="Zhao and Bilen, WACV 2023",
-        cost="256 real images a class and step; the cheapest method that learns images",
+        cost="256 real images per class and step; the cheapest method that learns images",
         stage="dm",
         targets="class",
         labels="yes",
@@ -145,11 +158,11 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "mtt",
         "MTT",
-        summary="training on the images leads where epochs on the real ones led; trains "
-        "experts first, which later runs reuse",
+        summary="matches training trajectories: a few steps on the distilled images lead where "
+        "epochs on the real images lead; first trains experts, which later runs reuse",
         origin="Cazenavette et al., CVPR 2022",
-        cost="100 experts of 21 epochs (41 for TinyImageNet), then 20 gradients of gradients a"
-        " step",
+        cost="100 experts of 21 epochs (41 for TinyImageNet), then 20 second-order gradients "
+        "per step",
         stage="mtt",
         targets="class",
         labels="yes",
@@ -157,10 +170,10 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "mkdt",
         "MKDT",
-        summary="as MTT, but networks are fitted to the target network's features; learns images, "
-        "targets and a learning rate from the highest-loss images",
+        summary="MTT with networks fitted to the target network's features; learns images, "
+        "targets and a learning rate; starts from the highest-loss images",
         origin="Joshi et al., ICLR 2025",
-        cost="100 experts of 3 epochs, then 40 gradients of gradients a step",
+        cost="100 experts of 3 epochs, then 40 second-order gradients per step",
         stage="mkdt",
         targets="feature",
         target_network=True,
@@ -171,8 +184,8 @@ ENTRIES = (  # in the order of the tables' rows
         summary="kernel ridge regression with the exact tangent kernel of an infinitely wide "
         "network, in float64; `--kernel fc` or `conv` (without pooling)",
         origin="Nguyen et al., ICLR and NeurIPS 2021",
-        cost="(b + m) m kernel values a step; at 32 px each takes 2 microseconds (fc) or 0.2 "
-        "ms (conv) of one CPU core",
+        cost="(b + m) m kernel entries per step; at 32 px, 2 microseconds (fc) or 0.2 ms (conv) "
+        "each on one CPU core",
         stage="kip",
         targets="soft",
         labels="yes",
@@ -180,10 +193,10 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "frepo",
         "FRePo",
-        summary="a ridge head over a pool's features predicts real labels; learns images and "
-        "soft labels",
+        summary="ridge regression on the features of a pool predicts the labels; learns images "
+        "and soft labels",
         origin="Zhou et al., NeurIPS 2022",
-        cost="a step costs as much as KRR-ST's; 500,000 steps at full size",
+        cost="per step as KRR-ST; 500,000 steps at full size",
         stage="frepo",
         targets="soft",
         labels="yes",
@@ -191,10 +204,10 @@ ENTRIES = (  # in the order of the tables' rows
     distiller(
         "ssl_bilevel",
         "bilevel SSL",
-        summary="equation 1 as it stands: Barlow Twins on the images, unrolled, leads to a low"
-        " Barlow Twins loss on real images; what the paper argues against",
+        summary="equation 1 directly: unrolled Barlow Twins training on the images minimises the "
+        "Barlow Twins loss on real ones; the approach that the paper argues against",
         origin="the paper",
-        cost="about 2 K passes forward and back a step, a third of them twice",
+        cost="about 2 K forward and backward passes per step, a third of them twice",
         stage="ssl_bilevel",
         targets="none",
     ),
@@ -202,8 +215,8 @@ ENTRIES = (  # in the order of the tables' rows
         "krr_st",
         "KRR-ST",
         command="python distill.py",
-        summary="KRR-ST: learns images and target features on which a ridge head over a pool's"
-        " features predicts the target network's features",
+        summary="KRR-ST: learns images and target features; ridge regression on the features of a "
+        "pool predicts the target network's features",
         origin="the paper",
         cost="160,000 steps at the paper's size",
         module="distill",
@@ -214,7 +227,7 @@ ENTRIES = (  # in the order of the tables' rows
         variants=(
             Variant(
                 "krr_st_random_targets",
-                "KRR-ST, targets at random",
+                "KRR-ST, random targets",
                 settings=dict(random_targets=True),
             ),
             Variant(
@@ -229,7 +242,7 @@ ENTRIES = (  # in the order of the tables' rows
                 "KRR-ST, D5: pool that never resets",
                 settings=dict(keep_pool_count=True),
             ),
-            Variant("krr_st_d7", "KRR-ST, D7: pixels as they are", settings=dict(raw_init=True)),
+            Variant("krr_st_d7", "KRR-ST, D7: raw pixels", settings=dict(raw_init=True)),
             Variant(
                 "krr_st_d8", "KRR-ST, D8: augmented outer batch", settings=dict(augment_outer=True)
             ),
@@ -249,15 +262,15 @@ ENTRIES = (  # in the order of the tables' rows
                 "KRR-ST, low-rank with rotations",
                 settings=dict(bases=200, views="rotations"),
             ),
-            Variant("krr_st_bf16", "KRR-ST, from distillation on in bf16", precision="bf16"),
+            Variant("krr_st_bf16", "KRR-ST, bf16 from distillation onwards", precision="bf16"),
         ),
     ),
     Entry(
         "full",
         "full source (oracle)",
         command="python pretrain.py --source",
-        summary="pre-training on every image of the source with the target network's features "
-        "(the oracle)",
+        summary="the oracle: pre-training on all images of the source with the target network's "
+        "features",
         cost="as many optimiser steps as pre-training on the distilled set",
         stage="pretrain",
         targets="feature",
@@ -282,46 +295,47 @@ TITLES = {name: entry.title for name, entry in METHODS.items()} | {
 RESERVED = (
     "target",
     *(entry.name for entry in ENTRIES if not entry.module),
-)  # names that no set can have
+)  # names that no set may have
 
 
 def entry_of(name):
-    """The `Entry` of a run's name: a method's or a variant's, with or without target network."""
+    """Return the `Entry` of a method or variant; `name` may include a target network."""
     return _ENTRY_OF[base(name)]
 
 
 def with_variants(name):
-    """A method's name and those of its variants."""
+    """Return the names of a method and of its variants."""
     return [name, *(variant.name for variant in METHODS[name].variants)]
 
 
 def base(name):
-    """A run's name without its target network."""
+    """Return the name of a run without its target network."""
     return name.partition(".")[0]
 
 
 def title(name):
-    """What a row of a table is called; an unknown name (of an imported set) stays as it is."""
+    """Return the title of a run in tables; an unknown name, of an imported set, is unchanged."""
     method, _, target = name.partition(".")
     return TITLES.get(method, method) + (f", target {target}" if target else "")
 
 
 def order(name):
-    """A sort key: rows in the order of the registry, variants after methods, other names last."""
+    """Sort key of a run: methods in registry order, then variants, then other names."""
     method = base(name)
     return (_ROWS.index(method) if method in _ROWS else len(_ROWS), name)
 
 
 def targets_of(name):
-    """The kind of targets of a run's set where the source has labels."""
+    """Return the kind of targets of a run's set, if the source has labels."""
     variant = VARIANTS.get(base(name))
     return (variant and variant.targets) or entry_of(name).targets
 
 
 def own_settings(name):
-    """The settings that make a variant, as `presets.differences` names them; empty for a method.
+    """Return the settings that define a variant, named as `presets.deviations` names them.
 
-    `num_images` is left out: rows of other sizes are told apart by it.
+    The result is empty for a method. It excludes `num_images`, which distinguishes rows of
+    different sizes.
     """
     variant = VARIANTS.get(base(name))
     changed = {*variant.settings, *variant.factors} - {"num_images"} if variant else ()
@@ -329,9 +343,9 @@ def own_settings(name):
 
 
 def markdown():
-    """The methods as a Markdown table, for the documentation."""
+    """Return the methods as a Markdown table, for the documentation."""
     rows = [
-        "| command | what it does | from | labels | target network | cost |",
+        "| command | what it does | reference | labels | target network | cost |",
         "|---|---|---|:-:|:-:|---|",
     ]
     for entry in sorted(ENTRIES, key=lambda entry: (entry.name != "krr_st", not entry.module)):

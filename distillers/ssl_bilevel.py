@@ -1,22 +1,22 @@
-"""The naive bilevel problem that the paper sets out from (equation 1): images on which
-self-supervised training leads to a low self-supervised loss on real images.
+"""The naive bilevel problem of the paper (equation 1), with unrolled self-supervised training.
 
     python -m distillers ssl_bilevel --source tinyimagenet
 
-With L Zbontar et al.'s Barlow Twins loss of two random views, divided by the embeddings' width,
-each outer step draws an untrained network and projector theta_0 and a real mini-batch, and follows
-the gradient by X_s of
+Self-supervised training on the distilled images minimises a self-supervised loss on real images. L
+is the Barlow Twins loss (Zbontar et al.) of two random views, divided by the width of the
+embeddings. Each outer step draws an untrained network and projector theta_0 and a real mini-batch
+X_t. It updates X_s with the gradient of
 
     L(theta_K; X_t),    theta_{k+1} = theta_k - inner_lr dL(theta_k; X_s)/dtheta,
 
-through the K unrolled steps and the views of X_s, each drawn anew. The paper's Theorem 1 says that
-such a gradient is biased; `python -m experiments.bias` measures that. Here it can be seen next to
-distill.py under one source and log.
+through the K unrolled steps and through the views of X_s, which are redrawn in each step. Theorem 1
+of the paper says that this gradient is biased, and `python -m experiments.bias` measures the bias.
+This command allows a comparison with distill.py on the same source.
 
-Needs neither labels nor a target network; starts from the images that distill.py starts from. Its
-set has no targets (kind `none`): pretrain.py has nothing to fit, kd.py can use the images. A step
-costs about 2 K passes forward and back of a mini-batch of X_s, a third of them a second time for
-the second derivatives.
+Needs neither labels nor a target network. Starts from the same images as distill.py. The set has no
+targets (kind `none`), so pretrain.py cannot use it. kd.py can use the images. A step costs about
+2 K forward and backward passes of a mini-batch of X_s; a third of them are repeated for the second
+derivatives.
 """
 
 from itertools import chain
@@ -40,17 +40,17 @@ from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    arch="network that is trained in the inner problem",
-    width="factor on its hidden widths",
+    arch="network of the inner problem",
+    width="multiplier of the hidden widths of the network",
     outer_steps="updates of the distilled images",
-    outer_lr="AdamW learning rate of the images, decayed linearly",
-    outer_batch="b, real images in a mini-batch",
-    inner_steps="K, steps on the distilled images",
-    inner_lr="SGD learning rate of these steps",
-    inner_batch="distilled images in such a step; 0: all",
+    outer_lr="AdamW learning rate of the images, with linear decay",
+    outer_batch="b, real images per mini-batch",
+    inner_steps="K, training steps on the distilled images",
+    inner_lr="SGD learning rate of the inner steps",
+    inner_batch="distilled images per inner step; 0: all",
     projector_dim="width of the projector's three layers",
-    off_diagonal="weight lambda of the loss's off-diagonal terms",
-    crop_min="smallest share of the image that a crop keeps",
+    off_diagonal="lambda, weight of the off-diagonal terms of the loss",
+    crop_min="smallest area of a random crop, as a fraction of the image",
     jitter="probability of colour jitter",
     greyscale="probability of greyscale",
     solarise="probability of solarisation in the second view",
@@ -60,8 +60,10 @@ MEASUREMENT_STARTS = 10
 
 
 def two_views(x, source, generator, args):
-    """Two random views of normalised images (b, 3, S, S), as the target network is trained with;
-    differentiable."""
+    """Return two random views of normalised images (b, 3, S, S), differentiably.
+
+    The augmentations are those of the target network's training.
+    """
     mean, std = (each.to(x)[:, None, None] for each in (source.mean, source.std))
     pixels = x * std + mean
     return [
@@ -71,8 +73,10 @@ def two_views(x, source, generator, args):
 
 
 def ssl_loss(learner, theta, views, args):
-    """Barlow Twins of `views`, two (b, 3, S, S), with parameters `theta` (p,), divided by the
-    embedding's width."""
+    """Return the Barlow Twins loss () of two views with parameters `theta` (p,).
+
+    `views` are two tensors (b, 3, S, S). The loss is divided by the width of the embeddings.
+    """
     with autocast(theta.device, args.precision):
         z1, z2 = (
             functional_call(learner, unflatten_parameters(theta, learner), (x,)) for x in views
@@ -81,11 +85,17 @@ def ssl_loss(learner, theta, views, args):
 
 
 def meta_gradient(learner, start, inner, outer, args):
-    """Equation 1 after one step on each of `inner` from `start` (p,): the loss () on `outer`, and
-    for each of `inner` its gradients by both views.
+    """Return equation 1 and its gradients after one training step per inner batch.
 
-    `inner`: a list of two views (b, 3, S, S) of distilled images each; `outer`: two views of real
-    ones.
+    Args:
+        learner: network with projector.
+        start: its initial parameters (p,).
+        inner: list of pairs of views (b, 3, S, S) of distilled images, one per step.
+        outer: two views (b, 3, S, S) of real images.
+        args: settings.
+
+    Returns:
+        The loss () on `outer`. For each inner batch, the gradients with respect to both views.
     """
 
     def gradient(theta, views, create_graph):
@@ -103,7 +113,7 @@ def meta_gradient(learner, start, inner, outer, args):
 
 
 class Draws:
-    """Random outer steps: an untrained learner, views of distilled and of real images."""
+    """Random draws for outer steps: an untrained learner, views of distilled and real images."""
 
     def __init__(self, source, args, randomness, device):
         self.source, self.args, self.randomness, self.device = source, args, randomness, device
@@ -114,8 +124,10 @@ class Draws:
         self.loader = Loader([source.pixels], self.real, device)
 
     def next(self, x_syn):
-        """Learner, `start`, `inner` and `outer` of `meta_gradient`; the inner views are augmented
-        from `x_syn`."""
+        """Return the learner, `start`, `inner` and `outer` for `meta_gradient`.
+
+        `inner` holds views of `x_syn` (m, 3, S, S).
+        """
         args, generator = self.args, self.randomness.device
         network = models.build(args.arch, self.source.image_size, 0, args.width)
         learner = nn.Sequential(network, projector(network.feature_dim, args.projector_dim)).to(
@@ -178,7 +190,7 @@ def make_distilled(x_syn, source, **measured):
 
 
 def measure_objective(x, source, args, device):
-    """The objective of images `x`, as a mean over draws that are the same at every call."""
+    """Return the objective of images `x` (m, 3, S, S), averaged over fixed random draws."""
     draws, total = Draws(source, args, Randomness(MEASUREMENT_SEED, device), device), 0.0
     for _ in range(MEASUREMENT_STARTS):
         learner, start, inner, outer = draws.next(x)

@@ -1,16 +1,18 @@
-"""Steps of plain gradient descent, and the gradient through all of them in the memory of one (mtt,
-ssl_bilevel)."""
+"""Gradient descent, and the gradient through all its steps with the memory of one step.
+
+Used by mtt, mkdt and ssl_bilevel.
+"""
 
 import torch
 
 
 def flatten_parameters(network):
-    """All parameters as one vector (p,), in the order of `named_parameters`."""
+    """Return all parameters as one vector (p,), in the order of `named_parameters`."""
     return torch.cat([value.detach().reshape(-1) for value in network.parameters()])
 
 
 def unflatten_parameters(theta, network):
-    """The vector (p,) as a dict of parameters for `functional_call`."""
+    """Return the vector (p,) as a dict of parameters for `functional_call`."""
     shapes = {name: value.shape for name, value in network.named_parameters()}
     parts = theta.split([shape.numel() for shape in shapes.values()])
     return {
@@ -19,10 +21,16 @@ def unflatten_parameters(theta, network):
 
 
 def descend(gradient, start, batches, rate):
-    """theta_0 = `start` (p,) and theta_{n+1} = theta_n - rate g_n for each of `batches`, as a list
-    without a graph.
+    """Return theta_0 = `start` and theta_{n+1} = theta_n - rate g_n, one step per batch.
 
-    `gradient(theta, batch, create_graph)` returns g_n (p,); a batch is a tuple of tensors.
+    Args:
+        gradient: `gradient(theta, batch, create_graph)` returns g_n (p,).
+        start: initial parameters (p,).
+        batches: list of tuples of tensors.
+        rate: learning rate.
+
+    Returns:
+        List of all theta_n (p,), detached.
     """
     thetas = [start.detach()]
     for batch in batches:
@@ -34,12 +42,23 @@ def descend(gradient, start, batches, rate):
 
 
 def backpropagate(gradient, thetas, batches, rate, v):
-    """Take `v` (p,), the gradient by the last theta, back through the steps of `descend`.
+    """Backpropagate a gradient through the steps of `descend`.
 
-    Returns, for each batch, a list of the gradients by its floating-point tensors; and the gradient
-    by the rate. Only each theta_n is kept: with v the gradient by theta_{n+1}, that by theta_n is v
-    - rate d(g_n v)/d theta_n, that by the batch -rate d(g_n v)/d batch, and the rate's grows by
-    -g_n v. This is the gradient of the whole unrolled graph in the memory of one step.
+    The result is the gradient of the whole unrolled graph. Only the theta_n are stored, so the
+    memory is that of one step. If v is the gradient with respect to theta_{n+1}, then
+
+    - the gradient with respect to theta_n is v - rate d(g_n v)/d theta_n,
+    - the gradient with respect to the batch is -rate d(g_n v)/d batch,
+    - the step adds -g_n v to the gradient with respect to the rate.
+
+    Args:
+        gradient, batches, rate: as for `descend`.
+        thetas: result of `descend`.
+        v: gradient (p,) with respect to the last theta.
+
+    Returns:
+        For each batch, the list of gradients with respect to its floating-point tensors. The
+        gradient () with respect to the rate.
     """
     by_rate, by_batch = torch.zeros((), dtype=v.dtype, device=v.device), []
     for theta, batch in zip(reversed(thetas[:-1]), reversed(batches), strict=True):

@@ -1,10 +1,10 @@
-"""Make a table or figure: carry out the commands that are missing.
+"""Make a table or figure: run the missing commands.
 
-    python -m experiments table1 --dry-run       # list the commands, and the time left
-    python -m experiments table1 --quick         # the reduced table, in hours of a CPU
+    python -m experiments table1 --dry-run       # list the commands, and the remaining time
+    python -m experiments table1 --quick         # the reduced table, in hours on a CPU
 
-The scripts scripts/run_*.sh call this. Rerun a command to resume. Several processes may work on one
-run root at the same time.
+The scripts scripts/run_*.sh call this module. Rerun a command to resume. Several processes may work
+on one run root at the same time.
 """
 
 import os
@@ -20,9 +20,9 @@ from utils.run import program_name
 
 
 def make_plan(argv):
-    """The parsed flags and the `Plan` of the command line `argv`, which begins with a table."""
+    """Return the parsed flags and the `Plan` of the command line `argv`: a table and its flags."""
     if argv[0] not in TABLES:
-        raise UserError(f"{argv[0]}: no such table; one of: {', '.join(TABLES)}")
+        raise UserError(f"{argv[0]}: no such table; choose one of {', '.join(TABLES)}")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parse_args(TABLES[argv[0]], argv[1:end])
     chosen = {name: value for name, value in vars(args).items() if name not in ("jobs", "dry_run")}
@@ -31,10 +31,10 @@ def make_plan(argv):
 
 def main(argv):
     if not argv:
-        raise UserError(f"name a table first, one of: {', '.join(TABLES)}")
+        raise UserError(f"the first argument must be a table: {', '.join(TABLES)}")
     if argv[0] in ("-h", "--help"):
         names = "\n".join(f"  {name}" for name in TABLES)
-        print(f"{__doc__}\nTables:\n{names}\n\nEach has its own --help.")
+        print(f"{__doc__}\nTables:\n{names}\n\nEach table has its own --help.")
         return
     args, plan = make_plan(argv)
     jobs = args.jobs or ((os.cpu_count() or 1) if plan.scale.folder else 1)
@@ -49,7 +49,7 @@ def parse_args(table, argv):
     parser = cli.Parser(table.description, prog=f"{program_name()} {table.name}")
     what, run = parser.groups["data"], parser.groups["run"]
     if table.quick:
-        text = "reduced settings, into <run root>/quick; tables mark their rows"
+        text = "use reduced settings and <run root>/quick; the tables say so"
         run.add_argument("--quick", action="store_true", help=text)
     sources = " ".join(source.name for source in table.sources)
     what.add_argument("--sources", nargs="+", metavar="S", help=f"data sets to distil: {sources}")
@@ -61,12 +61,12 @@ def parse_args(table, argv):
     )
     method = parser.groups["method"]
     method.add_argument("--methods", nargs="+", metavar="M", help=" ".join(table.methods))
-    archs = " ".join(table.networks) or "the source's own"
+    archs = " ".join(table.networks) or "that of the source"
     method.add_argument("--archs", nargs="+", metavar="A", help=f"networks: {archs}")
     method.add_argument(
         "--oracle",
         action="store_true",
-        help="add a row: pre-training on every image of the source with the target's features",
+        help="add the oracle: pre-training on all images of the source with the target's features",
     )
     method.add_argument(
         "--probes",
@@ -76,29 +76,35 @@ def parse_args(table, argv):
     method.add_argument(
         "--head",
         action="store_true",
-        help="add the accuracy, on the source, of networks that have seen the distilled set only",
+        help="add the accuracy on the source of networks trained only on the distilled set",
     )
     seeds = " ".join(map(str, table.seeds))
-    run.add_argument("--seeds", nargs="+", metavar="K", help=f"of pre-training (default: {seeds})")
+    run.add_argument(
+        "--seeds", nargs="+", metavar="K", help=f"seeds of pre-training (default: {seeds})"
+    )
     seeds = " ".join(map(str, table.distill_seeds))
-    text = f"of distillation (default: {seeds})"
+    text = f"seeds of distillation (default: {seeds})"
     run.add_argument("--distill-seeds", nargs="+", metavar="K", help=text)
     run.add_argument(
         "--jobs",
         type=cli.positive_int,
         metavar="N",
-        help="commands at a time (default: 1; one a core where the settings are reduced)",
+        help="number of parallel commands (default: 1, or one per core with reduced settings)",
     )
     run.add_argument("--run-root", type=Path, default=Path("runs"), help="default: runs")
     what.add_argument("--data-root", type=Path, help="default: datasets, or $DATA_ROOT")
     run.add_argument(
-        "--dry-run", action="store_true", help="list the commands, what is done, and the time left"
+        "--dry-run",
+        action="store_true",
+        help="list the commands, their state, and the remaining time",
     )
-    parser.epilog = "Flags after -- go to every command of a stage: -- --device cuda"
+    parser.epilog = "Flags after -- are passed to every stage: -- --device cuda"
     args = parser.parse_args(argv)
     for name in ("sources", "datasets", "methods", "archs", "seeds", "distill_seeds"):
         if (values := getattr(args, name)) is not None:
-            words = [word for value in values for word in value.split()]  # "A B" is A B
+            words = [
+                word for value in values for word in value.split()
+            ]  # "A B" is equivalent to A B
             setattr(args, name, [*dict.fromkeys(words)])
     for name in ("seeds", "distill_seeds"):
         if (values := getattr(args, name)) is not None:

@@ -1,36 +1,45 @@
-"""Theorem 1 of the paper, measured: is the gradient through a self-supervised inner problem biased,
-and by how much?
+"""Measure the bias of the gradient through a self-supervised inner problem (Theorem 1).
 
-    python -m experiments.bias --out runs/bias       # about 3 minutes of one CPU core
+    python -m experiments.bias --out runs/bias       # about 3 minutes on one CPU core
     python -m experiments.bias --fast                # seconds: fewer draws, fewer r
 
-Distilled images X_s (8 of scikit-learn's digits at 4 x 4 pixels), real images X_t (100 others), a
-linear network theta, float64. An outcome xi of the augmentation is one of 6, so that L(theta; X) =
-E_xi[l_xi(theta, X)] is a sum:
+The distilled images X_s are 8 of scikit-learn's digits at 4 x 4 pixels, and the real images X_t are
+100 others. The network theta is linear, and all numbers are float64. The augmentation has 6
+outcomes xi, so that L(theta; X) = E_xi[l_xi(theta, X)] is a sum:
 
-    Barlow Twins, SimCLR    two different ones of 4 shifts by a pixel, the views of all images of X
+    Barlow Twins, SimCLR    two different ones of 4 one-pixel shifts are the views of all images
     masked reconstruction   one of the 6 masks that hide two quarters of each image
-    MSE                     equation 2 of the paper, with a ridge head; xi is drawn as for the
-                            others but plays no part
+    MSE                     equation 2 of the paper with a ridge head; independent of xi
 
-theta*(X_s) minimises L(theta; X_s) + mu/2 |theta - theta_0|^2 (without the second term, which is
-the same for all xi, Barlow Twins and SimCLR have whole surfaces of minimisers); theta^(X_s) has the
-mean of r drawn l_xi in place of L. Both are found by Newton's method from theta_0, the latter also
-from theta*, and the lower minimum is taken. `bilevel` holds dL(theta^(X_s); X_t)/dX_s, by the
-implicit function theorem, against the true dL(theta*(X_s); X_t)/dX_s. `ordinary` is the gradient by
-theta at theta_0 of the mean, over the r drawn outcomes, of the loss of each, which is an unbiased
-estimator for any loss. (One Barlow Twins loss of a correlation that is pooled over the r pairs
-would not be: the loss is not linear in the correlation.) `mini-batch` is KRR-ST's outer gradient on
-r random real images.
+theta*(X_s) minimises L(theta; X_s) + mu/2 |theta - theta_0|^2. The second term is the same for all
+xi; without it, Barlow Twins and SimCLR have whole surfaces of minimisers. theta^(X_s) minimises the
+same with L replaced by the mean of r drawn l_xi. Both are found by Newton's method from theta_0,
+theta^ also from theta*, and the lower minimum is used.
 
-Prints a Markdown table, and writes bias.jsonl and bias.png to --out. All numbers but p are in units
-of the norm of the true gradient: `along` is the bias in the true gradient's direction with a 95 %
-interval, split as in the proof into the shift of the means E[v]E[A] - v*A* and the covariance of v
-= dL/dtheta and A = dtheta^/dX_s; `norm` that of the whole bias, freed of the draws' noise (an
-unbiased estimate of its square, with that one's sign); `exact` the same two by summation over all
-draws there are, for small r; `sd` the root of the summed variances of one gradient. p: of the
-hypothesis that no coordinate is biased, by the largest |t| of all coordinates under flipped signs.
-`biased`: p is below 5 % / number of rows.
+The table has three kinds of gradients:
+
+    bilevel      dL(theta^(X_s); X_t)/dX_s, by the implicit function theorem; the true gradient is
+                 dL(theta*(X_s); X_t)/dX_s
+    ordinary     the gradient with respect to theta at theta_0 of the mean of r drawn losses; an
+                 unbiased estimator for any loss
+    mini-batch   the outer gradient of KRR-ST on r random real images
+
+A single Barlow Twins loss of a correlation pooled over the r pairs would be biased, because the
+loss is not linear in the correlation.
+
+Prints a Markdown table, and writes bias.jsonl and bias.png to --out. All columns except p are in
+units of the norm of the true gradient:
+
+    along        bias in the direction of the true gradient, with a 95 % interval. As in the proof,
+                 it is split into the shift of the means E[v]E[A] - v*A* and the covariance of
+                 v = dL/dtheta and A = dtheta^/dX_s.
+    norm         norm of the whole bias without the noise of the draws: an unbiased estimate of its
+                 square, and the signed root of this estimate
+    exact        along and norm by summation over all possible draws, for small r
+    sd           root of the summed variances of one gradient
+    p            p-value of the hypothesis that no coordinate is biased, by sign flips of the
+                 largest |t| of all coordinates
+    biased       whether p is below 5 % / number of rows
 """
 
 import itertools
@@ -56,24 +65,30 @@ from utils.run import versions
 SIDE, IMAGES, REAL = 4, 8, 100  # pixels of a side, m, n
 PIXELS = SIDE * SIDE
 OUTPUTS, FEATURES = 3, 32  # d_y, and d_h of the ridge head's random features
-OUTCOMES = 6  # of xi
-OFF_DIAGONAL, TEMPERATURE = 0.1, 0.5  # of Barlow Twins, of SimCLR
+OUTCOMES = 6  # number of outcomes xi
+OFF_DIAGONAL, TEMPERATURE = 0.1, 0.5  # Barlow Twins, SimCLR
 PULL, RIDGE = (
     1.0,
     0.01,
-)  # mu of the losses of two views, a tenth for masking; of KRR-ST's head, of the kernel's trace
-TOLERANCE = 1e-11  # on each entry of the inner gradient at a minimiser
-STEPS, HALVINGS = 200, 40  # at most, of Newton's method and of its line search
+)  # mu of two-view losses (a tenth for masking); ridge of KRR-ST's head, relative to the trace
+TOLERANCE = 1e-11  # largest entry of the inner gradient at a minimiser
+STEPS, HALVINGS = 200, 40  # most steps of Newton's method and of its line search
 CHUNK = 16  # inner problems solved at once; larger ones gain little and take more memory
-GROUPS, FLIPS = 50, 9999  # of draws, for standard errors; of signs, for p
-ROUNDING = 1e-9  # of the true gradient: differences below are no bias
+GROUPS, FLIPS = 50, 9999  # groups of draws for standard errors; sign flips for p
+ROUNDING = 1e-9  # differences below this fraction of the true gradient are rounding errors
 SIZES, DRAWS = (1, 2, 4, 8, 16, 32), 250  # r; a multiple of GROUPS
-ENUMERATED = 126  # multisets of outcomes that are summed over, at most
+ENUMERATED = 126  # most multisets of outcomes to sum over
 
 
 class Problem(NamedTuple):
-    """An inner problem. `losses(theta, x)`: l_xi for each xi, (D,), of images x (n, 16);
-    `outer(theta)`: the loss on X_t; theta (p,) starts at `start`, and `mu` is its pull to there."""
+    """An inner problem.
+
+    Args:
+        losses: `losses(theta, x)` returns l_xi for all xi, (D,), of images x (n, 16).
+        outer: `outer(theta)` returns the loss () on X_t.
+        start: theta_0 (p,).
+        mu: weight of the quadratic penalty on theta - theta_0.
+    """
 
     losses: Callable
     outer: Callable
@@ -81,13 +96,15 @@ class Problem(NamedTuple):
     mu: float
 
     def inner(self, theta, weights, x):
-        """The inner loss where the outcome xi has weight weights[xi], (D,)."""
+        """Return the inner loss () with weight weights[xi], (D,), for each outcome xi."""
         return weights @ self.losses(theta, x) + self.mu / 2 * (theta - self.start).square().sum()
 
 
 def images(generator):
-    """X_s (m, 16) and X_t (n, 16): digits as means over 2 x 2 pixels, centred per pixel, of
-    variance 1 over all."""
+    """Return X_s (m, 16) and X_t (n, 16).
+
+    These are digits averaged over 2 x 2 pixels, centred per pixel and scaled to unit variance.
+    """
     x = F.avg_pool2d(torch.tensor(load_digits().images)[:, None], 2).flatten(1)
     x = (x - x.mean(0)) / (x - x.mean(0)).std()
     chosen = torch.randperm(len(x), generator=generator)
@@ -95,7 +112,7 @@ def images(generator):
 
 
 def shifts():
-    """Shifts to the four sides, with zeros moving in, as matrices: x @ shifts() is (4, n, 16)."""
+    """Return one-pixel shifts with zero padding as matrices: x @ shifts() is (4, n, 16)."""
     pixels = F.pad(torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, SIDE, SIDE), [1] * 4)
     corners = ((0, 1), (1, 0), (1, 2), (2, 1))
     return torch.stack(
@@ -104,7 +121,7 @@ def shifts():
 
 
 def masks():
-    """One for each pair of quarters that it hides: (6, 16) of ones and zeros."""
+    """Return a mask for each pair of hidden quarters: (6, 16) of ones and zeros."""
     quarter = (
         torch.arange(4)
         .view(2, 2)
@@ -118,8 +135,7 @@ def masks():
 
 
 def barlow_twins_loss(z1, z2):
-    """`barlow_twins.barlow_twins_loss` in plain operations, which vmap takes several derivatives
-    of."""
+    """Return `barlow_twins.barlow_twins_loss` with operations that vmap can differentiate twice."""
     z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
     off = z1.T @ z2 / len(z1) - torch.eye(OUTPUTS, dtype=z1.dtype)
     on = off.diagonal().square().sum()
@@ -127,18 +143,22 @@ def barlow_twins_loss(z1, z2):
 
 
 def simclr_loss(z1, z2):
-    """Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
-    2020, equation 1, as a mean over the embeddings of both views, each (n, d); with a cosine of
-    vectors z / (1 + |z|^2)^(1/2), smooth at 0."""
+    """Return the SimCLR loss, averaged over the embeddings of both views, (n, d) each.
+
+    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
+    equation 1. Vectors are normalised as z / (1 + |z|^2)^(1/2), which is smooth at 0.
+    """
     z = torch.cat([z1, z2])
     z = z / (1 + z.square().sum(1, keepdim=True)).sqrt()
     similar = z @ z.T / TEMPERATURE  # (2n, 2n)
-    other = similar.masked_fill(torch.eye(len(z), dtype=torch.bool), -math.inf)  # not with itself
+    other = similar.masked_fill(
+        torch.eye(len(z), dtype=torch.bool), -math.inf
+    )  # excludes the pair with itself
     return (torch.logsumexp(other, 1) - similar.roll(len(z1), 1).diagonal()).mean()
 
 
 def two_views(loss):
-    """`losses` of a loss of two views' embeddings."""
+    """Return `losses` for a loss of the embeddings of two views."""
     first, second = torch.tensor([*itertools.combinations(range(4), 2)]).T
     shifted = shifts()
 
@@ -150,16 +170,19 @@ def two_views(loss):
 
 
 def masking_losses(theta, x):
-    """`losses` of a linear map that predicts the hidden pixels from the others: squared error per
-    pixel."""
+    """Return `losses` of masked reconstruction by a linear map: squared error per hidden pixel."""
     seen = masks()[:, None]  # (6, 1, 16)
     error = (x * seen) @ theta.view(PIXELS, PIXELS) - x
     return (error * (1 - seen)).square().sum((1, 2)) / (len(x) * PIXELS / 2)
 
 
 def problems(x_syn, x_real, generator):
-    """The self-supervised ones by name, and KRR-ST's with a function of X_s that is its outer loss
-    of each real image, (n,), in closed form."""
+    """Return the inner problems.
+
+    Returns:
+        Dict of name to self-supervised `Problem`; the `Problem` of KRR-ST; a function of X_s that
+        returns the outer loss of KRR-ST for each real image, (n,), in closed form.
+    """
 
     def made(losses, start, mu):
         return Problem(losses, lambda theta: losses(theta, x_real).mean(), start, mu)
@@ -175,7 +198,7 @@ def problems(x_syn, x_real, generator):
             masking_losses, torch.zeros(PIXELS * PIXELS, dtype=torch.float64), PULL / 10
         ),
     }
-    # g_phi is trained on X_t by Barlow Twins, as the paper's; Y_s are its features of X_s.
+    # As in the paper, g_phi is trained on X_t by Barlow Twins, and Y_s = g_phi(X_s).
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
     phi = minimise(ssl["Barlow Twins"], uniform, x_real)[0].view(PIXELS, OUTPUTS)
     y_syn, y_real = x_syn @ phi, x_real @ phi
@@ -202,11 +225,22 @@ def problems(x_syn, x_real, generator):
 
 
 def minimise(problem, weights, x, start=None):
-    """Minima theta (k, p) of the inner loss under each row of `weights` (k, D), by Newton's method
-    from `start` (p,) or the problem's, to `TOLERANCE`. Curvature is taken without its sign, so that
-    saddles repel; steps are halved until the loss falls.
+    """Minimise the inner loss for each row of `weights` (k, D) by Newton's method.
 
-    Raises RuntimeError where that does not come to an end.
+    Absolute values of the curvature are used, so that saddle points repel. Steps are halved until
+    the loss decreases.
+
+    Args:
+        problem: a `Problem`.
+        weights: weights of the outcomes (k, D).
+        x: images (n, 16).
+        start: initial theta (p,); default: the problem's.
+
+    Returns:
+        Minima theta (k, p), to `TOLERANCE`.
+
+    Raises:
+        RuntimeError: no convergence in `STEPS` steps.
     """
     loss = vmap(lambda theta, weights: problem.inner(theta, weights, x))
     slope = vmap(grad(lambda theta, weights: problem.inner(theta, weights, x)))
@@ -242,7 +276,7 @@ def minimise(problem, weights, x, start=None):
 
 
 def lower_minimum(problem, weights, x, start):
-    """As `minimise`, from the problem's start and from `start`: of the two minima the lower one."""
+    """Run `minimise` from the problem's start and from `start`; return the lower minimum (k, p)."""
     both = torch.stack(
         [minimise(problem, weights, x, each) for each in (problem.start, start)]
     )  # (2, k, p)
@@ -253,11 +287,13 @@ def lower_minimum(problem, weights, x, start):
 
 
 def implicit_gradient(problem, theta, weights, x):
-    """v = dL(theta; X_t)/dtheta (k, p) and A = dtheta/dX_s (k, p, q) at minimisers `theta` (k, p)
-    under `weights` (k, D), by the implicit function theorem: A = -H^-1 d^2 l/dtheta dX_s. v A is
-    the meta-gradient.
+    """Return v = dL(theta; X_t)/dtheta (k, p) and A = dtheta/dX_s (k, p, q) at minimisers.
 
-    Raises torch.linalg.LinAlgError where the Hessian H is not positive definite: no minimum.
+    By the implicit function theorem, A = -H^-1 d^2 l/dtheta dX_s. The meta-gradient is v A.
+    `theta` (k, p) are the minimisers for `weights` (k, D).
+
+    Raises:
+        torch.linalg.LinAlgError: the Hessian H is not positive definite, so theta is no minimum.
     """
 
     def parts(theta, weights):
@@ -269,11 +305,18 @@ def implicit_gradient(problem, theta, weights, x):
 
 
 def sum_over_draws(problem, counts, weights, x, start, truth):
-    """Sums of v, A, the meta-gradient v A and its squared distance from `truth` (q,) over groups of
-    draws: (G, p), (G, p, q), (G, q), (G,). `start` as in `lower_minimum`.
+    """Sum v, A, the meta-gradient v A and its squared distance from the truth over draws.
 
-    `counts` (G, k): how often each row of `weights` (k, D) stands in each group, or how probable it
-    is there.
+    Args:
+        problem: a `Problem`.
+        counts: number or probability of each row of `weights` in each group of draws, (G, k).
+        weights: distinct draws (k, D).
+        x: images (n, 16).
+        start: as for `lower_minimum`.
+        truth: true gradient (q,).
+
+    Returns:
+        Sums for each group: (G, p), (G, p, q), (G, q), (G,).
     """
     total = None
     for w, n in progress.bar(
@@ -292,15 +335,20 @@ def sum_over_draws(problem, counts, weights, x, start, truth):
 
 
 def split_bias(v, a, g, v_true, a_true):
-    """The proof's split of mean(g) - g_true, each (q,): shift of v, of A, of both, and covariance;
-    v, a, g are means over draws."""
+    """Split the bias mean(g) - g_true as in the proof.
+
+    Returns the shift of v, of A, of both, and the covariance, (q,) each. v, a and g are means over
+    draws.
+    """
     dv, da = v - v_true, a - a_true
     return dict(dv=dv @ a_true, da=v_true @ da, both=dv @ da, covariance=g - v @ a)
 
 
 def jackknife(statistic, groups, *sums):
-    """`statistic` of the sums over all groups, and half the width of its 95 % interval, leaving out
-    one at a time."""
+    """Return `statistic` of the sums over all groups, and half the width of its 95 % interval.
+
+    The interval leaves out one group at a time.
+    """
     whole = [each.sum(0) for each in sums]
     value = statistic(groups, *whole)
     left = torch.stack(
@@ -314,9 +362,15 @@ def jackknife(statistic, groups, *sums):
 
 
 def sign_flips(differences, size, generator):
-    """p of the hypothesis that the groups' mean errors `differences` (G, q) lie symmetrically about
-    0 in every coordinate: the share of random signs under which the largest |t| is no less. `size`:
-    of the true gradient."""
+    """Return the p-value of the hypothesis that the errors are symmetric about 0.
+
+    It is the fraction of random signs with a largest |t| of at least the observed one.
+
+    Args:
+        differences: mean errors of the groups (G, q).
+        size: norm of the true gradient.
+        generator: CPU generator.
+    """
     n = len(differences)
     square = differences.square().mean(0)
 
@@ -330,18 +384,25 @@ def sign_flips(differences, size, generator):
 
 
 def summarise(g_sums, per_group, squares, truth, generator):
-    """What a row has for any gradient: `g_sums` (G, q) sums over groups of `per_group` draws,
-    `squares` the sum of all squared distances from `truth` (q,)."""
+    """Return the columns that all kinds of gradients have.
+
+    Args:
+        g_sums: sums of gradients over groups of draws (G, q).
+        per_group: draws per group.
+        squares: sum of all squared distances from `truth`.
+        truth: true gradient (q,).
+        generator: CPU generator.
+    """
     size, groups = truth.norm(), len(g_sums)
     draws, differences = groups * per_group, g_sums / per_group - truth
     off = differences.mean(0)
     spread = (squares - draws * off.square().sum()).clamp(min=0) / (
         draws - 1
-    )  # trace of a gradient's covariance
+    )  # trace of the covariance of a gradient
 
     along = differences @ truth / size**2  # (G,)
     noise = (differences - differences.mean(0)).square().sum() / (groups * (groups - 1)) / size**2
-    square = off.square().sum() / size**2 - noise  # its mean is the bias's squared norm
+    square = off.square().sum() / size**2 - noise  # its expectation is the squared norm of the bias
     return dict(
         draws=draws,
         size=size.item(),
@@ -355,7 +416,7 @@ def summarise(g_sums, per_group, squares, truth, generator):
 
 
 def multisets(r):
-    """All multisets of r outcomes as counts (k, D), with their probabilities (k,)."""
+    """Return all multisets of r outcomes as counts (k, D), and their probabilities (k,)."""
     rows = [
         torch.bincount(torch.tensor(each), minlength=OUTCOMES)
         for each in itertools.combinations_with_replacement(range(OUTCOMES), r)
@@ -366,7 +427,7 @@ def multisets(r):
 
 
 def bilevel_row(problem, x_syn, r, draws, generator):
-    """A row for the meta-gradient with r drawn outcomes."""
+    """Return a row for the meta-gradient with r drawn outcomes."""
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
     best = minimise(problem, uniform, x_syn)
     v_true, a_true = (each[0] for each in implicit_gradient(problem, best, uniform, x_syn))
@@ -404,8 +465,10 @@ def bilevel_row(problem, x_syn, r, draws, generator):
 
 
 def sampled_row(gradients, r, draws, generator):
-    """A row for the mean of r of the rows of `gradients` (D, q), drawn with replacement; the truth
-    is their mean."""
+    """Return a row for the mean of r rows of `gradients` (D, q), drawn with replacement.
+
+    The truth is the mean of all rows.
+    """
     uniform = torch.full((draws, len(gradients)), 1.0, dtype=torch.float64)
     drawn = torch.multinomial(uniform, r, replacement=True, generator=generator)
     g = F.one_hot(drawn, len(gradients)).sum(1).double() / r @ gradients  # (draws, q)
@@ -420,7 +483,7 @@ def sampled_row(gradients, r, draws, generator):
 
 
 def measure(sizes, draws, seed):
-    """All rows, as dicts."""
+    """Return all rows as dicts."""
     generator = torch.Generator().manual_seed(seed)
     x_syn, x_real = images(generator)
     ssl, krr, closed = problems(x_syn, x_real, generator)
@@ -445,10 +508,10 @@ def measure(sizes, draws, seed):
 
 
 def markdown(rows):
-    """The Markdown table of `rows`."""
+    """Return `rows` as a Markdown table."""
     lines = [
-        "| loss | gradient | r | along | of it means | covariance | norm | exact: along, norm | sd "
-        "| p | biased |",
+        "| loss | gradient | r | along | part: means | part: covariance | norm "
+        "| exact: along, norm | sd | p | biased |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
@@ -477,7 +540,7 @@ def markdown(rows):
 
 
 def draw(rows, out):
-    """Bias along the true gradient, its norm, and its parts, against r."""
+    """Draw the bias along the true gradient, its norm, and its parts, against r."""
     figure, (along, norm, parts) = make_panels(3, width=4.4)
     series = {}
     for row in rows:
@@ -494,7 +557,7 @@ def draw(rows, out):
             markerfacecolor=None if whole else "white",
             label=f"{loss}, {gradient}",
         )
-        r = [row["r"] * 1.03 ** (k - 3) for row in line]  # side by side
+        r = [row["r"] * 1.03 ** (k - 3) for row in line]  # shifted to avoid overlaps
         along.errorbar(
             r,
             [row["along"] for row in line],
@@ -503,8 +566,8 @@ def draw(rows, out):
             **style,
         )
         if whole and max(row["sd"] for row in line) > ROUNDING:
-            there = [row for row in line if row["norm"] > 0]
-            norm.plot([row["r"] for row in there], [row["norm"] for row in there], **style)
+            positive = [row for row in line if row["norm"] > 0]
+            norm.plot([row["r"] for row in positive], [row["norm"] for row in positive], **style)
             norm.plot(
                 [row["r"] for row in line],
                 [row["sd"] for row in line],
@@ -524,10 +587,10 @@ def draw(rows, out):
                     value,
                     **style | dict(linestyle=dash, markerfacecolor=fill, label=f"{loss}, {name}"),
                 )
-    label_axis(along, "bias along the true gradient", "r", "share of the true gradient")
-    label_axis(norm, "norm of the bias, and noise", "r", "share of the true gradient")
+    label_axis(along, "bias along the true gradient", "r", "fraction of the true gradient")
+    label_axis(norm, "norm of the bias, and noise", "r", "fraction of the true gradient")
     label_axis(
-        parts, "the bias along the true gradient, in parts", "r", "share of the true gradient"
+        parts, "parts of the bias along the true gradient", "r", "fraction of the true gradient"
     )
     norm.set_yscale("log")
     for axis in (along, norm, parts):
@@ -559,10 +622,12 @@ def parse_args(argv):
         "--out",
         type=Path,
         default=Path("runs/bias"),
-        help="folder to write to (default: runs/bias)",
+        help="output folder (default: runs/bias)",
     )
-    parser.add_argument("--fast", action="store_true", help="seconds: fewer draws, r = 1 and 2")
-    parser.add_argument("--seed", type=cli.non_negative_int, default=0)
+    parser.add_argument(
+        "--fast", action="store_true", help="take seconds: fewer draws, and r = 1 and 2 only"
+    )
+    parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="default: 0")
     return parser.parse_args(argv)
 
 

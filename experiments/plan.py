@@ -1,4 +1,4 @@
-"""From the description of a table to the commands that make it, as a user would type them."""
+"""Turn the description of a table into commands, as a user would type them."""
 
 import os
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ from utils.presets import image_size, preset
 
 @dataclass
 class Choice:
-    """What of a `Table` is wanted, by the flags of the command line; None stands for the table's
-    own."""
+    """The parts of a `Table` selected on the command line; None selects the table's default."""
 
     quick: bool = False
     sources: list | None = None
@@ -33,7 +32,7 @@ class Choice:
 
 
 def to_flags(settings):
-    """{"outer_lr": 0.1, "raw_init": True} -> ["--outer-lr", "0.1", "--raw-init"]."""
+    """Convert {"outer_lr": 0.1, "raw_init": True} to ["--outer-lr", "0.1", "--raw-init"]."""
     words = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -45,15 +44,15 @@ def to_flags(settings):
 
 
 def narrow(flag, wanted, known):
-    """The values of a flag, or all where it is not given. Raises UserError for unknown ones."""
+    """Return the values of a flag, or all known ones by default. Raises UserError if unknown."""
     for word in wanted or ():
         if word not in known:
-            raise UserError(f"{flag} {word}: not one of {', '.join(known) or '(none here)'}")
+            raise UserError(f"{flag} {word}: not one of {', '.join(known) or '(none)'}")
     return [*(known if wanted is None else wanted)]
 
 
 class Plan:
-    """The tasks of one table, with `Choice` applied; `tasks` lists them."""
+    """The `tasks` of a table for a `Choice`."""
 
     def __init__(self, table: Table, choice: Choice):
         quick = choice.quick and table.quick
@@ -77,7 +76,9 @@ class Plan:
         self.datasets = choice.datasets or datasets
         self.seeds = table.seeds if choice.seeds is None else choice.seeds
         if table.paired_seeds and choice.distill_seeds is not None:
-            raise UserError("--distill-seeds: this table's distillations have the seeds of --seeds")
+            raise UserError(
+                "--distill-seeds: in this table, distillations use the seeds of --seeds"
+            )
         usual = self.seeds if table.paired_seeds else table.distill_seeds
         self.distill_seeds = usual if choice.distill_seeds is None else choice.distill_seeds
         self.protocols = [*table.protocols]
@@ -96,8 +97,8 @@ class Plan:
 
     def _add_all(self):
         self._prepare_data()
-        for leaf, words in self.table.first:
-            self._list.add(self._filled(words), *self._filled(leaf))
+        for output, words in self.table.first:
+            self._list.add(self._filled(words), *self._filled(output))
         for source in self.sources:
             for protocol in self.protocols:
                 for dataset in self.datasets if protocol.teacher else ():
@@ -125,14 +126,14 @@ class Plan:
         return [each for each in self.methods if (source.name, each) not in self.table.without]
 
     def _seed_pairs(self):
-        """(distillation, pre-training) seeds."""
+        """Return the pairs of (distillation, pre-training) seeds."""
         if self.table.paired_seeds:
             return [*zip(self.distill_seeds, self.seeds, strict=True)]
         return [(k, seed) for k in self.distill_seeds for seed in self.seeds]
 
-    def _run(self, words, *leaves):
-        """A command of a stage."""
-        self._list.add([*words, *self.extra], *leaves)
+    def _run(self, words, *outputs):
+        """Add a command of a stage."""
+        self._list.add([*words, *self.extra], *outputs)
 
     def _preset_name(self, source):
         return self.scale.preset.format(source=source.name)
@@ -160,18 +161,18 @@ class Plan:
         return ["--precision", precision] if precision else []
 
     def _prepare_data(self):
-        """Where parts of data sets will do, they are prepared first, which says so."""
+        """Prepare data sets first if partial ones are allowed, because this needs --partial."""
         if self.scale.partial:
             for source in self.sources:
                 for name in (source.name, *self.datasets):
                     size = self._size(source)
                     words = ["-m", "data.prepare", name, "--size", size, "--partial"]
-                    leaves = self.data_root / "prepared" / f"{name}-{size}px" / "test.json"
-                    self._list.add([*words, "--data-root", self.data_root], leaves)
+                    outputs = self.data_root / "prepared" / f"{name}-{size}px" / "test.json"
+                    self._list.add([*words, "--data-root", self.data_root], outputs)
         self._list.wait()
 
     def _target_network(self, source, target):
-        """The file of a target network, and the task that makes it."""
+        """Add the task of a target network, and return its file."""
         path = self.runs / source.name / target.name / "seed0" / "target.pt"
         words = ["pretrain_target.py", *self._source_flags(source)]
         words += ["--name", target.name] if target.name != "target" else []
@@ -182,7 +183,7 @@ class Plan:
         return self.runs / source.name / name / f"seed{seed}" / "distilled.pt"
 
     def _settings(self, source, name):
-        """The settings of a set that are not its preset's."""
+        """Return the settings of a set that differ from its preset."""
         entry, variant = registry.entry_of(name), registry.VARIANTS.get(registry.base(name))
         own = self.scale.sets | self.scale.methods.get(entry.name, {}) | source.sets
         if variant:
@@ -210,7 +211,7 @@ class Plan:
             self._draw(source, name, target, seed)
 
     def _weights(self, run):
-        """The folder of a pre-trained network, or of one that nobody has trained."""
+        """Return the folder of a pre-trained network, or of an untrained one."""
         arch = models.label(run.arch, self._width(run.source))
         if run.starts_untrained:
             return self.runs / "scratch" / f"{arch}_{self._size(run.source)}px"
@@ -224,7 +225,7 @@ class Plan:
         )
 
     def _fresh(self, source, arch):
-        """The flags of a network that nobody has trained."""
+        """Return the flags of an untrained network."""
         words = ["none", "--arch", arch, "--image-size", self._size(source)]
         width = self._width(source)
         return words + (to_flags(dict(width=width)) if width != 1 else [])
@@ -267,7 +268,7 @@ class Plan:
         return [self._weights(run) / "model.pt"]
 
     def _fine_tune(self, run, protocol, dataset):
-        """finetune.py: one command for all numbers of labels where the features are frozen."""
+        """Add finetune.py; one command covers all numbers of labels if the features are frozen."""
         labels = protocol.labels
         groups = [[each] for each in labels] if protocol.name == "full" else [labels]
         for group in groups:
@@ -279,14 +280,14 @@ class Plan:
             if protocol.name == "full":
                 changed = self.scale.finetune | self.scale.networks.get(run.arch, {})
                 words += to_flags(changed | protocol.settings)
-            leaves = [
+            outputs = [
                 f"{self._weights(run)}/results.jsonl#{dataset}_{protocol.name}{end}_seed{run.seed}"
                 for end, _ in group
             ]
-            self._run([*words, *self._precision(run.name)], *leaves)
+            self._run([*words, *self._precision(run.name)], *outputs)
 
     def _teacher(self, source, protocol, dataset):
-        """The weights of kd.py's teacher: trained on the data set from scratch, seed 0."""
+        """Add the teacher of kd.py, trained from scratch with seed 0, and return its weights."""
         run = _Run(source, "scratch", None, 0, protocol.teacher, 0)
         self._fine_tune(run, Protocol("full"), dataset)
         return self._weights(run) / f"{dataset}_full_seed0" / "model.pt"
@@ -295,7 +296,7 @@ class Plan:
         words = ["kd.py", "--weights", *self._start(run), "--dataset", dataset]
         words += ["--distilled", self._set(run.source, run.name, run.set_seed)]
         words += ["--seed", run.seed, "--teacher", self._teacher(run.source, protocol, dataset)]
-        # 1e-3 is the released code's learning rate for noise.
+        # The released code uses learning rate 1e-3 for noise.
         own = dict(lr=1e-3) if run.name == "gaussian" else {}
         words += to_flags(own | self.scale.kd | protocol.settings)
         name = f"{dataset}_kd_{run.name}_seed{run.seed}"
@@ -307,11 +308,11 @@ class Plan:
             network = self._target_network(source, source.targets[0])
         images = self._set(source, name, seed)
         words = ["-m", "evaluation.fid", "--distilled", images, "--network", network]
-        leaf = f"{images.parent}/results.jsonl#fid_{Path(network).stem}"
-        self._list.add([*words, "--data-root", self.data_root], leaf)
+        output = f"{images.parent}/results.jsonl#fid_{Path(network).stem}"
+        self._list.add([*words, "--data-root", self.data_root], output)
 
     def _draw(self, source, name, target, seed):
-        """The pictures of a set: its images, t-SNE and curves."""
+        """Add the figures of a set: images, t-SNE and curves."""
         images = self._set(source, name, seed)
         plots = self.runs / "figures"
         for kind in ("images", "tsne"):
@@ -326,8 +327,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Run:
-    """A pre-training: of `arch` with `seed`, on the set `name` that was distilled with
-    `distill_seed`."""
+    """A pre-training of `arch` with `seed` on the set `name` distilled with `distill_seed`."""
 
     source: object
     name: str
@@ -338,11 +338,11 @@ class _Run:
 
     @property
     def starts_untrained(self):
-        """Whether nothing is pre-trained: there is no set, or it has nothing to learn from."""
+        """Whether nothing is pre-trained, because there is no set or it has no targets."""
         entry = registry.entry_of(self.name)
         return entry.name == "scratch" or registry.targets_of(self.name) == "none"
 
     @property
     def set_seed(self):
-        """The seed of the set's folder: what has no set of its own is the same for all."""
+        """The seed in the set's folder; 0 for entries without a distilled set."""
         return self.distill_seed if registry.entry_of(self.name).module else 0

@@ -1,9 +1,9 @@
-"""Carry out the tasks of an experiment: in parallel, each once, and only what is missing.
+"""Run the missing tasks of an experiment, in parallel and each once.
 
-A task is a command with what it leaves: files, or lines of results.jsonl. It waits for the tasks
-that make a file it names. Several processes may work on one run root: a lock in <run root>/locks,
-which ends with the command, gives each task to one of them. After a failure the tasks that do not
-need its files still run.
+A task is a command and its outputs: files, or lines of results.jsonl. It waits for the tasks that
+write the files it names. Several processes may work on one run root. A lock in <run root>/locks
+assigns each task to one process, and is released when the command ends. If a task fails, the tasks
+that do not need its files still run.
 """
 
 import contextlib
@@ -26,14 +26,17 @@ POLL_SECONDS = 0.2
 
 @dataclass(eq=False)
 class Task:
-    """The command `python words`, what it `leaves`, and the tasks that it `needs`.
+    """A command.
 
-    `leaves` holds paths of files, and FOLDER/results.jsonl#NAME for an evaluation's line. A task
-    that leaves nothing runs each time.
+    Args:
+        words: arguments of `python`.
+        outputs: paths of files, or FOLDER/results.jsonl#NAME for a line of an evaluation. A task
+            without outputs always runs.
+        needs: tasks that must finish first.
     """
 
     words: list
-    leaves: list = field(default_factory=list)
+    outputs: list = field(default_factory=list)
     needs: list = field(default_factory=list)
 
     @property
@@ -42,17 +45,16 @@ class Task:
 
     @property
     def folders(self):
-        """Where its runs keep their logs; an evaluation's folder has the name of its line."""
-        split = [each.partition("#") for each in self.leaves]
+        """The folders of its logs; the folder of an evaluation has the name of its line."""
+        split = [each.partition("#") for each in self.outputs]
         return [Path(path).parent / name for path, _, name in split]
 
     def is_done(self):
-        return bool(self.leaves) and all(map(_is_there, self.leaves))
+        return bool(self.outputs) and all(map(_exists, self.outputs))
 
     @property
     def kind(self):
-        """What commands that take about as long have in common: all words but the seed and the
-        folders."""
+        """The words without seed and folders; commands of the same kind take similar time."""
         words = [
             word
             for before, word in zip(["", *self.words], self.words, strict=False)
@@ -66,72 +68,74 @@ class Task:
         )
 
     def time_spent(self):
-        """Seconds spent so far, and the share of the run (0 to 1) that is done by its log."""
-        if not self.leaves:
+        """Return the seconds spent, and the completed fraction (0 to 1) of the run by its log."""
+        if not self.outputs:
             return 0.0, 0.0
         share, seconds, before = 0.0, 0.0, 0.0
         for line in read_log(self.folders[0]):
-            # A run that was resumed counts its seconds from 0.
+            # A resumed run counts its seconds from 0.
             seconds += line["seconds"] - before if line["seconds"] >= before else line["seconds"]
             before, share = line["seconds"], line["step"] / line.get("of", line["step"])
         if not self.is_done():
             return seconds, share if seconds else 0.0
-        config, artefact = self.folders[0] / "config.json", Path(self.leaves[0])
+        config, artefact = self.folders[0] / "config.json", Path(self.outputs[0])
         if not seconds and config.is_file() and artefact.is_file():
             seconds = artefact.stat().st_mtime - config.stat().st_mtime
-        return seconds or sum(map(_seconds_of_line, self.leaves)), 1.0
+        return seconds or sum(map(_seconds_of_line, self.outputs)), 1.0
 
 
-def _is_there(leaf):
-    path, _, name = leaf.partition("#")
+def _exists(output):
+    path, _, name = output.partition("#")
     if not name:
         return Path(path).is_file()
     return any(line.get("name") == name for line in results.read(Path(path)))
 
 
-def _seconds_of_line(leaf):
-    path, _, name = leaf.partition("#")
+def _seconds_of_line(output):
+    path, _, name = output.partition("#")
     lines = results.read(Path(path)) if name else []
     return next((line.get("seconds", 0.0) for line in lines if line.get("name") == name), 0.0)
 
 
 class TaskList:
-    """Tasks in the order in which they were added, each once."""
+    """Distinct tasks in the order of addition."""
 
     def __init__(self):
         self.tasks, self._made, self._first = [], {}, []
 
-    def add(self, words, *leaves):
-        """Add a task; it needs those that make what its words name. Without `leaves`: all so
-        far."""
-        task = Task([str(word) for word in words], [str(leaf) for leaf in leaves])
-        if task.leaves and task.leaves[0] in self._made:
+    def add(self, words, *outputs):
+        """Add a task. It needs the tasks whose outputs are named in its words.
+
+        A task without outputs needs all previous tasks.
+        """
+        task = Task([str(word) for word in words], [str(output) for output in outputs])
+        if task.outputs and task.outputs[0] in self._made:
             return
-        if task.leaves:
+        if task.outputs:
             paths = [Path(word) for word in task.words]
             named = [self._made.get(str(each)) for path in paths for each in (path, *path.parents)]
             task.needs = [*dict.fromkeys([*self._first, *filter(None, named)])]
         else:
             task.needs = [*self.tasks]
-        for leaf in task.leaves:
-            self._made[leaf] = task
-        for folder in task.folders if "#" in "".join(task.leaves) else ():
+        for output in task.outputs:
+            self._made[output] = task
+        for folder in task.folders if "#" in "".join(task.outputs) else ():
             self._made[str(folder)] = task
         self.tasks.append(task)
 
     def wait(self):
-        """All tasks so far come before those that follow."""
+        """Make all later tasks wait for the tasks so far."""
         self._first = [*self.tasks]
 
 
 def estimate(tasks, jobs):
-    """About how long the missing ones will take, in words, from what others of their kind took."""
+    """Describe the remaining time, estimated from finished tasks of the same kind."""
     timed = {}
     for task in tasks:
         if task.is_done() and (seconds := task.time_spent()[0]):
             timed.setdefault(task.kind, []).append(seconds)
     left, unknown = 0.0, 0
-    counted = [task for task in tasks if task.leaves]
+    counted = [task for task in tasks if task.outputs]
     missing = [task for task in counted if not task.is_done()]
     for task in missing:
         seconds, share = task.time_spent()
@@ -145,16 +149,18 @@ def estimate(tasks, jobs):
     if len(missing) > unknown:
         minutes = left / jobs / 60
         time_left = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
-        parts.append(f"about {time_left} left" + (f", {jobs} at a time" if jobs > 1 else ""))
+        parts.append(
+            f"about {time_left} remaining" + (f" with {jobs} in parallel" if jobs > 1 else "")
+        )
     if unknown:
         parts.append(f"no estimate yet for {unknown}")
     return "; ".join(parts)
 
 
 def show(tasks, jobs):
-    """Print each task with its state, and the estimate."""
+    """Print all tasks with their state, and the estimate."""
     for task in tasks:
-        if not task.leaves:
+        if not task.outputs:
             state = "always"
         elif task.is_done():
             state = "done"
@@ -165,11 +171,11 @@ def show(tasks, jobs):
     print(estimate(tasks, jobs))
 
 
-def claim(task, run_root):
-    """The open lock file of a task, or None where another process has it."""
+def acquire_lock(task, run_root):
+    """Return the open lock file of a task, or None if another process holds the lock."""
     folder = run_root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = settings_digest(task.leaves or task.command)
+    name = settings_digest(task.outputs or task.command)
     # The command inherits the file: the lock outlives this process.
     file = open(folder / name, "w")  # noqa: SIM115
     try:
@@ -180,17 +186,19 @@ def claim(task, run_root):
 
 
 class Stop(Exception):
-    """SIGINT or SIGTERM, once."""
+    """Raised by SIGINT or SIGTERM."""
 
 
 def carry_out(tasks, jobs, run_root):
-    """Run what is missing, `jobs` at a time.
+    """Run the missing tasks, `jobs` in parallel.
 
     Returns:
-        The exit code: 0, 1 where a command failed, 130 when stopped.
+        The exit code: 0, 1 if a command failed, 130 if interrupted.
     """
     environment = dict(os.environ)
-    if jobs > 1:  # progress bars would overwrite each other; small networks are fastest on a core
+    if (
+        jobs > 1
+    ):  # parallel progress bars overwrite each other; small networks are fastest on one core
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         environment |= dict(TQDM_DISABLE="1", OMP_NUM_THREADS=threads)
     failed, running = [], {}  # tasks; process -> (task, its lock)
@@ -215,7 +223,7 @@ def carry_out(tasks, jobs, run_root):
             for task in ready:
                 if len(running) == jobs:
                     break
-                if not (lock := claim(task, run_root)):
+                if not (lock := acquire_lock(task, run_root)):
                     continue  # another process runs it
                 if task.is_done():  # another process has just finished it
                     lock.close()
@@ -234,7 +242,7 @@ def carry_out(tasks, jobs, run_root):
                 task, lock = running.pop(process)
                 lock.close()
                 changed = True
-                if process.returncode == 0 and (not task.leaves or task.is_done()):
+                if process.returncode == 0 and (not task.outputs or task.is_done()):
                     finished.add(task)
                 else:
                     failed.append(task)
@@ -242,7 +250,9 @@ def carry_out(tasks, jobs, run_root):
                     print(message, file=sys.stderr, flush=True)
             if not (changed or running or ready):
                 left = len(tasks) - len(finished) - len(failed)
-                print(f"{len(failed)} failed; {left} that need them did not run", file=sys.stderr)
+                print(
+                    f"{len(failed)} failed; {left} dependent commands did not run", file=sys.stderr
+                )
                 return 1
             if not changed:
                 time.sleep(POLL_SECONDS)
@@ -250,7 +260,7 @@ def carry_out(tasks, jobs, run_root):
     except Stop:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)  # they write their checkpoints
+                process.send_signal(signal.SIGINT)  # commands write their checkpoints
         print("stopped; rerun the same command to resume", file=sys.stderr, flush=True)
         for process in running:
             process.wait()

@@ -1,7 +1,7 @@
-"""Every table and figure of this project, described once, as data.
+"""All tables and figures of this project, described as data.
 
-`experiments.plan` turns a `Table` into commands, `analysis.compare` into rows. A setting is given
-here only where it differs from the preset in utils/presets.py.
+`experiments.plan` turns a `Table` into commands, and `analysis.compare` into rows. A setting is
+listed only if it differs from the preset in utils/presets.py.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +12,10 @@ from utils.presets import PRESETS
 
 @dataclass(frozen=True)
 class TargetNetwork:
-    """A target network of a source, in runs/<source>/<name>/seed0/target.pt, and the settings of
-    pretrain_target.py that make it."""
+    """A target network of a source, in runs/<source>/<name>/seed0/target.pt.
+
+    `settings` are the settings of pretrain_target.py.
+    """
 
     name: str = "target"
     settings: dict = field(default_factory=dict)
@@ -21,8 +23,13 @@ class TargetNetwork:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that is distilled, its target networks, and settings of all methods that this
-    source needs otherwise."""
+    """A data set to distil.
+
+    Args:
+        name: name of the data set.
+        targets: its target networks.
+        sets: settings of all methods that differ for this source.
+    """
 
     name: str
     targets: tuple = (TargetNetwork(),)
@@ -31,11 +38,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to judge a pre-trained network.
+    """An evaluation protocol for a pre-trained network.
 
-    `name`: full, linear, knn or head of finetune.py; kd; or fid, which judges the set. Labels:
-    `label_fractions` (1 for all) or `labels_per_class`; neither for all. `settings`: those of
-    fine-tuning or kd.py. `teacher`: the network of kd.py's teacher.
+    Args:
+        name: full, linear, knn or head of finetune.py; kd; or fid, which evaluates the set.
+        label_fractions: fractions of labels to use; 1 for all.
+        labels_per_class: numbers of labels per class to use. Without both, all labels are used.
+        settings: settings of finetune.py or kd.py.
+        teacher: network of the teacher of kd.py.
     """
 
     name: str
@@ -46,7 +56,7 @@ class Protocol:
 
     @property
     def labels(self):
-        """Pairs (the end of a result's name, flag and value) for each number of labels."""
+        """Pairs (suffix of the result's name, (flag, value)) for each number of labels."""
         few = [(f"_{share:g}", ("--label-fraction", share)) for share in self.label_fractions]
         few = [pair if pair[1][1] != 1 else ("", pair[1]) for pair in few]
         few += [(f"_{n}perclass", ("--labels-per-class", n)) for n in self.labels_per_class]
@@ -55,14 +65,23 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Scale:
-    """The settings of a whole table that differ from its sources' presets.
+    """The settings of a whole table that differ from the presets of its sources.
 
-    `folder`: below the run root. `preset`: a preset's name, in which {source} stands for the
-    source's. `partial`: parts of data sets will do; they are prepared first. `width`: of the
-    networks that are pre-trained, where it is not the preset's. Settings by stage: `target`
-    (network), `sets` (every method), `methods` by name, `pretrain` by kind of targets, `finetune`,
-    `kd`; `networks`: of fine-tuning, by network. `precision`: of every command but the target
-    network's. `own_fid`: FID by the source's target network instead of Inception.
+    Args:
+        folder: subfolder of the run root.
+        preset: name of the preset; {source} is replaced by the name of the source.
+        partial: allow incomplete data sets, which are prepared first.
+        image_size: image size in pixels, if it differs from the preset's.
+        width: width of the pre-trained networks, if it differs from the preset's.
+        target: settings of pretrain_target.py.
+        sets: settings of all methods.
+        methods: settings by method.
+        pretrain: settings of pretrain.py by kind of targets.
+        finetune: settings of finetune.py.
+        kd: settings of kd.py.
+        networks: settings of finetune.py by network.
+        precision: precision of all stages except the target network's training.
+        own_fid: compute FID with the source's target network instead of Inception.
     """
 
     folder: str = ""
@@ -83,18 +102,31 @@ class Scale:
 
 @dataclass(frozen=True)
 class Table:
-    """What is compared with what.
+    """A table or figure: the runs that it compares.
 
-    Each of `methods` makes a set of each of `sources` with each target network and each of
-    `distill_seeds`; on each set, each of `networks` (empty: the source's own) is pre-trained with
-    each of `seeds`; each network is judged by `protocols` on `datasets`. `paired_seeds`: the k-th
-    pre-training belongs to the k-th distillation, instead of each to each. `against`: the row that
-    others are compared with.
+    All methods distil all sources, with all target networks and distillation seeds. All networks
+    are pre-trained on every set with all seeds, and evaluated by all protocols on all data sets.
 
-    `scale` and `quick` are the settings of the full and of the reduced table; `quick_sources` and
-    `quick_datasets` take the place of the others there, and `more_sources` may be asked for.
-    `pictures`: methods whose sets are drawn. `first` and `last`: commands before and after, where
-    {runs} stands for the run root; a command in `first` is a pair with the file that it leaves.
+    Args:
+        name: name on the command line.
+        description: text of --help.
+        sources: data sets to distil (`Source`).
+        methods: names in the registry.
+        datasets: data sets to evaluate on.
+        protocols: evaluation protocols (`Protocol`).
+        networks: networks to pre-train; empty for the source's.
+        seeds: seeds of pre-training.
+        distill_seeds: seeds of distillation.
+        paired_seeds: pair the k-th pre-training with the k-th distillation only.
+        against: reference row of comparisons.
+        scale: settings of the full table.
+        quick: settings of the reduced table, if there is one.
+        quick_sources, quick_datasets: replace `sources` and `datasets` in the reduced table.
+        more_sources: further sources that --sources accepts for the reduced table.
+        without: pairs (source, method) to leave out.
+        pictures: methods whose sets are drawn.
+        first: pairs (output file, command) to run before the others; {runs} is the run root.
+        last: commands to run after the others; {runs} is the run root.
     """
 
     name: str
@@ -123,7 +155,7 @@ PROBES = (  # --probes
     Protocol("linear", label_fractions=(0.01, 0.05, 0.1, 0.5, 1)),
     Protocol("knn"),
 )
-QUICK = Scale(  # --quick: hours of two CPU cores
+QUICK = Scale(  # --quick: takes hours on two CPU cores
     folder="quick",
     preset="quick-{source}",
     partial=True,
@@ -258,8 +290,8 @@ TABLES = {
     for table in (
         Table(
             "table1",
-            "Table 1: 1,000 images distilled from CIFAR-100; a ConvNet3 pre-trained on them and "
-            "fine-tuned on each of seven data sets.",
+            "Table 1: 1,000 images distilled from CIFAR-100. A ConvNet3 is pre-trained on them and "
+            "fine-tuned on seven data sets.",
             sources=(Source("cifar100"),),
             methods=(*WITH_FEATURES, *CONDENSED, "kip", "frepo", "krr_st"),
             datasets=("cifar100", "cifar10", *FINE_GRAINED),
@@ -268,8 +300,8 @@ TABLES = {
         ),
         Table(
             "table2",
-            "Table 2: 2,000 images distilled from TinyImageNet; a ConvNet4 pre-trained on them and "
-            "fine-tuned on each of seven data sets.",
+            "Table 2: 2,000 images distilled from TinyImageNet. A ConvNet4 is pre-trained on them "
+            "and fine-tuned on seven data sets.",
             sources=(Source("tinyimagenet"),),
             methods=(*WITH_FEATURES, *CONDENSED, "frepo", "krr_st"),
             datasets=("tinyimagenet", "cifar10", *FINE_GRAINED),
@@ -279,8 +311,8 @@ TABLES = {
         ),
         Table(
             "table3",
-            "Table 3: 1,000 images distilled from ImageNet at 64 px; a ConvNet4 pre-trained on "
-            "them and fine-tuned on each of seven data sets.",
+            "Table 3: 1,000 images distilled from ImageNet at 64 px. A ConvNet4 is pre-trained on "
+            "them and fine-tuned on seven data sets.",
             sources=(Source("imagenet"),),
             methods=(*WITH_FEATURES, "frepo", "krr_st"),
             datasets=("cifar10", "cifar100", *FINE_GRAINED),
@@ -289,8 +321,8 @@ TABLES = {
         ),
         Table(
             "table4",
-            "Table 4: a CIFAR-10 teacher distilled into five networks on images of TinyImageNet, "
-            "without the teacher's data.",
+            "Table 4: knowledge distillation without the teacher's data. A CIFAR-10 teacher is "
+            "distilled into five networks on images distilled from TinyImageNet.",
             sources=(Source("tinyimagenet"),),
             methods=("gaussian", "random", "random_features", *CONDENSED, "frepo", "krr_st"),
             datasets=("cifar10",),
@@ -301,8 +333,8 @@ TABLES = {
         ),
         Table(
             "architectures",
-            "Figure 3 and Tables 5 to 8: TinyImageNet's sets, distilled with a ConvNet4, pre-train "
-            "four other networks.",
+            "Figure 3 and Tables 5 to 8: four other networks are pre-trained on sets that a "
+            "ConvNet4 distilled from TinyImageNet.",
             sources=(Source("tinyimagenet"),),
             methods=(*WITH_FEATURES, *CONDENSED, "frepo", "krr_st"),
             datasets=FINE_GRAINED,
@@ -316,24 +348,25 @@ TABLES = {
         Table(
             "imagenette",
             "Appendix D: 10 images distilled from ImageNette at 224 px with a ConvNet5 and the "
-            "features of a ResNet50 that torch.hub downloads; a ConvNet5 and a ResNet18 "
-            "pre-trained on them and fine-tuned on each of six data sets.",
+            "features of a ResNet50 that torch.hub downloads. A ConvNet5 and a ResNet18 are "
+            "pre-trained on them and fine-tuned on six data sets.",
             sources=(Source("imagenette"),),
             methods=(*WITH_FEATURES, "dsa", "dm", "krr_st"),
             datasets=("imagenette", *FINE_GRAINED),
             networks=("convnet5", "resnet18"),
-            # As the released code, for its size.
+            # As in the released code, because of its size.
             scale=Scale(networks=dict(resnet18=dict(batch_size=64))),
             quick=QUICK,
             last=("-m analysis.tables --only imagenette_convnet,imagenette_resnet18 {runs}",),
         ),
         Table(
             "ablations",
-            "Appendix E: KRR-ST on CIFAR-100 with Y_s started at random instead of from the "
-            "target network; and the departures, one at a time: D1, D5, D7 and D8 as the released "
-            "code has them, D2 and D3 the other way, and all of the released code. First the "
-            "experiment on Theorem 1, which takes a few minutes of a CPU (experiments/bias.py). "
-            "With --quick, --sources may name any data set that has a quick preset.",
+            "Appendix E: KRR-ST on CIFAR-100 with random initial Y_s instead of the target "
+            "network's features. Also the departures from the paper: D1, D5, D7 and D8 as in the "
+            "released code, one at a time and all together, and the alternatives to D2 and D3. "
+            "The experiment on Theorem 1 runs first and takes a few minutes on a CPU "
+            "(experiments/bias.py). With --quick, --sources accepts all data sets with a quick "
+            "preset.",
             sources=(Source("cifar100"),),
             methods=("krr_st", "krr_st_random_targets", *DEPARTURES),
             datasets=("cifar100", "cifar10", *FINE_GRAINED),
@@ -347,26 +380,26 @@ TABLES = {
         ),
         Table(
             "figures",
-            "Figures 2 and 4 to 6 (images, t-SNE, curves) of KRR-ST's sets, and the FID of the "
-            "sets to their sources. With --quick, FID is by the source's own target network.",
+            "Figures 2 and 4 to 6 (images, t-SNE, curves) of sets of KRR-ST, and the FID between "
+            "sets and sources. With --quick, FID uses the source's target network.",
             sources=(Source("cifar100"), Source("tinyimagenet"), Source("imagenet")),
             methods=("random", "dsa", "dm", "mtt", "krr_st"),
             protocols=(Protocol("fid"),),
             seeds=(),
             quick=QUICK,
             quick_sources=(Source("tinyimagenet"),),
-            # ImageNet is too large for them.
+            # ImageNet is too large for these methods.
             without=frozenset(("imagenet", method) for method in ("dsa", "dm", "mtt")),
             pictures=("krr_st",),
             last=("-m analysis.tables --only fid {runs}",),
         ),
         Table(
             "departures",
-            "The departures on real images, one at a time and together, each against KRR-ST as "
-            "the paper has it; Y_s at random, a pool of one member, other T and m, and networks "
-            "in bf16 from distillation on. TinyImageNet at 32 px and small networks: hours of a "
-            "CPU. Three distillations each, paired by seed. A member of the pool is drawn about "
-            "120 times, so it starts afresh five times. docs/findings.md has the results.",
+            "The departures from the paper, one at a time and together, compared with KRR-ST as "
+            "in the paper. Also random Y_s, a pool of one member, other T and m, and bf16 from "
+            "distillation onwards. TinyImageNet at 32 px and small networks; takes hours on a CPU. "
+            "Three distillations per row, paired by seed. A pool member is drawn about 120 times, "
+            "so it is reinitialised five times. docs/findings.md has the results.",
             sources=(Source("tinyimagenet"),),
             methods=(
                 "krr_st",
@@ -394,11 +427,11 @@ TABLES = {
         ),
         Table(
             "compare_methods",
-            "Every method at one small budget: 100 images of CIFAR-10 at 32 px, networks at a "
-            "quarter of their width, three pre-trainings of each set: 300 steps, but 1,500 on soft "
-            "labels. The accuracy of the network that has seen only the distilled set (head; "
-            "methods with labels), and of a linear probe of its features with 100 labels a class. "
-            "Took 76 minutes on 2 CPU cores that other jobs shared.",
+            "All methods at one small budget: 100 images of CIFAR-10 at 32 px, and networks with a "
+            "quarter of their width. There are three pre-trainings per set, of 300 steps, or 1,500 "
+            "for soft labels. Two accuracies: the network trained only on the distilled set (head; "
+            "methods with labels), and a linear probe of its features with 100 labels per class. "
+            "Took 76 minutes on 2 shared CPU cores.",
             sources=(Source("cifar10"),),
             methods=(*WITH_FEATURES, *CONDENSED, "kip", "frepo", "krr_st"),
             datasets=("cifar10",),
@@ -409,14 +442,33 @@ TABLES = {
             last=("-m analysis.tables {runs}",),
         ),
         Table(
+            "encoder",
+            "100 images distilled from ImageNette at 32 px with the features of an encoder trained "
+            "on ImageNet as targets, beside the random images that they start from. Three "
+            "distillations, each with its own pre-training.",
+            sources=(Source("imagenette", targets=(_ENCODER,)),),
+            methods=("scratch", "random_features", "krr_st"),
+            datasets=("cifar10",),
+            networks=("convnet3",),
+            protocols=(
+                Protocol("linear", labels_per_class=(100,)),
+                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
+            ),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            scale=_SMALL_SCALE,
+            last=("-m analysis.compare encoder {runs}",),
+        ),
+        Table(
             "small",
-            "The paper's claim at a scale that a CPU runs: sets of 100 images at 32 px, a ConvNet3 "
-            "at a quarter of its width. Targets: the features of an encoder trained on ImageNet "
-            "(ImageNette and TinyImageNet as sources), and our own Barlow Twins (CIFAR-10). Three "
-            "distillations with three pre-trainings each.",
+            "The paper's claim at a scale for a CPU: sets of 100 images at 32 px, and a ConvNet3 "
+            "with a quarter of its width. The targets are features of an encoder trained on "
+            "ImageNet (sources ImageNette and TinyImageNet) or of a Barlow Twins network trained "
+            "here (CIFAR-10). Three distillations with three pre-trainings each.",
             sources=(
                 Source("imagenette", targets=(_ENCODER,)),
-                # As many images as classes at least, since `random` takes as many of each.
+                # At least one image per class, because `random` takes the same number of each.
                 Source("tinyimagenet", targets=(_ENCODER,), sets=dict(num_images=200)),
                 Source("cifar10", targets=(_BARLOW_TWINS,)),
             ),
@@ -447,7 +499,7 @@ TABLES = {
 
 
 def runs_of(method, source):
-    """The names of a method's runs on a `Source`: [(name, `TargetNetwork` or None)]."""
+    """Return the runs of a method on a `Source`: [(name, `TargetNetwork` or None)]."""
     if not registry.entry_of(method).target_network:
         return [(method, None)]
     if len(source.targets) == 1:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every stage on scikit-learn's real handwritten digits: target network, distillation, pre-training, probe and
-# fine-tuning, distillation of knowledge. Ends with a table of accuracies and the picture of the distilled images.
-# At most 6 minutes on 2 CPU cores once the packages are installed. Stopped, it goes on with what is missing.
+# All stages on scikit-learn's handwritten digits: target network, distillation, pre-training, linear
+# probe, fine-tuning and knowledge distillation. Prints a table of accuracies and the path of the
+# distilled images. Takes at most 6 minutes on 2 CPU cores after installation. Rerun it to resume.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-digits=runs/digits arch=convnet3-x0.25 # as the preset digits in utils/presets.py has it
+digits=runs/digits arch=convnet3-x0.25 # as in the preset digits in utils/presets.py
 
 run() {
   echo "\$ python $*"
@@ -19,7 +19,7 @@ for seed in 0 1 2; do
   for method in krr_st random_features; do
     echo "pretrain.py --distilled $digits/$method/seed0/distilled.pt --seed $seed"
   done
-done | side_by_side
+done | run_in_parallel
 
 for seed in 0 1 2; do
   for start in "none --seed $seed" {$digits/random_features,$digits/krr_st}/seed0/$arch/seed$seed/model.pt; do
@@ -27,7 +27,7 @@ for seed in 0 1 2; do
     echo "finetune.py --weights $start --dataset digits --labels-per-class 2 --protocol linear"
     echo "finetune.py --weights $start --dataset digits --labels-per-class 2"
   done
-done | side_by_side
+done | run_in_parallel
 
 run finetune.py --weights none --arch convnet4 --width 0.25 --dataset digits --steps 60
 run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt --distilled $digits/krr_st/seed0/distilled.pt \
@@ -36,4 +36,4 @@ run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt --distilled $digit
 echo
 "$PYTHON" -m analysis.tables runs
 echo
-echo "The distilled images: $digits/krr_st/seed0/images.png"
+echo "Distilled images: $digits/krr_st/seed0/images.png"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figures 2 and 4 to 6 (images, t-SNE, curves) of KRR-ST's sets, and the FID of the sets to their
+# Figures 2 and 4 to 6 (images, t-SNE, curves) of sets of KRR-ST, and the FID between sets and
 # sources. --help lists the flags.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 4: a CIFAR-10 teacher distilled into five networks on images of TinyImageNet, without the
-# teacher's data. --help lists the flags.
+# Table 4: knowledge distillation without the teacher's data. A CIFAR-10 teacher is distilled into
+# five networks on images distilled from TinyImageNet. --help lists the flags.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 exec "$PYTHON" -m experiments table4 "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lint, format check, the documentation's tables against the results, and the whole test suite. Makes .venv and installs the
-# packages if that is needed.
-# Arguments go to pytest: bash scripts/test.sh tests/test_krr.py -k gradient
+# Run the linter, the format check, the check of the tables in the documentation, and all tests.
+# Creates .venv and installs the packages if needed. Arguments are passed to pytest:
+#     bash scripts/test.sh tests/test_krr.py -k gradient
 set -euo pipefail
 REQUIREMENTS=tests/requirements.txt
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -96,7 +96,7 @@ def test_four_processes_have_equal_sets_and_their_speed_is_a_table(home, data_ro
     _, codes = ranked(4, tmp_path / "b", call, speed.main, words)
     out, *others = outputs(tmp_path / "b", 4)
     assert codes == [0] * 4 and not any(others[:3]), outputs(tmp_path / "b", 4)
-    assert "4 processes" in out and "| of 4 at a time, with their exchange |" in out
+    assert "4 processes" in out and "| 4 processes, with exchange |" in out
     # 10 images of 3 x 32 x 32 and 10 features of 512, four bytes each; in a ring of two each
     # process sends all of it
     assert "exchanges 0.1 MB for the images and 0.0 MB" in out

@@ -194,11 +194,13 @@ def test_flags_narrow_and_bad_ones_are_refused(capsys):
         with pytest.raises(SystemExit) as stopped:
             make_plan(words)
         assert stopped.value.code == 2 and message in capsys.readouterr().err
-    with pytest.raises(UserError, match="table9: no such table; one of: table1, "):
+    with pytest.raises(UserError, match="table9: no such table; choose one of table1, "):
         make_plan(["table9"])
     done = command("-m", "experiments", check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("python -m experiments: error: name a table first")
+    assert done.stderr.startswith(
+        "python -m experiments: error: the first argument must be a table"
+    )
 
 
 def test_quick_ablations_take_any_source_with_a_quick_preset(monkeypatch):
@@ -264,11 +266,11 @@ def test_sets_are_named_by_their_target_network_where_there_are_two(monkeypatch)
     assert len(oracle) == 3 and {value(w, "--steps") for w in oracle} == {"70"}
     probes = [task for task in plan.tasks if "linear" in task.words]
     assert all(value(t.words, "--label-fraction") == "0.1" for t in probes)
-    assert [leaf.partition("#")[2] for leaf in probes[0].leaves] == [
+    assert [leaf.partition("#")[2] for leaf in probes[0].outputs] == [
         "digits_linear_0.1_seed0", "digits_linear_seed0"
     ]  # fmt: skip
     tuned = [task for task in plan.tasks if "--labels-per-class" in task.words]
-    assert len(tuned) == 2 * len(probes) and all(len(task.leaves) == 1 for task in tuned)
+    assert len(tuned) == 2 * len(probes) and all(len(task.outputs) == 1 for task in tuned)
     for words in commands:
         if words[0] != "pretrain.py" or "--source" in words:
             parse(words, monkeypatch)

@@ -252,7 +252,7 @@ def test_the_command_and_the_next_stage(tmp_path, x, capsys):
     assert "wrote" in command(*words).stdout
     words = [str(word) for word in words[3:]]
     importing.main(words)
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     with pytest.raises(UserError, match="preset: digits stored, other now"):
         importing.main([*words, "--preset", "other"])
     path = tmp_path / "digits" / "dm_released" / "seed0" / "distilled.pt"
@@ -290,7 +290,7 @@ def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, 
         (
             ["--normalised", "none"],
             {},
-            r"no targets for 6 images, give --targets FILE, or --target-kind none",
+            r"no targets for 6 images; give --targets FILE, or --target-kind none",
         ),
         (
             ["--normalised", "none", "--targets", "y.pt"],
@@ -300,7 +300,7 @@ def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, 
         (
             ["--normalised", "none", "--targets", "y.pt"],
             {"y.pt": torch.randn(6)},
-            "no class indices",
+            "must be class indices",
         ),
         (
             ["--normalised", "none", "--targets", "y.pt", "--target-kind", "soft"],

@@ -16,7 +16,7 @@ from utils.presets import PRETRAIN, STAGES
 def test_each_method_has_a_module_settings_and_flags(entry):
     made_by = importlib.import_module(entry.module).METHOD
     assert made_by.name == entry.name and entry.stage in STAGES and entry.targets in TARGET_KINDS
-    assert entry.labels in ("yes", "no", "if there")
+    assert entry.labels in ("yes", "no", "optional")
     args = vars(method.parse_args(made_by, ["--source", "cifar100"]))
     assert ("target_network" in args) == entry.target_network
     for variant in entry.variants:
@@ -50,7 +50,9 @@ def test_command_line_lists_the_methods_and_names_itself():
     assert all(f"\n  {name} " in shown for name in registry.COMMANDS) and "krr_st" not in shown
     done = command("-m", "distillers", check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("python -m distillers: error: name a method first")
+    assert done.stderr.startswith(
+        "python -m distillers: error: the first argument must be a method"
+    )
     done = command("-m", "distillers", "random", "--name", "full.encoder", check=False)
     assert done.returncode == 2 and "must be a plain word" in done.stderr
 

@@ -167,7 +167,7 @@ def test_pictures_are_those_of_the_set(root, roots, data_root, tmp_path):
     source = load_images("digits", "train", 32, data_root)
     page = read(root, roots, tmp_path)
     initial = source.pixels[torch.tensor(d.meta["initial"])].permute(0, 3, 1, 2) / 255
-    for title, pixels in (("distilled", d.pixels()), ("where they started from", initial)):
+    for title, pixels in (("distilled", d.pixels()), ("initial", initial)):
         [shown] = page.pictures[title]
         wanted = make_grid(pixels, nrow=10, padding=1, pad_value=1.0).permute(1, 2, 0).numpy() * 255
         assert shown.shape == wanted.shape and np.abs(shown - wanted).max() <= 1
@@ -183,7 +183,7 @@ def test_pictures_are_those_of_the_set(root, roots, data_root, tmp_path):
 
 def test_initial_images_are_left_out_where_the_source_is_not_there(root, tmp_path):
     page = read(root, ["--data-root", str(tmp_path / "nothing")], tmp_path)
-    assert "distilled" in page.pictures and "where they started from" not in page.pictures
+    assert "distilled" in page.pictures and "initial" not in page.pictures
     assert "digits at 32 px is not prepared" in page.text and not (tmp_path / "nothing").exists()
 
 
@@ -293,7 +293,7 @@ def test_many_runs_stay_a_small_page(root, roots, tmp_path):
 
 
 def test_nothing_to_show(roots, tmp_path):
-    with pytest.raises(UserError, match="no runs there"):
+    with pytest.raises(UserError, match="contains no runs"):
         report.main([str(tmp_path), *roots[:2]])
     with pytest.raises(UserError, match="no such folder"):
         report.main([str(tmp_path / "x"), *roots[:2]])

@@ -39,7 +39,7 @@ def test_tasks_wait_for_the_files_that_they_name(tmp_path, capfd):
     tasks = make_tasks(tmp_path, ("b", "a"), ("a",))
     assert [len(task.needs) for task in tasks] == [0, 0]  # those above only
     tasks = make_tasks(tmp_path, ("a",), ("b", "a"), ("c", "b"), ("d",), ("d", "a"))
-    needs = [[Path(each.leaves[0]).name for each in task.needs] for task in tasks]
+    needs = [[Path(each.outputs[0]).name for each in task.needs] for task in tasks]
     assert needs == [[], ["a"], ["b"], []]
     assert do(tasks, tmp_path, jobs=2) == 0
     out = capfd.readouterr().out
@@ -64,7 +64,7 @@ def test_tasks_wait_for_evaluations_of_networks_that_they_name():
     ]  # fmt: skip
 
 
-def test_a_task_is_done_when_all_that_it_leaves_is_there(tmp_path):
+def test_task_is_done_when_all_its_outputs_exist(tmp_path):
     made = TaskList()
     made.add(["finetune.py"], *(f"{tmp_path}/results.jsonl#{name}" for name in ("a", "b")))
     [task] = made.tasks
@@ -80,15 +80,15 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, capfd):
     assert do(tasks, tmp_path) == 1
     assert (tmp_path / "c").exists() and not (tmp_path / "b").exists()
     error = capfd.readouterr().err
-    assert "failed (3)" in error and "1 failed; 1 that need them did not run" in error
+    assert "failed (3)" in error and "1 failed; 1 dependent commands did not run" in error
 
 
 def test_a_task_that_another_process_runs_is_left_to_it(tmp_path):
     [task] = make_tasks(tmp_path, ("a",))
-    held = scheduler.claim(task, tmp_path)
-    assert held and scheduler.claim(task, tmp_path) is None
+    held = scheduler.acquire_lock(task, tmp_path)
+    assert held and scheduler.acquire_lock(task, tmp_path) is None
     held.close()
-    scheduler.claim(task, tmp_path).close()
+    scheduler.acquire_lock(task, tmp_path).close()
 
 
 def test_estimate_from_what_took_how_long(tmp_path):
@@ -110,7 +110,7 @@ def test_estimate_from_what_took_how_long(tmp_path):
     assert made.tasks[0].time_spent() == (30.0, 1.0)
     assert made.tasks[2].time_spent() == (10.0, 0.25)
     assert scheduler.estimate(made.tasks, 1) == (
-        "2 of 5 commands done; about 1 min left; no estimate yet for 1"
+        "2 of 5 commands done; about 1 min remaining; no estimate yet for 1"
     )
 
 

@@ -56,7 +56,7 @@ def test_distilled_file_log_and_picture(distilled):
 
 def test_finished_run_is_not_done_again_and_other_settings_are_refused(distilled, roots):
     before = distilled.stat().st_mtime_ns
-    assert "there already" in command("distill.py", "--source", "digits", *DISTILL, *roots).stdout
+    assert "already exists" in command("distill.py", "--source", "digits", *DISTILL, *roots).stdout
     other = command(
         "distill.py", "--source", "digits", *DISTILL, "--outer-lr", "0.5", *roots, check=False
     )

@@ -406,7 +406,9 @@ def test_settings_are_listed_once_unless_others_come_in():
     ]
     main, same, other = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
     assert "finetune.steps 300 (10,000)" in main and "width 0.25 (1.0)" in main
-    assert "**Reduced scale**, settings as above." in same and "width" not in same
+    assert (
+        "**Reduced scale**, with the settings of the table above." in same and "width" not in same
+    )
     assert "not comparable" in other and "dm.real_batch 16 (256)" in other
 
 
