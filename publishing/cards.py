@@ -112,7 +112,7 @@ def checksum_section(folder, main):
     return f"""## Files
 
 `{exported.SUMS}` lists the SHA-256 of every file except this one: `sha256sum -c {exported.SUMS}`.
-That of `{main}` is `{files.sums(folder / main)["sha256"]}`.
+That of `{main}` is `{files.checksums(folder / main)["sha256"]}`.
 """
 
 
