@@ -1,15 +1,18 @@
-"""Stage 1: KRR-ST (Algorithm 1 of the paper): learn m images X_s and their target features Y_s from
-a source.
+"""Stage 1: KRR-ST, Algorithm 1 of the paper.
+
+Learns m images X_s and their target features Y_s from an unlabelled source.
 
     python distill.py --source tinyimagenet
     python distill.py --source digits --num-images 20 --outer-steps 300
 
-Needs runs/<source>/target/seed0/target.pt (pretrain_target.py). Writes runs/<source>/krr_st/seed0/:
-distilled.pt, images.png, log.jsonl (outer loss and learning rate by step), and a checkpoint while
-it runs: after Ctrl-C the same command goes on. At the end it prints the outer loss of the initial
-and of the distilled set under the final pool. --reference takes the step as plainly as the paper
-has it, with the same losses, to compare with (README, "Speed"). --bases U learns a low-rank set
-that takes the same room (distillers/low_rank.py).
+Reads runs/<source>/target/seed0/target.pt, which pretrain_target.py writes. Writes distilled.pt,
+images.png and log.jsonl (outer loss and learning rate by step) to runs/<source>/krr_st/seed0/. A
+run saves checkpoints: rerun the same command to resume after Ctrl-C. At the end, the script prints
+the outer loss of the initial set and of the distilled set under the final pool.
+
+--reference computes each step as the paper writes it, slowly and with the same losses, for
+comparison (docs/speed.md). --bases U learns a low-rank set of the same size on disk
+(distillers/low_rank.py).
 """
 
 import torch
@@ -31,31 +34,47 @@ from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    arch="network of the pool's members",
-    width="factor on its hidden widths",
-    outer_steps="updates of the distilled set",
+    arch="architecture of the pool's members",
+    width="factor on the network's hidden widths",
+    outer_steps="number of updates of the distilled set",
     outer_lr="AdamW learning rate of images and targets, decayed linearly (D1 outer-lr)",
-    outer_batch="b, real images in a mini-batch",
-    pool_size="l, members of the pool",
-    pool_steps="T, steps after which a member starts afresh",
+    outer_batch="b, number of real images per mini-batch",
+    pool_size="l, number of networks in the pool",
+    pool_steps="T, number of steps after which a member is reinitialised",
     pool_lr="SGD learning rate of the members",
     pool_weight_decay="weight decay of the members",
-    ridge="lambda as a factor on the trace of the kernel",
+    ridge="lambda, as a multiple of the kernel's trace",
     ridge_per_image="divide lambda by m, as FRePo does (D2 ridge-per-image)",
-    bias_column="append a one to the features before both kernels (D3 bias-column)",
-    keep_pool_count="never set a member's count back, as the released code does (D5 pool-reset)",
-    raw_init="start from pixels in [0, 1] instead of normalised ones, as the released code does "
+    bias_column="append a constant 1 to the features of both kernels (D3 bias-column)",
+    keep_pool_count="keep a member's step count when it is reinitialised, as the released code "
+    "does (D5 pool-reset)",
+    raw_init="start from pixels in [0, 1] instead of normalised pixels, as the released code does "
     "(D7 normalised-init)",
-    augment_outer="crop and flip the real batch, as the released code does (D8 outer-augmentation)",
-    random_targets="start Y_s from N(0, 1) instead of the target's features, as the paper's "
-    "appendix E compares (D21 target-init)",
+    augment_outer="randomly crop and flip the real images, as the released code does "
+    "(D8 outer-augmentation)",
+    random_targets="draw the initial Y_s from N(0, 1) instead of taking the target network's "
+    "features, as in the paper's appendix E (D21 target-init)",
     **low_rank.HELP,
 )
 
 
 def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
-    """Equation 4, as a mean over all entries (D4 mean-loss): how well the ridge head fitted to
-    (X_s, Y_s) predicts g_phi(X_t). `fallbacks` as in `ridge_predict`."""
+    """Compute the outer loss, equation 4 of the paper, as a mean over all entries (D4 mean-loss).
+
+    This is the error on (X_t, g_phi(X_t)) of the ridge head fitted to (X_s, Y_s).
+
+    Args:
+        member: network of the pool, f_omega.
+        x_real: (b, 3, S, S) real images, normalised.
+        y_real: (b, d_y) their target features.
+        x_syn: (m, 3, S, S) distilled images.
+        y_syn: (m, d_y) distilled targets.
+        args: settings `chunk`, `ridge`, `ridge_per_image` and `bias_column`.
+        fallbacks: as in `ridge_predict`.
+
+    Returns:
+        Scalar tensor, differentiable in `x_syn` and `y_syn`.
+    """
     with torch.no_grad():
         f_real = member.embed(x_real, args.chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, args.chunk)  # (m, d_h)
@@ -66,8 +85,10 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
 
 
 class RealBatches:
-    """Mini-batches of the source with their target features, which are computed once unless the
-    batches are augmented."""
+    """Mini-batches of the source with their target features.
+
+    The features are computed once. With augmentation they are computed for each batch.
+    """
 
     def __init__(self, source, target, args, randomness, device):
         self.source, self.target = source, target
@@ -79,7 +100,7 @@ class RealBatches:
         self.loader = Loader([source.pixels, *features], self.order, device)
 
     def next(self):
-        """x_real (b, 3, S, S), normalised, and y_real (b, d_y)."""
+        """Return the next batch: x_real (b, 3, S, S), normalised, and y_real (b, d_y)."""
         pixels, *features = self.loader.next()
         x = to_float(pixels)
         if self.generator:
@@ -92,10 +113,19 @@ STEP = Step(RealBatches, outer_loss, torch.channels_last)
 
 
 def distill(source, chosen, target, args, run, device):
-    """Algorithm 1, from the images at `chosen` (m,).
+    """Learn a distilled set with Algorithm 1 of the paper.
 
-    Returns the learned images (m, 3, S, S) and features (m, d_y) as a `Distilled`, with the loss
-    of the initial and of the learned set under the final pool in its meta.
+    Args:
+        source: `ImageSet` of the real images.
+        chosen: (m,) indices of the images that X_s starts from.
+        target: `Target` of the source.
+        args: parsed flags.
+        run: `Run` that logs and saves checkpoints.
+        device: torch device.
+
+    Returns:
+        `Distilled` with the learned images (m, 3, S, S) and features (m, d_y). Its meta holds the
+        outer loss of the initial and of the learned set under the final pool.
     """
     outer_step = reference.STEP if args.reference else STEP
     world_size = distributed.world_size()
@@ -140,7 +170,9 @@ def distill(source, chosen, target, args, run, device):
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", distributed.all_reduce_max(sum(pool.ages))):  # line 5
-        if young := pool.first_below_initial_age():  # None if only other ranks have some
+        if (
+            young := pool.first_below_initial_age()
+        ):  # None if all such members belong to other ranks
             young.train_step(x_init, y_init)
 
     for step in run.steps("distil", steps):  # line 6
@@ -151,8 +183,8 @@ def distill(source, chosen, target, args, run, device):
         loss.backward(inputs=leaves)
         loss = loss.detach()
         distributed.all_reduce_mean([*(leaf.grad for leaf in leaves), loss])
-        # Adam divides by the gradient's size plus 1e-8: a gradient near that would stall the images
-        # unnoticed (D4 mean-loss).
+        # Adam divides by the gradient's magnitude plus 1e-8, so a gradient near 1e-8 would stop the
+        # images from moving. The log shows it (D4 mean-loss).
         gradient, lr = leaves[0].grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=sum(fallbacks))
         adamw.step()  # line 10
@@ -174,9 +206,9 @@ def distill(source, chosen, target, args, run, device):
 
 
 def check_flags(args):
-    """Raise UserError for flags that do not go together."""
+    """Raise UserError for flags that cannot be combined."""
     if args.reference and (args.precision != "fp32" or args.augment_outer):
-        raise UserError("--reference goes with --precision fp32 and without --augment-outer")
+        raise UserError("--reference requires --precision fp32 and excludes --augment-outer")
     if args.pool_size % distributed.world_size():
         raise UserError(
             f"--pool-size {args.pool_size}: must be a multiple of the number of processes, "
@@ -189,11 +221,13 @@ def add_flags(parser):
     parser.groups["method"].add_argument(
         "--steps-equal-samples",
         action="store_true",
-        help="of several processes: so many steps fewer that all together see as many real images "
-        "as one would",
+        help="with several processes: divide the number of steps by the number of processes, so "
+        "that the number of real images stays the same",
     )
     parser.groups["method"].add_argument(
-        "--reference", action="store_true", help="the plain, slow step, to compare with"
+        "--reference",
+        action="store_true",
+        help="compute each step as the paper writes it, which is slow",
     )
 
 

@@ -1,20 +1,23 @@
-"""Stage 3: what a pre-trained network is worth on a labelled data set.
+"""Stage 3: evaluate a pre-trained network on a labelled data set.
 
     python finetune.py --weights runs/.../model.pt --dataset cifar10
     python finetune.py --weights runs/.../model.pt --dataset cifar10 --protocol linear \\
         --label-fraction 0.01 0.1 1
     python finetune.py --weights none --arch resnet18 --image-size 64 --dataset cifar10
 
-The second command prints a line for each share of the labels; the features of a frozen network are
-computed once. The last trains from scratch, which also makes the teacher of kd.py.
+The second command prints a line for each fraction of the labels. The features of a frozen network
+are computed once. The last command trains from scratch. It also trains a teacher for kd.py.
 
-`full` trains the whole network under a new head (the paper's protocol), `linear` fits a linear
-classifier to the frozen features until it converges, `knn` classifies by nearest neighbours, `head`
-trains nothing: it asks the head that pre-training on a set with class or soft targets has left,
-where the data set is that set's own source. The accuracy on the test split, of the last iterate, is
-printed and added to results.jsonl beside the weights; `full` also writes the network to <folder of
-the weights>/<dataset>_full_seed<k>/model.pt. From scratch that folder is <run
-root>/scratch/<arch>_<size>px.
+Protocols:
+  full    trains the whole network with a new head (the paper's protocol)
+  linear  fits a linear classifier on the frozen features to convergence
+  knn     classifies by nearest neighbours in feature space
+  head    trains nothing and uses the head from pre-training, which must have been on class or soft
+          targets of the same data set
+
+Prints the test accuracy of the last iterate and appends it to results.jsonl in the folder of the
+weights. `full` also writes the network to <folder of the weights>/<dataset>_full_seed<k>/model.pt.
+With --weights none, that folder is <run root>/scratch/<arch>_<size>px.
 """
 
 import time
@@ -37,18 +40,27 @@ from utils.run import Run, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    lr="SGD learning rate, cosine to 0",
+    lr="SGD learning rate, decayed to 0 with a cosine schedule",
     weight_decay="weight decay",
-    batch_size="images in a batch",
-    steps="optimiser steps",
-    flip="flip training images at random (the random crop stays)",
+    batch_size="images per batch",
+    steps="number of optimiser steps",
+    flip="randomly flip the training images, after the random crop",
 )
 
 PROBES = {"linear": probes.linear_accuracy_of, "knn": probes.knn_accuracy_of}
 
 
 def finetune(network, train, args, run, randomness, device):
-    """Train all of `network` with cross-entropy on random crops (and flips) of `train`."""
+    """Train `network` in place with cross-entropy on augmented images.
+
+    Args:
+        network: `Network` with a head for the classes of `train`.
+        train: labelled `ImageSet`.
+        args: parsed flags.
+        run: `Run` that logs and saves checkpoints.
+        randomness: `Randomness` of the run.
+        device: torch device.
+    """
     batches = Batches(len(train), args.batch_size, randomness.cpu, shared=True)
     sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(sgd, "cosine", args.steps)
@@ -85,13 +97,21 @@ def finetune(network, train, args, run, randomness, device):
 
 
 def label_choices(args):
-    """[(labels a class, share of the labels)] for each evaluation; 0 stands for all."""
+    """Return (labels per class, fraction of the labels) for each evaluation; (0, 0) means all."""
     shares = [(0, 0.0 if share == 1 else share) for share in args.label_fraction]
     return [(count, 0.0) for count in args.labels_per_class] or shares or [(0, 0.0)]
 
 
 class Evaluation:
-    """One line of results: `per_class` labels of each class or a `share` of them, or all (0, 0)."""
+    """One evaluation, which gives one line of results.
+
+    Args:
+        args: parsed flags.
+        start: `StartingWeights`.
+        train, test: labelled `ImageSet`s.
+        per_class: number of labels per class, or 0.
+        share: fraction of the labels, or 0. If both are 0, all labels are used.
+    """
 
     def __init__(self, args, start, train, test, per_class, share):
         self.args, self.start, self.train, self.test = args, start, train, test
@@ -110,12 +130,12 @@ class Evaluation:
         self.changed = train.deviations | test.deviations
 
     def choose(self):
-        """Indices of the labelled images."""
+        """Return the indices of the labelled images."""
         generator = torch.Generator().manual_seed(self.start.seed)
         return few_labels(self.train, *self.labels.values(), generator)
 
     def fine_tune(self, device):
-        """Accuracy of the network after training all of it."""
+        """Train the whole network and return its accuracy in percent."""
         randomness, chosen = Randomness(self.start.seed, device), self.choose()
         train = self.train if len(chosen) == len(self.train) else self.train.subset(chosen)
         network = saved.rebuild(self.start.saved, len(train.classes)).to(device)
@@ -137,7 +157,7 @@ class Evaluation:
         return probes.accuracy(network, self.test, device, self.args.precision)
 
     def head_accuracy(self, device):
-        """Accuracy of the head that pre-training has left."""
+        """Return the accuracy, in percent, of the head from pre-training."""
         outputs, classes = self.start.saved["num_outputs"], len(self.train.classes)
         if outputs != classes:
             raise UserError(
@@ -149,7 +169,10 @@ class Evaluation:
 
 
 def probe(evaluations, start, train, test, args, device):
-    """Accuracies of a probe for each of `evaluations`; the features are computed once for all."""
+    """Yield the accuracy, in percent, of a probe for each evaluation.
+
+    The features are computed once for all evaluations.
+    """
     network = saved.rebuild(start.saved).to(device)
     chosen = [each.choose() for each in evaluations]
     needed = torch.cat(chosen).unique()  # in order
@@ -161,8 +184,8 @@ def probe(evaluations, start, train, test, args, device):
     labels, test_labels = train.labels[needed].to(device), test.labels.to(device)
     accuracy = PROBES[args.protocol]
     for index in chosen:
-        here = torch.searchsorted(needed, index).to(device)
-        yield accuracy(features[here], labels[here], tests, test_labels, num_classes)
+        rows = torch.searchsorted(needed, index).to(device)
+        yield accuracy(features[rows], labels[rows], tests, test_labels, num_classes)
 
 
 def main(argv):
@@ -177,13 +200,13 @@ def main(argv):
         evaluation = Evaluation(args, start, train, test, *labels)
         key = evaluation.key
         if line := distributed.run_on_main(lambda key=key: results.find(start.folder, key)):
-            print(f"{results.format_line(line)} (was there already)")
+            print(f"{results.format_line(line)} (already in results.jsonl)")
         else:
             missing.append(evaluation)
     if not missing:
         return
     if train.labels is None:
-        raise UserError(f"{args.dataset}: a data set to fine-tune on needs labels (class folders)")
+        raise UserError(f"{args.dataset}: fine-tuning needs labels (class folders)")
 
     if args.protocol in PROBES:
         accuracies = probe(missing, start, train, test, args, device)
@@ -215,7 +238,7 @@ def parse_args(argv):
         "--protocol",
         choices=["full", "linear", "knn", "head"],
         default="full",
-        help="what is trained, see above (default: full)",
+        help="evaluation protocol, see above (default: full)",
     )
     few = parser.groups["data"].add_mutually_exclusive_group()
     few.add_argument(
@@ -224,7 +247,7 @@ def parse_args(argv):
         type=cli.positive_int,
         default=[],
         metavar="N",
-        help="train on N images a class; for several N, evaluate for each",
+        help="train on N images per class; several values give one evaluation each",
     )
     few.add_argument(
         "--label-fraction",
@@ -232,7 +255,7 @@ def parse_args(argv):
         type=cli.fraction,
         default=[],
         metavar="F",
-        help="train on a share of each class; for several F, evaluate for each",
+        help="train on this fraction of each class; several values give one evaluation each",
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
     return resolve_precision(parser.parse_args(argv))

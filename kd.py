@@ -1,16 +1,21 @@
-"""Stage 3': distil a teacher into a student without the teacher's data, on distilled images of
-another source.
+"""Stage 3': data-free knowledge distillation of a teacher into a student.
+
+The student learns on distilled images of another source, not on the teacher's training data.
 
     python kd.py --weights runs/.../model.pt --distilled runs/.../distilled.pt \\
                  --teacher runs/.../model.pt --dataset cifar10
 
-The student starts from pre-trained weights under a new head and learns the teacher's probabilities
-on the augmented distilled images (equation 6). Both networks use each batch's own statistics in
-batch norm, in training and on the test split, as the paper's numbers do; the accuracy with running
-statistics is reported beside it. Adds a line to results.jsonl beside the weights, which also says
-whose images were used, and writes the student to <folder of the weights>/<dataset>_kd_<method and
-digest of the images' file>_seed<k>/model.pt. With --weights none the student starts from scratch
-(<run root>/scratch/<arch>_<size>px), as with noise in place of images:
+The student starts from pre-trained weights with a new head. It learns the teacher's probabilities
+on the augmented distilled images (equation 6). Batch norm of both networks uses the statistics of
+each batch, in training and on the test split, as for the paper's numbers. The accuracy with running
+statistics is reported as well.
+
+Appends a line to results.jsonl in the folder of the weights; the line names the method and source
+of the images. Writes the student to
+<folder of the weights>/<dataset>_kd_<method>-<digest of distilled.pt>_seed<k>/model.pt.
+
+With --weights none, the student starts from scratch and the folder is
+<run root>/scratch/<arch>_<size>px. For example, with noise instead of images:
 
     python -m distillers gaussian --source tinyimagenet
     python kd.py --weights none --arch convnet4 --image-size 64 --lr 1e-3 --dataset cifar10 \\
@@ -37,21 +42,29 @@ from utils.run import Run, settings_digest
 from utils.sampling import Batches, Randomness
 
 HELP = dict(
-    lr="AdamW learning rate, cosine by epoch to 0",
+    lr="AdamW learning rate, decayed to 0 by epoch with a cosine schedule",
     weight_decay="weight decay",
-    batch_size="images in a batch",
-    epochs="passes over the distilled images",
+    batch_size="images per batch",
+    epochs="number of passes over the distilled images",
     augment="differentiable augmentation of the distilled images",
 )
 
 
 def train_student(student, teacher, distilled, args, run, randomness, device):
-    """Train the student on the teacher's probabilities for the images of a `Distilled`, or for as
-    many of noise."""
-    x_syn, fresh_noise = (
-        distilled.images.to(device),
-        distilled.meta.get("fresh_noise", False),
-    )  # (m, 3, S, S)
+    """Train `student` in place on the teacher's probabilities for the distilled images.
+
+    If the set's meta has `fresh_noise`, new noise replaces the images at each step.
+
+    Args:
+        student, teacher: `Network`s with the same number of outputs.
+        distilled: `Distilled`; its targets are not used.
+        args: parsed flags.
+        run: `Run` that logs and saves checkpoints.
+        randomness: `Randomness` of the run.
+        device: torch device.
+    """
+    x_syn = distilled.images.to(device)  # (m, 3, S, S)
+    fresh_noise = distilled.meta.get("fresh_noise", False)
     batches = Batches(len(x_syn), args.batch_size, randomness.cpu, shared=True)
     optimizer = optim.optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
     scheduler = optim.schedule(optimizer, "cosine", args.epochs)
@@ -97,7 +110,7 @@ def main(argv):
     distilled, teacher_file = load_distilled(args.distilled), saved.load_model(args.teacher)
     size = start.saved["image_size"]
     for path, description, pixels in (
-        (args.teacher, "a network for", teacher_file["image_size"]),
+        (args.teacher, "a network for images of", teacher_file["image_size"]),
         (args.distilled, "images of", distilled.images.shape[-1]),
     ):
         if pixels != size:
@@ -114,7 +127,7 @@ def main(argv):
     )
     key = settings_digest(settings)
     if line := distributed.run_on_main(lambda: results.find(start.folder, key)):
-        print(f"{results.format_line(line)} (was there already)")
+        print(f"{results.format_line(line)} (already in results.jsonl)")
         return
 
     randomness = Randomness(start.seed, device)
@@ -179,7 +192,7 @@ def parse_args(argv):
         "--teacher",
         type=Path,
         required=True,
-        help="model.pt of finetune.py, trained on the data set",
+        help="model.pt that finetune.py trained on the data set",
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "kd"), HELP)
     return resolve_precision(parser.parse_args(argv))

@@ -1,21 +1,22 @@
-"""Stage 2: pre-train a network on a distilled set, or on all of its source.
+"""Stage 2: pre-train a network on a distilled set, or on all images of a source.
 
     python pretrain.py --distilled runs/tinyimagenet/krr_st/seed0/distilled.pt --arch vgg11
     python pretrain.py --distilled hf:USER/NAME              # or the folder of an exported set
     python pretrain.py --source tinyimagenet --arch vgg11    # the oracle: all images
 
-The recipe follows from the set's kind of targets (feature, soft or class), whichever method made
-it. A set of mtt or mkdt carries a learned learning rate, which replaces the recipe's;
---ignore-learned-rate keeps the recipe's. Writes <the set's folder>/<arch>/seed<k>/model.pt, where k
-is the seed of this pre-training: the paper's three runs are three pre-trainings of one distilled
-set. An exported set brings its recipe along, and its networks go to <run root>/<source>/<name of
-the set>/seed<k>/<arch>/seed<k>. An hour of a CPU at most for 32 px and 1,000 images; seconds for
-the digits.
+The kind of the set's targets (feature, soft or class) selects the recipe, whichever method made the
+set. An exported set contains its own recipe. Sets of mtt and mkdt contain a learned learning rate,
+which replaces the recipe's; --ignore-learned-rate keeps the recipe's.
 
-With --source the network is fitted to the target network's features of every image of the source,
-by the recipe for features and with as many optimiser steps as a distilled set of the preset's size
-gets, so that the two differ in their images alone (--steps for more). That goes to <run
-root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
+Writes <folder of the set>/<arch>/seed<k>/model.pt, where k is the seed of the pre-training. For an
+exported set, the folder is <run root>/<source>/<name of the set>/seed<k of the set>. The
+paper's three runs are three pre-trainings on one distilled set. Pre-training on 1,000 images of
+32 px takes at most an hour on a CPU; on the digits preset it takes seconds.
+
+With --source, the network is fitted to the target features of all images of the source. The recipe
+is that for features, and the number of optimiser steps is that for a distilled set of the preset's
+size, so that only the images differ; --steps changes it. Writes
+<run root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
 """
 
 import math
@@ -49,25 +50,36 @@ LOSSES = {
     "cross_entropy": F.cross_entropy,
 }
 HELP = dict(
-    arch="network to pre-train",
-    width="factor on its hidden widths",
+    arch="architecture to pre-train",
+    width="factor on the network's hidden widths",
     lr="learning rate",
     weight_decay="weight decay",
-    batch_size="images in a batch",
-    epochs="passes over the distilled set",
-    steps="optimiser steps",
+    batch_size="images per batch",
+    epochs="number of passes over the distilled set",
+    steps="number of optimiser steps",
     augment="differentiable augmentation of the images",
 )
-SOURCE_FLAGS = ("target_network", "preset", "image_size", "name")  # flags that go with --source
+SOURCE_FLAGS = ("target_network", "preset", "image_size", "name")  # require --source
 
 
 @dataclass
 class TrainingData:
-    """What a network is fitted to: `images` and `targets` (n, ...), and `preprocess`, which makes a
-    batch of the images what the network sees. `kind` is that of the recipe, `folder` the folder
-    that the runs go to, `identity` what else decides the result, `meta` and `deviations` what the
-    network's file says of it, `num_images` that of `Distilled`, `learned_rate` the one that the set
-    carries."""
+    """Images and targets that a network is fitted to.
+
+    Attributes:
+        images: (n, ...) images as stored.
+        targets: (n, ...) their targets.
+        preprocess: function from a batch of `images` to the network's input (b, 3, S, S).
+        size: S, image height and width in pixels.
+        outputs: number of outputs of the network.
+        kind: kind of the targets, which selects the recipe; "source" for all images of a source.
+        folder: folder that the runs are written to.
+        identity: settings that identify the data, for config.json.
+        meta: facts about the data, for model.pt.
+        deviations: deviations of earlier stages from their presets.
+        num_images: as in `Distilled`.
+        learned_rate: learning rate that the set contains, or None.
+    """
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -84,13 +96,16 @@ class TrainingData:
 
 
 def data_from_distilled(distilled, args, device):
-    """The `TrainingData` of a `Distilled`. Raises UserError where its images are too small for any
-    network."""
+    """Return the `TrainingData` of a `Distilled`.
+
+    Raises:
+        UserError: if the images are too small for the networks.
+    """
     size, digest = distilled.images.shape[-1], files.digest(args.distilled)
     if size < SMALLEST_IMAGE_SIZE:
         raise UserError(
-            f"{args.distilled}: images of {size} px; the networks take {SMALLEST_IMAGE_SIZE} px or "
-            "more"
+            f"{args.distilled}: images of {size} px; the networks need at least "
+            f"{SMALLEST_IMAGE_SIZE} px"
         )
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
     meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
@@ -113,8 +128,7 @@ def data_from_distilled(distilled, args, device):
 
 
 def data_from_source(args, device):
-    """The `TrainingData` of all images of a source, X_t, with the target network's features of
-    them, g_phi(X_t)."""
+    """Return the `TrainingData` of all images X_t of a source and their features g_phi(X_t)."""
     source = load_images(args.source, "train", args.image_size, args.data_root)
     home = args.run_root / source.name
     target = load_target(
@@ -124,9 +138,8 @@ def data_from_source(args, device):
         args.precision,
     )
 
-    def preprocess(
-        pixels,
-    ):  # in the memory format of a distilled set: the same images give the same bits
+    def preprocess(pixels):
+        # Contiguous like a distilled set, so that equal images give bit-identical results.
         return normalise(to_float(pixels), source.mean, source.std).contiguous()
 
     identity = dict(
@@ -150,7 +163,16 @@ def data_from_source(args, device):
 
 
 def pretrain(network, data, args, run, randomness, device):
-    """Fit `network` to the images and targets of `data` (equation 5)."""
+    """Train `network` in place on the images and targets of `data` (equation 5).
+
+    Args:
+        network: `Network` to train.
+        data: `TrainingData`.
+        args: parsed flags, with the recipe.
+        run: `Run` that logs and saves checkpoints.
+        randomness: `Randomness` of the run.
+        device: torch device.
+    """
     batches = Batches(len(data.images), args.batch_size, randomness.cpu, shared=True)
     total = args.steps or args.epochs * batches.per_epoch
     optimizer = optim.optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
@@ -197,7 +219,7 @@ def main(argv):
     settings = cli.run_settings(args, **data.identity)
     run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
-        print(f"{run.artefact} is there already")
+        print(f"{run.artefact} already exists")
         return
     if args.lr == data.learned_rate:
         print(f"learning rate {args.lr:g}, learned with the set")
@@ -207,7 +229,7 @@ def main(argv):
     name = preset_name(data.meta["source"])
     own = deviations(name, "pretrain", vars(args), data.kind, args.arch)
     if args.lr == data.learned_rate:
-        own.pop("pretrain.lr", None)  # the method prescribes it
+        own.pop("pretrain.lr", None)  # part of the method
     changed = data.deviations | own
     changed |= deviations(name, "distill", {"width": args.width})
     meta = data.meta | dict(
@@ -239,29 +261,29 @@ def parse_args(argv):
     data = parser.groups["data"]
     what = data.add_mutually_exclusive_group(required=True)
     what.add_argument("--distilled", type=distilled_file, metavar="SET", help=DISTILLED_HELP)
-    what.add_argument(
-        "--source", help="data set or folder of images, all of which are used instead"
-    )
+    what.add_argument("--source", help="data set or folder; all of its images are used")
     data.add_argument(
         "--target-network",
         type=Path,
-        help="with --source: target.pt (default: that of the source, seed 0)",
+        help="with --source: target.pt (default: the source's target of seed 0)",
     )
     parser.groups["method"].add_argument(
-        "--preset", choices=[*PRESETS], help="with --source: settings (default: the source's own)"
+        "--preset",
+        choices=[*PRESETS],
+        help="with --source: name of the preset (default: that of the source)",
     )
     data.add_argument(
         "--image-size",
         type=cli.pixels,
-        help="with --source: pixels of a side (default: the preset's)",
+        help="with --source: height and width in pixels (default: that of the preset)",
     )
     parser.groups["method"].add_argument(
         "--ignore-learned-rate",
         action="store_true",
-        help="take the recipe's learning rate, not the one learned with the set",
+        help="use the recipe's learning rate instead of the one learned with the set",
     )
     parser.groups["run"].add_argument(
-        "--name", help="with --source: of the run's folder and in tables (default: full)"
+        "--name", help="with --source: name of the run's folder and in tables (default: full)"
     )
     cli.add_seed(parser)
     path, source = cli.peek_flag("distilled", argv), cli.peek_flag("source", argv)
@@ -273,7 +295,8 @@ def parse_args(argv):
     kind = "source" if source else distilled.target_kind if distilled else "feature"
     if kind == "none":
         raise UserError(
-            f"{path}: images without targets, which nothing can be fitted to; they are for kd.py"
+            f"{path}: images without targets, which cannot be used for pre-training; use them with "
+            "kd.py"
         )
     recipe = preset(name, "pretrain", kind, cli.peek_flag("arch", argv, network["arch"]))
     flags = {
@@ -284,9 +307,8 @@ def parse_args(argv):
     learned = distilled.meta.get("learned_rate") if distilled else None
     if learned and "--ignore-learned-rate" not in argv:
         flags["lr"] = learned
-    parser.set_defaults(
-        **{key: value for key, value in recipe.items() if key not in flags}
-    )  # the kind decides these
+    # The kind of targets fixes the settings without a flag.
+    parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})
     settings = own_recipe(distilled, path, network | flags)
     if learned:
         settings["lr"] = flags["lr"]
@@ -298,9 +320,9 @@ def parse_args(argv):
         check_name("--name", args.name, reserved=("target", "scratch", *registry.SETS))
     for flag in () if args.source else SOURCE_FLAGS:
         if getattr(args, flag) is not None:
-            parser.error(f"--{flag.replace('_', '-')} goes with --source")
-        delattr(args, flag)  # the set says it, and it is none of the run's settings
-    del args.ignore_learned_rate  # --lr says it
+            parser.error(f"--{flag.replace('_', '-')} requires --source")
+        delattr(args, flag)  # known from the set, so not a setting of the run
+    del args.ignore_learned_rate  # already applied to --lr
     return args, distilled
 
 

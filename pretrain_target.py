@@ -1,19 +1,20 @@
-"""Stage 0: the target network g_phi: trained on the unlabelled source with Barlow Twins, or any
-encoder.
+"""Stage 0: the target network g_phi.
+
+Trains a network on the unlabelled source with Barlow Twins, or computes features with an encoder.
 
     python pretrain_target.py --source tinyimagenet
     python pretrain_target.py --source imagenette --weights resnet50.pth    # a backbone for --arch
     python pretrain_target.py --source photos --encoder timm:vit_small_patch14_dinov2.lvd142m
     python pretrain_target.py --source photos --features features.npy
 
-Writes runs/<source>/target/seed0/target.pt. Without --encoder and --features it holds a network of
---arch; the paper's setting (1,000 epochs of ResNet18) takes hours to days on one GPU, the digits
-preset two minutes on two CPU cores. With them, the features of all images of the source lie beside
-it in features.npy; docs/encoders.md describes the encoders.
+Writes runs/<source>/target/seed0/target.pt. By default, the file holds a network of --arch. The
+paper's setting (1,000 epochs of ResNet18) takes hours to days on one GPU. The digits preset takes
+two minutes on two CPU cores. With --encoder or --features, the features of all images of the source
+are written to features.npy in the same folder (docs/encoders.md).
 
-Where the source has labels, a linear probe and a nearest-neighbour classifier compare the target's
-features with those of an untrained student network. This is a check only: no label is used in
-training.
+If the source has labels, a linear probe and a nearest-neighbour classifier compare the target
+features with the features of an untrained student network. The labels serve this check only;
+training does not use them.
 """
 
 from pathlib import Path
@@ -40,33 +41,40 @@ from utils.presets import deviations, preset, preset_name
 from utils.run import Run
 from utils.sampling import Batches, Randomness
 
-COMPONENTS = 256  # principal components that are kept of an encoder's features (--pca)
+COMPONENTS = 256  # number of principal components kept of an encoder's features (--pca)
 HELP = dict(
-    arch="network of the target, one of models.ARCHITECTURES",
+    arch="architecture of the target network",
     width="factor on the network's hidden widths",
     epochs="passes over the source",
-    batch_size="images in a batch",
+    batch_size="images per batch",
     lr="LARS learning rate for a batch of 256",
     weight_decay="weight decay",
-    warmup_epochs="epochs of linear warm-up",
+    warmup_epochs="number of epochs of linear warm-up",
     projector_dim="width of the projector's three layers",
-    off_diagonal="weight lambda of the off-diagonal terms",
+    off_diagonal="lambda, weight of the off-diagonal terms of the loss",
     loss_scale="factor on the loss",
-    crop_min="smallest share of the image that a crop keeps",
+    crop_min="smallest fraction of the image's area that a crop keeps",
     jitter="probability of colour jitter",
     greyscale="probability of greyscale",
     solarise="probability of solarisation in the second view",
     flip="probability of a horizontal flip",
-    weights="state dict that is taken instead of training (keys may begin with backbone., "
-    "encoder., "
-    "module. or model.); 'hub' fetches the ImageNet ResNet50 of facebookresearch/barlowtwins; "
-    "empty "
-    "trains. With --encoder: the file that torchvision or timm would download",
+    weights="file with a state dict to load instead of training; its keys may start with "
+    "backbone., encoder., module. or model. 'hub' downloads the ImageNet ResNet50 of "
+    "facebookresearch/barlowtwins; '' trains a network. With --encoder: weights file to use "
+    "instead of a download by torchvision or timm",
 )
 
 
 def train(network, source, args, run, device):
-    """Barlow Twins for `args.epochs` epochs; `network` is left trained."""
+    """Train `network` in place with Barlow Twins for `args.epochs` epochs.
+
+    Args:
+        network: `Network` without a head.
+        source: `ImageSet` of the training images.
+        args: parsed flags.
+        run: `Run` that logs and saves checkpoints.
+        device: torch device.
+    """
     head = projector(network.feature_dim, args.projector_dim).to(device)
     randomness = Randomness(args.seed, device)
     batches = Batches(len(source), args.batch_size, randomness.cpu, drop_last=True, shared=True)
@@ -97,7 +105,7 @@ def train(network, source, args, run, device):
             ]
             with autocast(device, args.precision):
                 z1, z2 = (
-                    head(network.embed(normalise(seen, source.mean, source.std))) for seen in views
+                    head(network.embed(normalise(view, source.mean, source.std))) for view in views
                 )
             lars.zero_grad()
             loss = distributed.backward(
@@ -109,9 +117,15 @@ def train(network, source, args, run, device):
 
 
 def load_backbone(network, weights):
-    """Load a state dict (a file, or 'hub') into `network.features`; heads in it are left out.
+    """Load a state dict into `network.features`, without the weights of its heads.
 
-    'hub' runs the code of facebookresearch/barlowtwins on GitHub; a file is read as data only.
+    Args:
+        network: `Network` to load into.
+        weights: path of the file, which is read as data only; or 'hub', which downloads and runs
+            the code of facebookresearch/barlowtwins.
+
+    Raises:
+        UserError: if the download fails or the weights do not fit.
     """
     if weights != "hub":
         load_matching(network.features, weights)
@@ -122,9 +136,9 @@ def load_backbone(network, weights):
         ).state_dict()
     except OSError as error:
         raise UserError(
-            f"facebookresearch/barlowtwins cannot be fetched from torch.hub ({error}); give its "
-            "resnet50 "
-            "state dict with --weights FILE, or train a target: --weights '' --arch resnet18_target"
+            f"cannot download facebookresearch/barlowtwins from torch.hub ({error}); pass the "
+            "state dict of its resnet50 with --weights FILE, or train a network: --weights '' "
+            "--arch resnet18_target"
         ) from error
     network.features.load_state_dict(
         {name: v for name, v in state.items() if not name.startswith("fc.")}
@@ -132,7 +146,7 @@ def load_backbone(network, weights):
 
 
 def make_network_target(source, args, device):
-    """A network of ours, trained on the source by Barlow Twins or filled with `--weights`."""
+    """Write a target network of --arch, trained with Barlow Twins or loaded from --weights."""
     if min(len(source), args.batch_size) < 2:
         raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
     run = open_run(
@@ -156,7 +170,7 @@ def make_network_target(source, args, device):
 
 
 def make_feature_target(source, args, device):
-    """The features of an encoder trained elsewhere, or those in a file."""
+    """Write the features of the source that an encoder computes or that a file holds."""
     flags = dict(pca=args.pca, precision=args.precision, image_size=args.image_size, seed=args.seed)
     if args.features:
         encoder, name = None, f"features {args.features.name}"
@@ -182,7 +196,7 @@ def make_feature_target(source, args, device):
     print(
         f"{len(table):,} features of {stored['encoder_dim']} dimensions, "
         f"{100 * stored['zeros']:.1f} % zeros; "
-        f"kept {table.shape[1]} with {100 * stored['variance_kept']:.1f} % of the variance"
+        f"kept {table.shape[1]} dimensions, {100 * stored['variance_kept']:.1f} % of the variance"
     )
     content = stored | dict(
         features=files.checksums(path),
@@ -199,18 +213,23 @@ def make_feature_target(source, args, device):
 
 
 def open_run(source, args, settings):
-    """The run of this target; the process ends where it has finished."""
+    """Return the `Run` of this target. Exits with code 0 if the run has finished already."""
     folder = args.run_root / source.name / args.name / f"seed{args.seed}"
     run = Run(folder, "target.pt", settings, args.log_every, args.tensorboard)
     if run.finished:
-        print(f"{run.artefact} is there already")
+        print(f"{run.artefact} already exists")
         raise SystemExit(0)
     return run
 
 
 def finish(run, source, args, device, content, feature_dim, features):
-    """Write target.pt, with the check of its `features`, a function of indices (k,), by the
-    source's labels."""
+    """Check the target features against the source's labels, then write target.pt.
+
+    Args:
+        content: dict of the file, without the facts that all targets share.
+        feature_dim: d_y.
+        features: function of indices (k,) that returns the target features (k, d_y).
+    """
     student = preset(args.preset, "distill")
     checked = quality.feature_quality(source, features, student["arch"], student["width"], device)
     quality.print_quality(checked)
@@ -231,47 +250,47 @@ def main(argv):
 def parse_args(argv):
     parser, name = cli.source_parser(__doc__, argv)
     parser.groups["run"].add_argument(
-        "--name", default="target", help="of the run's folder (default: %(default)s)"
+        "--name", default="target", help="name of the run's folder (default: %(default)s)"
     )
     cli.add_settings(parser, preset(name, "target"), HELP, dict(arch=models.ARCHITECTURES))
-    elsewhere = parser.add_argument_group("a target trained elsewhere")
+    elsewhere = parser.add_argument_group("pre-trained target")
     which = elsewhere.add_mutually_exclusive_group()
     which.add_argument(
         "--encoder",
         metavar="WHAT",
-        help=f"network whose features are the targets: {FORMS}. hub: and "
-        "FILE.py: run code that is not of this project",
+        help=f"network whose features are the targets: {FORMS}. hub: and FILE.py: run code from "
+        "outside this project",
     )
     which.add_argument(
         "--features",
         type=Path,
         metavar="FILE",
-        help="features (n, d) in a .npy or .safetensors file, in the order of `python -m "
-        "data.prepare --list`",
+        help=".npy or .safetensors file with features (n, d), in the order that `python -m "
+        "data.prepare --list` prints",
     )
     elsewhere.add_argument(
         "--encoder-size",
         type=cli.non_negative_int,
         default=0,
         metavar="PIXELS",
-        help="side of the encoder's input images (default: the encoder's own)",
+        help="height and width of the encoder's input (default: the encoder's own)",
     )
     elsewhere.add_argument(
         "--pca",
         type=cli.non_negative_int,
         default=COMPONENTS,
         metavar="D",
-        help="principal components to keep of the features; 0 keeps the features (default: "
+        help="number of principal components to keep; 0 keeps the features unchanged (default: "
         "%(default)s)",
     )
     if cli.peek_flag("encoder", argv) or cli.peek_flag("features", argv):
-        parser.set_defaults(weights="")  # a preset's backbone is no encoder's
+        parser.set_defaults(weights="")  # a preset's weights are for --arch
     args = resolve_precision(parser.parse_args(argv))
     check_name("--name", args.name, reserved=("full",))
     if args.encoder_size and not args.encoder:
-        parser.error("--encoder-size goes with --encoder")
+        parser.error("--encoder-size requires --encoder")
     if args.features and args.weights:
-        parser.error("--weights does not go with --features")
+        parser.error("--weights cannot be combined with --features")
     return args
 
 

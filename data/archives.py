@@ -1,8 +1,7 @@
-"""The data sets of the paper by name, each read from its public archive's own layout below the data
-root.
+"""Readers of the paper's data sets, from the layout of their public archives in the data root.
 
-Where torchvision has a reader, that is used, and it downloads and checks what it can. Other
-archives are fetched here, or asked for by name where nobody may or can download them.
+torchvision reads, downloads and verifies a data set if it supports it. Other archives are
+downloaded by this module. If an archive cannot be downloaded, the error says where to put it.
 """
 
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from utils.errors import UserError
 
 
 def digits(root, split):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; 1,437 for training, 360 for the test,
-    balanced."""
-    from sklearn.datasets import load_digits  # here, since scikit-learn takes a second to import
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, split into 1,437 and 360 by class."""
+    from sklearn.datasets import load_digits  # importing scikit-learn takes a second
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
@@ -33,8 +31,10 @@ def digits(root, split):
 
 
 def load_torchvision(dataset, archive, url, root, **options):
-    """A torchvision data set, downloaded where it is missing. Raises UserError when that
-    fails."""
+    """Return a torchvision data set, downloaded if missing.
+
+    Raises UserError if the download fails.
+    """
     try:
         return dataset(root, download=True, **options)
     except (OSError, RuntimeError) as error:
@@ -42,7 +42,7 @@ def load_torchvision(dataset, archive, url, root, **options):
 
 
 def cifar(dataset):
-    """CIFAR-10 or CIFAR-100."""
+    """Return the reader of CIFAR-10 or CIFAR-100."""
 
     def read(root, split):
         found = load_torchvision(
@@ -54,11 +54,10 @@ def cifar(dataset):
 
 
 def aircraft(root, split):
-    """FGVC-Aircraft by variant; training and validation images together train, as in the released
-    code.
+    """FGVC-Aircraft by variant.
 
-    torchvision has no checksum of this archive; the counts and the presence of every listed image
-    are checked.
+    The training split includes the validation images, as in the released code. torchvision has no
+    checksum of this archive, so the counts and the existence of each listed image are checked.
     """
     dataset = torchvision.datasets.FGVCAircraft
     archive = "fgvc-aircraft-2013b.tar.gz"
@@ -70,8 +69,10 @@ def aircraft(root, split):
 
 
 def flowers(root, split):
-    """Oxford Flowers 102. The 1,020 training and 1,020 validation images together train: README,
-    departure D20."""
+    """Oxford Flowers 102.
+
+    The training split is the 1,020 training and 1,020 validation images (docs/departures.md, D20).
+    """
     dataset = torchvision.datasets.Flowers102
     images, labels = [], []
     for part in ("train", "val") if split == "train" else ("test",):
@@ -85,14 +86,14 @@ def flowers(root, split):
 
 
 def cars(root, split):
-    """Stanford Cars. Its home is gone, so nothing is downloaded."""
+    """Stanford Cars. Its website is offline, so it is not downloaded."""
     try:
         found = torchvision.datasets.StanfordCars(root, split=split)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"cars: put into {root / 'stanford_cars'} the folders devkit (car_devkit.tgz), "
-            "cars_train "
-            "(cars_train.tgz) and cars_test (cars_test.tgz), and cars_test_annos_withlabels.mat"
+            f"cars: not found; put into {root / 'stanford_cars'}: the folders devkit (from "
+            "car_devkit.tgz), cars_train (from cars_train.tgz) and cars_test (from cars_test.tgz), "
+            "and cars_test_annos_withlabels.mat"
         ) from error
     return make_raw(
         [(Path(path), int(label)) for path, label in found._samples], list(found.classes), "cars"
@@ -100,7 +101,7 @@ def cars(root, split):
 
 
 def cub2011(root, split):
-    """Caltech-UCSD Birds-200-2011: lists of images, labels and the split, as text."""
+    """Caltech-UCSD Birds-200-2011: text files list images, labels and the split."""
     top = root / "CUB_200_2011"
     url = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
     fetch(url, "md5:97eceeb196236b17998738112f37df78", root, "CUB_200_2011.tgz", top)
@@ -121,8 +122,8 @@ def cub2011(root, split):
 
 
 def dogs(root, split):
-    """Stanford Dogs: images by breed, and lists of the splits as MATLAB files."""
-    from scipy.io import loadmat  # here, since few need it
+    """Stanford Dogs: folders by breed; MATLAB files list the splits."""
+    from scipy.io import loadmat  # used by this reader only
 
     top = root / "stanford_dogs"
     home = "http://vision.stanford.edu/aditya86/ImageNetDogs"
@@ -140,8 +141,7 @@ def dogs(root, split):
 
 
 def tinyimagenet(root, split):
-    """TinyImageNet: train/<wnid>/images/*.JPEG; the validation set, with its list, serves as the
-    test set."""
+    """TinyImageNet: train/<wnid>/images/*.JPEG. The validation set is the test split."""
     top = root / "tiny-imagenet-200"
     url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     fetch(url, "md5:90528d7ca1a48142e341f4ef8d21d0de", root, "tiny-imagenet-200.zip", top)
@@ -163,7 +163,7 @@ def tinyimagenet(root, split):
 
 
 def imagenette(root, split):
-    """ImageNette, version 2, in any of its sizes; the full one is downloaded if none exists."""
+    """ImageNette, version 2, in any of its sizes. If none exists, the full size is downloaded."""
     found = [
         root / name
         for name in ("imagenette2", "imagenette2-320", "imagenette2-160")
@@ -183,27 +183,31 @@ def imagenette(root, split):
 
 
 def imagenet(root, split):
-    """ImageNet (ILSVRC2012), which only its owners hand out: their archives, or class folders made
-    of them."""
+    """ImageNet (ILSVRC2012), from its archives or class folders. It cannot be downloaded."""
     top = next(
         (root / name for name in ("imagenet", "ILSVRC2012") if (root / name).is_dir()),
         root / "imagenet",
     )
     if not (top / ("train" if split == "train" else "val")).is_dir():
-        try:  # unpacks the archives, once, after comparing their checksums
+        try:  # verifies and unpacks the archives, once
             torchvision.datasets.ImageNet(top, split="train" if split == "train" else "val")
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"imagenet: put into {top} ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
-                "ILSVRC2012_devkit_t12.tar.gz (from image-net.org, after registering there), "
-                "or the folders train/<wnid>/ and val/<wnid>/"
+                f"imagenet: not found; put into {top}: ILSVRC2012_img_train.tar, "
+                "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (from image-net.org, "
+                "which requires registration), or the folders train/<wnid>/ and val/<wnid>/"
             ) from error
     return read_class_folders(top, split)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """`read(root, split)` returns a `Raw`; `classes`, `train`, `test` are the published counts."""
+    """A named data set.
+
+    Attributes:
+        read: function of (root, split) that returns a `Raw`.
+        classes, train, test: published numbers of classes, training images and test images.
+    """
 
     read: Callable
     classes: int

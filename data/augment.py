@@ -1,8 +1,7 @@
-"""Augmentation of a whole batch at once: each image its own draw, on the batch's device, from a
-given generator.
+"""Random augmentation of batches, on the batch's device.
 
-Batches are (b, 3, S, S) float. Functions of pixels expect values in [0, 1]; `diff_augment` takes
-normalised images.
+Batches are (b, 3, S, S) float. Each image gets its own random draw from the given generator. Inputs
+are pixels in [0, 1], except for `diff_augment`, which takes normalised images.
 """
 
 import math
@@ -14,7 +13,7 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
 
 
 def uniform(x, generator, low=0.0, high=1.0, size=None):
-    """Draws from [low, high) for each image of `x`: (b,) or `size`."""
+    """Draw uniformly from [low, high): one value per image of `x`, (b,), or the shape `size`."""
     return (
         torch.rand(size or (len(x),), generator=generator, device=x.device).to(x.dtype)
         * (high - low)
@@ -23,13 +22,18 @@ def uniform(x, generator, low=0.0, high=1.0, size=None):
 
 
 def per_image(values):
-    """(b,) to (b, 1, 1, 1)."""
+    """Reshape (b,) to (b, 1, 1, 1)."""
     return values[:, None, None, None]
 
 
 def shifted_windows(x, top, left, padding):
-    """The S x S window at (`top`, `left`), each (b,) int64 in 0..2*padding, of each image padded
-    with zeros."""
+    """Pad each image with zeros and cut out an S x S window.
+
+    Args:
+        x: (b, 3, S, S).
+        top, left: (b,) int64 positions of the windows in the padded images, 0 to 2 * padding.
+        padding: pixels on each side.
+    """
     size = x.shape[-1]
     padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # (b, S+2p, S+2p, 3)
     span = torch.arange(size, device=x.device)
@@ -39,18 +43,31 @@ def shifted_windows(x, top, left, padding):
 
 
 def random_crop(x, generator, padding=4):
-    """A random window of each image's size after padding with zeros (the fine-tuning recipe)."""
+    """Pad with zeros and crop at a random position to the original size (fine-tuning recipe)."""
     top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), generator=generator, device=x.device)
     return shifted_windows(x, top, left, padding)
 
 
 def horizontal_flip(x, generator, p=0.5):
+    """Flip each image horizontally with probability `p`."""
     return torch.where(per_image(uniform(x, generator) < p), x.flip(3), x)
 
 
 def crop_boxes(n, size, generator, device, scale, ratio):
-    """Boxes (top, left, height, width), each (n,) whole pixels, of random area and aspect as in
-    Inception training: the first of ten tries that fits, else the whole image."""
+    """Draw boxes of random area and aspect ratio, as in Inception training.
+
+    Each box is the first of ten draws that fits into the image, else the whole image.
+
+    Args:
+        n: number of boxes.
+        size: S, height and width of the images in pixels.
+        generator, device: generator and its device.
+        scale: range of the area as a fraction of the image.
+        ratio: range of the aspect ratio.
+
+    Returns:
+        top, left, height, width: (n,) each, in whole pixels.
+    """
     area = (
         size
         * size
@@ -73,15 +90,13 @@ def crop_boxes(n, size, generator, device, scale, ratio):
 
 
 def resize_boxes(x, top, left, height, width):
-    """Each image's box brought back to S x S, bilinear."""
+    """Resize one box of each image to S x S with bilinear interpolation."""
     size = x.shape[-1]
-    theta = torch.zeros(
-        len(x), 2, 3, device=x.device, dtype=x.dtype
-    )  # output to input, both in [-1, 1]
+    # Maps output to input coordinates, both in [-1, 1].
+    theta = torch.zeros(len(x), 2, 3, device=x.device, dtype=x.dtype)
     theta[:, 0, 0], theta[:, 0, 2] = width / size, (2 * left + width) / size - 1
     theta[:, 1, 1], theta[:, 1, 2] = height / size, (2 * top + height) / size - 1
-    # A sample outside its box would see the neighbourhood that the crop cut off: hold it at the
-    # box's border pixels.
+    # Clamp samples to the box, so that pixels outside the crop have no influence.
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     least = torch.stack([2 * left + 1, 2 * top + 1], 1)[:, None, None] / size - 1
     most = (
@@ -93,29 +108,28 @@ def resize_boxes(x, top, left, height, width):
 
 
 def random_resized_crop(x, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """Crop each image to a random box (`crop_boxes`) and resize it to S x S."""
     return resize_boxes(x, *crop_boxes(len(x), x.shape[-1], generator, x.device, scale, ratio))
 
 
 def to_grey(x):
-    """(b, 3, S, S) to (b, 1, S, S)."""
+    """Return the luma (b, 1, S, S) of `x` (b, 3, S, S)."""
     return (x * torch.tensor(GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(
         1, keepdim=True
     )
 
 
 def blend(x, y, factor):
-    """`factor` (b,) of x and 1 - factor of y, kept in [0, 1]."""
+    """Return factor * x + (1 - factor) * y, clamped to [0, 1], for `factor` (b,)."""
     return torch.lerp(y.expand_as(x), x, per_image(factor)).clamp(0, 1)
 
 
 def shift_hue(x, turn):
-    """Turn each image's hue by `turn` (b,) of the full circle, keeping saturation and value of the
-    HSV cone."""
+    """Rotate each image's hue in HSV by `turn` (b,), a fraction of the full circle."""
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # (b, S, S)
     red, green, blue = x.unbind(1)
-    divisor = torch.where(
-        chroma > 0, chroma, 1
-    )  # grey has no hue; 0 / 0 would spoil the gradient, too
+    # Grey has no hue: avoid 0 / 0, also in the gradient.
+    divisor = torch.where(chroma > 0, chroma, 1)
     sixth = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -130,8 +144,10 @@ def shift_hue(x, turn):
 
 
 def color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
-    """Brightness, contrast, saturation and hue by random factors of each image, in an order drawn
-    for the batch."""
+    """Jitter brightness, contrast, saturation and hue of each image with probability `p`.
+
+    Each image gets its own factors. The order of the operations is drawn once for the batch.
+    """
     jittered = x
     for operation in torch.randperm(4, generator=generator, device=x.device).tolist():
         if operation == 0:
@@ -150,16 +166,17 @@ def color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.2, hue
 
 
 def greyscale(x, generator, p=0.2):
+    """Convert each image to grey with probability `p`."""
     return torch.where(per_image(uniform(x, generator) < p), to_grey(x).expand_as(x), x)
 
 
 def solarise(x, generator, p):
-    """Invert the pixels of at least one half."""
+    """With probability `p` for each image, invert the values of at least 0.5."""
     return torch.where(per_image(uniform(x, generator) < p) & (x >= 0.5), 1 - x, x)
 
 
 # Differentiable augmentation (Zhao and Bilen, 2021), strategy color_crop_cutout_flip_scale_rotate.
-# Each function takes `u` (4, b): four numbers in [0, 1) for each image.
+# Each function takes `u` (4, b): four numbers in [0, 1) per image.
 
 
 def _color(x, u):
@@ -179,9 +196,8 @@ def _crop(x, u):
 def _cutout(x, u):
     size = x.shape[-1]
     side = int(size * 0.5 + 0.5)
-    centre = (u[:2] * (size + 1 - side % 2)).floor()[
-        :, :, None
-    ]  # (2, b, 1), may lie so that the square is cut off
+    # (2, b, 1); part of the square may lie outside the image.
+    centre = (u[:2] * (size + 1 - side % 2)).floor()[:, :, None]
     span = torch.arange(size, device=x.device)
     rows, columns = (span >= centre - side // 2) & (span < centre - side // 2 + side)
     return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
@@ -192,7 +208,7 @@ def _flip(x, u):
 
 
 def _affine(x, matrix):
-    """`matrix`: rows ((a, b), (c, d)) of (b,) values, about the centre."""
+    """Transform about the centre by the matrix ((a, b), (c, d)), whose entries are (b,)."""
     (a, b), (c, d) = matrix
     zero = torch.zeros_like(a)
     theta = torch.stack([torch.stack([a, b, zero], 1), torch.stack([c, d, zero], 1)], 1)
@@ -215,10 +231,16 @@ DIFF_AUGMENTATIONS = (_color, _crop, _cutout, _flip, _scale, _rotate)
 
 
 def diff_augment(x, generator, siamese=False):
-    """One of six differentiable augmentations, drawn for the batch, with each image's own strength.
+    """Apply one of six augmentations, drawn for the batch, with its own strength for each image.
 
-    With `siamese` all images share one draw, so that two batches augmented from equal generator
-    states are transformed alike. Differentiable in x.
+    Differentiable in `x`. Zhao and Bilen, "Dataset Condensation with Differentiable Siamese
+    Augmentation", ICML 2021.
+
+    Args:
+        x: (b, 3, S, S) normalised images.
+        generator: generator on the device of `x`.
+        siamese: use the same strength for all images, so that two batches augmented from equal
+            generator states undergo the same transformation.
     """
     which = int(torch.randint(len(DIFF_AUGMENTATIONS), (1,), generator=generator, device=x.device))
     u = torch.rand(4, 1 if siamese else len(x), generator=generator, device=x.device)
@@ -226,8 +248,7 @@ def diff_augment(x, generator, siamese=False):
 
 
 def diff_augment_alike(generator, *batches):
-    """Each of `batches` under the very same siamese draw, as real and distilled images are
-    compared."""
+    """Augment several batches with the same siamese draw and return them as a list."""
     state, augmented = generator.get_state(), []
     for x in batches:
         generator.set_state(state)
@@ -236,8 +257,14 @@ def diff_augment_alike(generator, *batches):
 
 
 def barlow_twins_view(x, generator, settings, p_solarise):
-    """One random view of pixels (b, 3, S, S); `settings` has `crop_min`, `jitter`, `greyscale` and
-    `flip`."""
+    """Return one random view of pixels (b, 3, S, S), for Barlow Twins.
+
+    Args:
+        x: pixels in [0, 1].
+        generator: generator on the device of `x`.
+        settings: has `crop_min`, `jitter`, `greyscale` and `flip`.
+        p_solarise: probability of solarisation.
+    """
     x = random_resized_crop(x, generator, scale=(settings.crop_min, 1.0))
     x = color_jitter(x, generator, p=settings.jitter)
     x = greyscale(x, generator, p=settings.greyscale)

@@ -1,4 +1,4 @@
-"""The one file between every distillation method and every later stage."""
+"""The distilled set, distilled.pt: written by all distillation methods, read by later stages."""
 
 import math
 import re
@@ -14,8 +14,8 @@ from utils.errors import UserError
 TARGET_KINDS = {
     "feature": (torch.float32, 2),  # (m, d): a target network's features (KRR-ST)
     "soft": (torch.float32, 2),  # (m, c): learned labels (KIP, FRePo)
-    "class": (torch.int64, 1),  # (m,): class indices (the rest)
-    "none": (torch.float32, 2),  # (m, 0): images only, for the distillation of knowledge
+    "class": (torch.int64, 1),  # (m,): class indices (other methods)
+    "none": (torch.float32, 2),  # (m, 0): images only, for knowledge distillation
 }
 META = {
     "source": str,
@@ -24,25 +24,29 @@ META = {
     "seed": int,
     "learned_rate": float,
     "num_images": int,
-}  # what later stages take from there
+}  # entries that later stages read, with their types
 DISTILLED_HELP = "distilled.pt, exported folder, or hf:USER/NAME[@REVISION]"
-LARGEST_SIZE = 4096  # pixels of a side of images that are made from factors
-MOST_CLASSES = 100_000  # beyond any data set's; a label above is no label
+LARGEST_SIZE = 4096  # largest height and width in pixels of images composed from factors
+MOST_CLASSES = 100_000  # larger class indices count as invalid
 
 
 @dataclass
 class Distilled:
     """m distilled images with their targets.
 
-    `images` (m, 3, S, S) float32, normalised: pixels are `images * std + mean`, with `mean` and
-    `std` (3,); `targets` as `TARGET_KINDS` says; `meta` plain values: source, method, seed, preset,
-    settings, versions, `deviations` (`presets.deviations` of all stages so far), `initial` (the
-    source's images that it started from, by index), `distance_from_initial`
-    (`distillers.method.distance_from_initial`), `learned_rate` where a learning rate was learned
-    too, and `fresh_noise` where the images are noise that kd.py draws anew at each step.
-
-    A set that is stored in `factors` (data/factors.py) has the images and targets that these make,
-    and in its meta `num_images`: the plain images that would take as much room.
+    Attributes:
+        images: (m, 3, S, S) float32, normalised: pixels are `images * std + mean`.
+        targets: as in `TARGET_KINDS`.
+        target_kind: key of `TARGET_KINDS`.
+        mean, std: (3,) float32.
+        meta: dict of plain values: source, method, seed, preset, settings, versions, `deviations`
+            (`presets.deviations` of all stages so far), `initial` (indices of the source's images
+            that the set was initialised with), `distance_from_initial`
+            (`distillers.method.distance_from_initial`), `learned_rate` if a learning rate was
+            learned, `fresh_noise` if kd.py must draw new noise at each step, and `num_images` for
+            a set with factors.
+        factors: dict of tensors that images and targets are composed from (data/factors.py), or
+            None.
     """
 
     images: torch.Tensor
@@ -54,22 +58,24 @@ class Distilled:
     factors: dict | None = None
 
     def pixels(self):
-        """The images in [0, 1], clamped: (m, 3, S, S)."""
+        """Return the pixels (m, 3, S, S), clamped to [0, 1]."""
         return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
 
     @property
     def num_outputs(self):
-        """Outputs of a network that is fitted to the targets; classes that have no image may be
-        missing at the end."""
+        """Number of outputs of a network that is fitted to the targets.
+
+        For class targets, the last class is the last one that has an image.
+        """
         return int(self.targets.max()) + 1 if self.target_kind == "class" else self.targets.shape[1]
 
     @property
     def num_images(self):
-        """The images; for a set in factors, the plain images that would take as much room."""
+        """Number of images; for a set with factors, the number of plain images of equal size."""
         return self.meta.get("num_images") or len(self.images)
 
     def find_fault(self):
-        """What makes this no distilled set, in words, or None."""
+        """Return a description of what is invalid in this set, or None."""
         dtype, dims = TARGET_KINDS.get(str(self.target_kind), (None, None))
         tensors = (self.images, self.targets, self.mean, self.std)
         if not all(torch.is_tensor(each) and each.layout == torch.strided for each in tensors):
@@ -81,10 +87,10 @@ class Distilled:
                 return f"{name} of the wrong type in meta"
         rate = self.meta.get("learned_rate")
         if rate is not None and not 0 < rate < math.inf:
-            return f"learned_rate {rate} in meta, not above 0"
+            return f"learned_rate {rate} in meta, which must be positive"
         images, targets, shape = self.images, self.targets, tuple(self.images.shape)
         if not images.ndim or not targets.ndim:
-            return "images or targets that are a single number"
+            return "images or targets that are a scalar"
         faults = {
             f"target_kind {str(self.target_kind)[:40]}": dtype is None,
             f"images of shape {shape}": len(shape) != 4
@@ -108,8 +114,10 @@ class Distilled:
             return f"{found}, not within 0 to {MOST_CLASSES - 1}"
 
     def content(self):
-        """What `files.save(path, "distilled", ...)` writes: factors, where there are any, in place
-        of images and targets."""
+        """Return the dict for `files.save(path, "distilled", ...)`.
+
+        Factors, if any, replace images and targets.
+        """
         values = {
             key: value.cpu() if torch.is_tensor(value) else value
             for key, value in vars(self).items()
@@ -121,10 +129,14 @@ class Distilled:
 
 
 def distilled_file(name):
-    """The path of the file that a command line names: a distilled.pt, the file in an exported
-    folder, or hf:USER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded.
+    """Return the path of a distilled set's file.
 
-    Raises UserError where that fails.
+    Args:
+        name: path of a distilled.pt, path of an exported folder, or hf:USER/NAME[@REVISION], which
+            is downloaded from the Hugging Face Hub.
+
+    Raises:
+        UserError: if the folder contains no set or the download fails.
     """
     if str(name).startswith(exported.HUB):
         return exported.download(str(name))
@@ -133,8 +145,7 @@ def distilled_file(name):
 
 
 def load_distilled(name):
-    """Read what `distilled_file` finds. Raises UserError where it is no distilled set, is damaged,
-    or has parts that do not fit."""
+    """Read a `Distilled` from a `distilled_file`. Raises UserError if it is invalid."""
     path = distilled_file(name)
     names = Distilled.__dataclass_fields__
     if path.suffix == ".safetensors":
@@ -151,8 +162,10 @@ def load_distilled(name):
 
 
 def results_folder(path, distilled, run_root):
-    """The folder for what is made from the set in the file at `path`: that of a distilled.pt, and
-    <run root>/<source>/<name>/seed<k> for an exported set."""
+    """Return the folder for results of the set in the file `path`.
+
+    For a distilled.pt, this is its folder; for an exported set, <run root>/<source>/<name>/seed<k>.
+    """
     if path.suffix != ".safetensors":
         return path.parent
     source, name = (
@@ -163,7 +176,7 @@ def results_folder(path, distilled, run_root):
 
 
 def _materialise(content, path):
-    """The images and targets of a file that holds factors. Raises UserError for a bad one."""
+    """Return images and targets of a file with factors. Raises UserError if they are invalid."""
     fault, size = factors.find_fault(content["factors"]), content.get("image_size")
     if fault is None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
         fault = f"image_size {size}"

@@ -1,5 +1,4 @@
-"""Public archives: fetched once, checked against their published checksum, and unpacked whole or
-not at all."""
+"""Download of public archives, with verification of checksums and atomic unpacking."""
 
 import hashlib
 import os
@@ -12,11 +11,17 @@ from utils.errors import UserError
 
 
 def fetch(url, checksum, root, name, top):
-    """Make sure that the folder `top` is there: what the archive at `url` holds under that name.
+    """Download and unpack an archive, unless its folder exists.
 
-    `checksum`: "md5:..." or "sha256:..." of the archive, which is looked for in `root` under `name`
-    before it is downloaded there. Raises UserError when it cannot be downloaded or is not the
-    published file.
+    Args:
+        url: address of the archive.
+        checksum: "md5:..." or "sha256:..." of the archive.
+        root: folder of the archive.
+        name: file name of the archive; an existing file is used instead of a download.
+        top: folder to create from the archive's folder of the same name, or from all of it.
+
+    Raises:
+        UserError: if the download fails or the checksum differs.
     """
     if top.exists():
         return
@@ -30,14 +35,14 @@ def fetch(url, checksum, root, name, top):
             raise download_error(name, root, url, error) from error
         os.replace(root / partial, archive)
     verify(archive, checksum)
-    aside = top.with_name(f"{top.name}.{os.getpid()}.partial")
+    partial_folder = top.with_name(f"{top.name}.{os.getpid()}.partial")
     try:
-        extract_archive(str(archive), str(aside))
-        inside = aside / top.name
+        extract_archive(str(archive), str(partial_folder))
+        inside = partial_folder / top.name
         top.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(inside if inside.is_dir() else aside, top)
+        os.replace(inside if inside.is_dir() else partial_folder, top)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def verify(archive, checksum):
@@ -50,14 +55,14 @@ def verify(archive, checksum):
     if digest.hexdigest() != expected:
         raise UserError(
             f"{archive}: its {kind} is {digest.hexdigest()}, not the published {expected}; delete "
-            "it"
+            "the file"
         )
 
 
 def download_error(name, root, url, error):
-    """The UserError for an archive that could not be downloaded."""
+    """Return the UserError for a failed download."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
-        f"{name} is not in {Path(root)} and could not be downloaded from {url} ({reason}); put it "
-        "there"
+        f"{name} is not in {Path(root)} and could not be downloaded from {url} ({reason}); put the "
+        "file into that folder"
     )

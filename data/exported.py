@@ -1,4 +1,4 @@
-"""Distilled sets as other people get them: exported folders, and the Hugging Face Hub.
+"""Distilled sets for sharing: exported folders and the Hugging Face Hub.
 
 `python -m distillers export` writes such a folder. `SET` holds the tensors and, as JSON in its
 header, everything else. `SUMS` lists the SHA-256 of every file except README.md, which users edit.
@@ -15,16 +15,16 @@ from utils.optional import optional
 
 SET, SUMS, CARD = "distilled.safetensors", "SHA256SUMS", "README.md"
 HEADER = "distilled"  # the only key in SET's header: several keys would come in a random order
-FORMAT = 1  # of SET; raised when older files cannot be read any more
+FORMAT = 1  # version of the format of SET; incremented when older files become unreadable
 TENSORS = ("images", "targets", "mean", "std")
 HUB = "hf:"
 
 
 @functools.cache
 def download(name):
-    """Download the set `hf:USER/NAME` or `hf:USER/NAME@REVISION`; the path of `SET` in the cache.
+    """Download hf:USER/NAME or hf:USER/NAME@REVISION and return the path of `SET` in the cache.
 
-    Raises UserError where the name is malformed or the download fails.
+    Raises UserError if the name is malformed or the download fails.
     """
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not match:
@@ -40,12 +40,12 @@ def download(name):
 
 
 def reason(error):
-    """An exception of another package in one line."""
+    """Return a one-line description of an exception of another package."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
 
 def find(folder, name=None):
-    """The path of `SET` in a folder. Raises UserError where the folder is not an exported set."""
+    """Return the path of `SET` in a folder. Raises UserError if it is not an exported set."""
     if missing := [each for each in (SET, SUMS) if not (folder / each).is_file()]:
         raise UserError(f"{name or folder}: not an exported set (no {' and no '.join(missing)})")
     return folder / SET
@@ -59,37 +59,37 @@ def write_sums(folder, main):
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
     names = [name for name in names if name not in (CARD, SUMS, main)] + [main]
-    lines = [f"{files.sums(folder / name)['sha256']}  {name}\n" for name in names]
+    lines = [f"{files.checksums(folder / name)['sha256']}  {name}\n" for name in names]
     files.write_text(folder / SUMS, "".join(lines))
 
 
 def verify(folder, main):
     """Check the files of a folder against its `SUMS`. Files other than `main` may be missing.
 
-    Raises DamagedFile for the first file that has changed, or where the list itself is damaged.
+    Raises DamagedFile for the first file that has changed, or if the list itself is damaged.
     """
     path, listed = folder / SUMS, {}
     text = path.read_text(errors="replace")
     for number, line in enumerate(text.splitlines(), 1):
         digest, _, name = line.partition("  ")
         if not re.fullmatch("[0-9a-f]{64}", digest) or not name:
-            raise files.DamagedFile(f"{path}: damaged (line {number} is no checksum of a file)")
+            raise files.DamagedFile(f"{path}: damaged (line {number} is not a checksum of a file)")
         listed[name] = digest
     if main not in listed or not text.endswith("\n"):
         raise files.DamagedFile(f"{path}: truncated (it must end with the checksum of {main})")
     for name, digest in listed.items():
         path = folder / name
-        if path.is_file() and files.sums(path)["sha256"] != digest:
+        if path.is_file() and files.checksums(path)["sha256"] != digest:
             raise files.DamagedFile(
-                f"{path}: damaged or altered (its bytes do not fit its checksum in {SUMS})"
+                f"{path}: damaged or altered (its content does not match its checksum in {SUMS})"
             )
 
 
 def read(path):
-    """The fields of a `Distilled` from the file `SET` at `path`, after `verify`.
+    """Return the fields of a `Distilled` from the file `SET` at `path`, after `verify`.
 
     `meta` also holds the set's `name` and its `recipe`, the settings of `pretrain.py` for it.
-    Raises UserError where the file cannot be read.
+    Raises UserError if the file cannot be read.
     """
     verify(find(path.parent).parent, path.name)
     safetensors = optional("safetensors", "reading an exported set")
@@ -100,7 +100,7 @@ def read(path):
             own = {"name": str(header["name"]), "recipe": dict(header["recipe"])}
             meta = header["meta"] | own
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except Exception as error:  # whatever the reader does with bytes that are no such file
+    except Exception as error:  # arbitrary bytes can cause any exception
         raise UserError(f"{path}: not an exported set ({reason(error)})") from error
     if number != FORMAT:
         raise UserError(

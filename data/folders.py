@@ -1,4 +1,4 @@
-"""Raw images in folders: with a folder per class, or without labels."""
+"""Raw images in folders: one folder per class, or without labels."""
 
 import os
 from dataclasses import dataclass
@@ -9,14 +9,19 @@ import numpy as np
 from utils.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-HELD_OUT = 0.2  # share of each class that becomes the test split where there is none
+HELD_OUT = 0.2  # fraction of each class that becomes the test split if none exists
 
 
 @dataclass
 class Raw:
-    """A split before decoding: `images` holds paths or (H, W) or (H, W, 3) uint8 arrays; `labels`
-    is None or holds an index into `classes` for each image; `made_split` tells that the split was
-    made here."""
+    """A split before decoding.
+
+    Attributes:
+        images: list of paths, or of (H, W) or (H, W, 3) uint8 arrays.
+        labels: list with an index into `classes` for each image, or None.
+        classes: list of class names.
+        made_split: whether this project made the split.
+    """
 
     images: list
     labels: list | None
@@ -25,24 +30,24 @@ class Raw:
 
 
 def make_raw(pairs, classes, place):
-    """A `Raw` of (image, label) pairs. Raises UserError where there are none."""
+    """Return the `Raw` of (image, label) pairs. Raises UserError if there are none."""
     if not pairs:
         raise UserError(f"{place}: no images found")
     return Raw([path for path, _ in pairs], [label for _, label in pairs], classes)
 
 
 def read_class_folders(top, split):
-    """<top>/train/<class>/* and <top>/test/<class>/* (or val); a class is named by its folder,
-    files at any depth."""
+    """Return a split of <top>/train/<class>/** and <top>/test/<class>/** (or val) as `Raw`."""
     train, folder = top / "train", top / "train" if split == "train" else find_test_folder(top)
     if folder is None or not folder.is_dir():
         raise UserError(
-            f"{top}: no folder {'train' if split == 'train' else 'test or val'} with class folders "
-            "in it"
+            f"{top}: no folder {'train' if split == 'train' else 'test or val'} with class folders"
         )
     classes = list_subfolders(train)
-    if strange := sorted(set(list_subfolders(folder)) - set(classes)):
-        raise UserError(f"{folder}: class folders that {train} lacks: {', '.join(strange[:5])}")
+    if unknown := sorted(set(list_subfolders(folder)) - set(classes)):
+        raise UserError(
+            f"{folder}: class folders that are missing in {train}: {', '.join(unknown[:5])}"
+        )
     pairs = [
         (path, label) for label, name in enumerate(classes) for path in list_images(folder / name)
     ]
@@ -50,7 +55,7 @@ def read_class_folders(top, split):
 
 
 def has_images(folder):
-    """Whether image files lie in the folder itself."""
+    """Whether the folder itself, without its subfolders, contains image files."""
     return any(map(_is_image, folder.iterdir()))
 
 
@@ -59,25 +64,28 @@ def _is_image(path):
 
 
 def find_test_folder(top):
+    """Return the path of `top`/test or `top`/val, or None."""
     return next((top / name for name in ("test", "val") if (top / name).is_dir()), None)
 
 
 def list_subfolders(folder):
-    """Names of the folders in `folder`, sorted; hidden ones are none of the user's classes."""
+    """Return the sorted names of the subfolders, without hidden ones."""
     return sorted(
         path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
 
 
 def split_class_folders(top, split):
-    """<top>/<class>/* without a test split: the same random fifth of each class, at least one
-    image, is held out.
+    """Return a split of <top>/<class>/**, which has no test split, as `Raw`.
 
-    Raises UserError where `top` has no class folders, or a class has one image only.
+    The test split is a fixed random fifth of each class, at least one image.
+
+    Raises:
+        UserError: if there are no class folders, or if a class has fewer than two images.
     """
     classes = list_subfolders(top)
     if not classes:
-        raise UserError(f"{top}: no class folders in it, which a labelled data set needs")
+        raise UserError(f"{top}: no class folders, which a labelled data set needs")
     pairs = []
     for label, name in enumerate(classes):
         images = list_images(top / name)
@@ -96,28 +104,31 @@ def split_class_folders(top, split):
 
 
 def read_unlabelled(top):
-    """Every image file below a folder, in the order of their paths."""
+    """Return all image files in a folder and its subfolders as `Raw`, sorted by path."""
     images = list_images(top)
     if not images:
         raise UserError(
-            f"{top}: no image below this folder (looked for {' '.join(sorted(SUFFIXES))})"
+            f"{top}: no images in this folder (searched for {' '.join(sorted(SUFFIXES))})"
         )
     return Raw(images, None, [])
 
 
 def list_images(folder):
-    """Paths of all image files below `folder`, sorted; links to folders are followed, once. Broken
-    links and hidden files are left out. Raises UserError for a folder that may not be read."""
+    """Return the sorted paths of all image files in `folder` and its subfolders.
+
+    Follows links to folders, but reads each folder once. Skips broken links and hidden files.
+    Raises UserError if a folder is not readable.
+    """
 
     def fail(error):
         raise UserError(f"{error.filename}: no permission to read this folder") from error
 
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in seen:
+        stat = os.stat(place)
+        if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add((stat.st_dev, stat.st_ino))
         found += filter(_is_image, (Path(place, name) for name in names))
     return sorted(found)

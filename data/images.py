@@ -1,4 +1,4 @@
-"""A split of a data set as every stage sees it: uint8 pixels in one tensor, gathered by index."""
+"""A split of a data set, as one tensor of uint8 pixels."""
 
 from pathlib import Path
 
@@ -13,11 +13,16 @@ from utils.errors import UserError
 class ImageSet:
     """n images of S x S pixels.
 
-    `pixels` (n, S, S, 3) uint8, mapped from disk; `labels` (n,) int64 or None; `classes` their
-    names; `mean` and `std` (3,) float32 of the set's training split over [0, 1]; `fingerprint`
-    differs when the raw images do; `deviations` is {"name split": [n, published count]} where these
-    are a part of a named set, else empty. `place` is the name or folder that the set was asked for
-    by, `damaged` the raw files that were left out.
+    Attributes:
+        name: name of the set (`data.prepare.folder_name`).
+        pixels: (n, S, S, 3) uint8, mapped from disk.
+        labels: (n,) int64, or None.
+        classes: list of class names.
+        mean, std: (3,) float32, of the training split with pixels in [0, 1].
+        fingerprint: digest of the raw images.
+        deviations: {"name split": [n, published count]} for a part of a named set, else {}.
+        place: name or folder, as given by the user.
+        damaged: list of the raw files that were skipped.
     """
 
     def __init__(
@@ -45,23 +50,22 @@ class ImageSet:
         return self.pixels.shape[1]
 
     def subset(self, index):
-        """The images at `index` (k,) int64, copied out of the file."""
+        """Return the images at `index` (k,) int64, copied into memory, as an `ImageSet`."""
         labels = None if self.labels is None else self.labels[index]
         facts = (self.classes, self.mean, self.std, self.fingerprint, self.deviations)
         return ImageSet(self.name, self.pixels[index], labels, *facts)
 
     def raw(self, index, device):
-        """Pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32 on `device`, channels-last in
-        memory."""
+        """Return pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32, channels-last."""
         return to_float(self.pixels[index].to(device))
 
     def normalised(self, index, device):
-        """As `raw`, minus the mean, divided by the standard deviation."""
+        """Return `raw` minus the mean, divided by the standard deviation."""
         return normalise(self.raw(index, device), self.mean, self.std)
 
 
 def to_float(pixels):
-    """uint8 pixels (b, S, S, 3) as values in [0, 1]: (b, 3, S, S) float32, channels-last."""
+    """Convert uint8 pixels (b, S, S, 3) to [0, 1]: (b, 3, S, S) float32, channels-last."""
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
@@ -71,10 +75,17 @@ def normalise(x, mean, std):
 
 
 def load_images(name, split, size, root, labels=False):
-    """The `ImageSet` of a data set's name or a folder, decoded at the first use. Raises UserError
-    (`prepare`).
+    """Return a split as an `ImageSet`; its first use decodes the images.
 
-    With `labels`, a folder without a test split is split in two.
+    Args:
+        name: name of a data set or path of a folder.
+        split: train or test.
+        size: height and width in pixels.
+        root: path of the data root.
+        labels: split a folder without a test split in two.
+
+    Raises:
+        UserError: as `prepare`, or if a file is not readable or writable.
     """
     root = Path(root)
     try:
@@ -86,16 +97,25 @@ def load_images(name, split, size, root, labels=False):
 
 
 def load_prepared_images(name, size, root):
-    """The training split of what is decoded already under `name`, which may be that of a folder of
-    the user's in a distilled set's meta. Raises UserError where nothing is, or where it is damaged.
+    """Return the training split of a prepared set, whose raw images may be missing.
+
+    Args:
+        name: the set's `folder_name`, such as the source in a distilled set's meta.
+        size: height and width in pixels.
+        root: path of the data root.
+
+    Raises:
+        UserError: if the set is not prepared or is damaged.
     """
     record = find_prepared(name, "train", size, Path(root))
     return _image_set(name, "train", record, record, name)
 
 
 def _image_set(set_name, split, record, train, name):
-    """The `ImageSet` of a `record` (`data.prepare.prepare`), with the statistics of that of the
-    training split."""
+    """Return the `ImageSet` of a record (`data.prepare.prepare`).
+
+    The statistics are those of `train`, the record of the training split.
+    """
     arrays = {
         file: torch.from_numpy(files.open_array(record["stem"].parent / file, expected))
         for file, expected in record["files"].items()
@@ -106,9 +126,8 @@ def _image_set(set_name, split, record, train, name):
         arrays.get(f"{split}.labels.npy"),
         record["classes"],
         torch.tensor(train["mean"], dtype=torch.float32),
-        torch.tensor(
-            [max(s, 1 / 255) for s in train["std"]], dtype=torch.float32
-        ),  # a channel may be constant
+        # The standard deviation of a constant channel is 0.
+        torch.tensor([max(s, 1 / 255) for s in train["std"]], dtype=torch.float32),
         record["fingerprint"],
         {f"{name} {split}": [record["count"], published_counts(name, split)[0]]}
         if record["whole"] is False

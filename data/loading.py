@@ -1,28 +1,30 @@
-"""Mini-batches from tensors that may be far larger than memory, the next batch copied while the
-present one is used."""
+"""Mini-batches from tensors that may exceed the memory; the next batch is prefetched."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-ROOM = 0.5  # share of a GPU's free memory that a source may take
+MEMORY_SHARE = 0.5  # largest fraction of a GPU's free memory for a tensor
 
 
 def move_if_fits(tensor, device):
-    """`tensor` on the GPU as a whole where it takes at most half of the free memory there, else
-    where it is."""
+    """Move `tensor` to the GPU if it takes at most half of the free memory, else return it."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor
     free, _ = torch.cuda.mem_get_info(device)
-    return tensor.to(device) if tensor.nbytes <= ROOM * free else tensor
+    return tensor.to(device) if tensor.nbytes <= MEMORY_SHARE * free else tensor
 
 
 class Loader:
-    """Rows of several tensors of equal length, at the indices that a `Batches` draws.
+    """Mini-batches of rows of several tensors.
 
-    `next()` returns one tensor per tensor, on `device`. Tensors that stay on disk or in memory are
-    gathered by a thread, a batch ahead; the order of draws is that of `batches` alone, so a resumed
-    run sees the same batches.
+    A thread gathers the next batch of tensors that are not on the GPU. `batches` alone determines
+    the order, so a resumed run gets the same batches.
+
+    Args:
+        tensors: list of tensors of equal length.
+        batches: `Batches` that draws the indices.
+        device: torch device of the mini-batches.
     """
 
     def __init__(self, tensors, batches, device):
@@ -35,6 +37,7 @@ class Loader:
         self.ahead = None  # (index, future)
 
     def next(self):
+        """Return the next batch: a list with the rows of each tensor, on `device`."""
         index = self.batches.next()
         if self.ahead is not None and torch.equal(self.ahead[0], index):
             rows = self.ahead[1].result()
@@ -51,8 +54,10 @@ class Loader:
 
 
 def gather(tensor, index, pin=False):
-    """Rows of `tensor` at `index` (b,) int64 on the CPU; in page-locked memory if `pin` and the
-    tensor is on the CPU, so that the copy to a GPU need not be waited for."""
+    """Return the rows of `tensor` at `index` (b,) int64 on the CPU.
+
+    With `pin`, rows of a CPU tensor are in page-locked memory, for asynchronous copies to a GPU.
+    """
     if tensor.is_cuda:
         return tensor[index.to(tensor.device, non_blocking=True)]
     rows = tensor[index]

@@ -1,4 +1,4 @@
-"""A prepared data set's images at another size, decoded from the raw files."""
+"""Images of a prepared data set at another size, decoded from the raw files."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +14,26 @@ from utils.errors import UserError
 
 
 def resize(x, size):
-    """Pixels (b, 3, S, S) in [0, 1] at `size` pixels a side: bicubic, antialiased, clamped."""
+    """Resize pixels (b, 3, S, S) in [0, 1] to (b, 3, size, size): bicubic, antialiased, clamped."""
     if x.shape[-1] == size:
         return x
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 class Originals:
-    """The images of an `ImageSet`, in its order, at another size.
+    """Images of an `ImageSet`, in its order, at another size.
 
-    The raw files are decoded at that size (Lanczos, no crop), so that nothing is lost on the way
-    through the smaller prepared copy. Where the raw files are gone, the prepared images are
-    resized, and `from_raw` is False.
+    The raw files are decoded at that size (Lanczos filter, no crop), because the prepared images
+    may be smaller. If the raw files are missing, the prepared images are resized.
+
+    Args:
+        images: `ImageSet`.
+        split: train or test.
+        size: height and width in pixels.
+        root: path of the data root.
+
+    Attributes:
+        from_raw: whether no prepared image is resized.
     """
 
     def __init__(self, images, split, size, root):
@@ -35,7 +43,12 @@ class Originals:
         self.from_raw = self.raw is not None or images.image_size == size
 
     def batches(self, starts, batch_size):
-        """Yield pixels (b, 3, size, size) in [0, 1] from each of `starts`, a batch ahead."""
+        """Yield batches of pixels (b, 3, size, size) in [0, 1]; threads decode the next batch.
+
+        Args:
+            starts: index of the first image of each batch.
+            batch_size: images per batch; the last batch may be smaller.
+        """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ahead = None
             for start, following in zip(starts, [*starts[1:], None], strict=True):
@@ -53,21 +66,21 @@ class Originals:
         decoded = [each.result() for each in batch]
         if any(each is None for each in decoded):
             row = start + next(i for i, each in enumerate(decoded) if each is None)
-            raise UserError(f"{self.raw[row]}: cannot be decoded any more")
+            raise UserError(f"{self.raw[row]}: cannot be decoded, although it was decoded before")
         return to_float(torch.from_numpy(np.stack(decoded)))
 
 
 def _raw_images(images, split, root):
-    """Paths or arrays of the images that were prepared, in order; None where they are missing."""
+    """Return the raw images (paths or arrays) in the order of `images`, or None if missing."""
     try:
         raw = raw_images.read(images.place, split, root)
     except (UserError, OSError) as error:
-        print(f"{images.name}: raw images not found, the prepared ones are enlarged ({error})")
+        print(f"{images.name}: raw images not found; resizing the prepared images ({error})")
         return None
     kept = without_damaged(raw.images, images.damaged)
     if len(kept) != len(images):
         raise UserError(
-            f"{images.name}: {len(kept)} raw images, but {len(images)} prepared ones; delete "
-            "its folder below prepared/ to prepare it again"
+            f"{images.name}: {len(kept)} raw images, but {len(images)} prepared images; delete "
+            "the set's folder in prepared/ to prepare it again"
         )
     return kept

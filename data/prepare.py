@@ -1,13 +1,14 @@
-"""Decode a data set once into one uint8 file per (data set, size, split), which later runs map into
-memory.
+"""Decode data sets into one uint8 file per data set, size and split.
+
+Runs map these files into memory.
 
     python -m data.prepare cifar100 cifar10 aircraft --size 32
     python -m data.prepare ~/photos --size 64
 
-Writes <data root>/prepared/<set>-<size>px/<split>.npy (n, size, size, 3) with labels and statistics
-beside it, and prints counts, size on disk and statistics. Stopped, the same command goes on where
-it was. Every other script does this by itself at the first use of a set; here several sets are
-prepared ahead.
+Writes <data root>/prepared/<set>-<size>px/<split>.npy of shape (n, size, size, 3), with labels and
+statistics in the same folder. Prints the counts, the size on disk and the statistics. Rerun the
+same command to resume after an interruption. The other scripts prepare a data set when they first
+use it; this command prepares several ahead of time.
 """
 
 import contextlib
@@ -28,27 +29,37 @@ from utils.errors import UserError
 from utils.presets import image_size, preset_name
 
 FORMAT = 3
-MAX_DAMAGED_SHARE = 0.01  # share of unreadable images above which preparation stops
+MAX_DAMAGED_SHARE = 0.01  # largest accepted fraction of images that cannot be decoded
 CHUNK = 512  # images decoded at a time
-PROGRESS_SECONDS = 5  # between notes of how far the partial file has come
+PROGRESS_SECONDS = 5  # time between writes of the progress file
 
 
 def prepare(name, split, size, root, labels=False, partial=False):
-    """Make sure that a split is decoded under <root>/prepared; return its record.
+    """Decode a split under <root>/prepared, unless that is done already.
 
-    <stem>.npy holds (n, size, size, 3) uint8, <stem>.labels.npy int64 labels where there are any.
-    <stem>.json, written last, is the record: `count`, `classes`, `whole` (whether a named set has
-    its published counts, else None), `damaged` files, `mean` and `std` of each channel over [0, 1],
-    `folders` (`_folder_times`), and `files`, name -> `files.checksums`. The returned record also
-    has the `stem`. A set is decoded again when its raw files change; those of a complete named set
-    are looked at only when one of their folders has changed. `labels` and `partial`: as in
-    `raw.read` and `--partial`.
+    Writes <stem>.npy (n, size, size, 3) uint8, <stem>.labels.npy (n,) int64 if the split has
+    labels, and finally the record <stem>.json. A split is decoded again when its raw files change.
+    The files of a complete named set are compared only when one of their folders has changed.
 
-    Raises UserError when the raw images are missing, fewer than published, or more than 1 % of them
-    damaged.
+    Args:
+        name: name of a data set or path of a folder.
+        split: train or test.
+        size: height and width in pixels.
+        root: path of the data root.
+        labels: as in `raw.read`.
+        partial: accept a part of a named set.
+
+    Returns:
+        The record, a dict: `count`, `classes`, `whole` (whether a named set has its published
+        counts; None for others), `damaged` files, `mean` and `std` of each channel over [0, 1],
+        `folders` (`_folder_times`), `files` (name -> `files.checksums`) and the path `stem`.
+
+    Raises:
+        UserError: if raw images are missing, if their counts are not the published ones, or if more
+            than 1 % of them are damaged.
     """
     stem = root / "prepared" / f"{folder_name(name, root)}-{size}px" / split
-    replaced = raw_images.in_data_root(name, root)  # class folders stand in for an archive
+    replaced = raw_images.in_data_root(name, root)  # class folders replace an archive
     known = _record(stem) if name in ARCHIVES else None
     if known and known["whole"] and known.get("replaced") == replaced and _same_folders(known):
         return known
@@ -63,19 +74,19 @@ def prepare(name, split, size, root, labels=False, partial=False):
             raw_images.check_counts(name, split, size, root, raw)
         if raw.made_split and split == "train":
             print(
-                f"{name}: no test split found; a fifth of each class, drawn with seed 0, is held "
-                "out for the test"
+                f"{name}: no test split found; using a random fifth of each class (seed 0) as the "
+                "test split"
             )
         stem.parent.mkdir(parents=True, exist_ok=True)
         with files.wait_for_lock(stem.with_suffix(".lock")):
-            # Another process may have decoded it in the meantime.
+            # Another process may have decoded the split in the meantime.
             if not _matches(known := _record(stem), fingerprint):
-                for left in stem.parent.glob(f"{split}.*.*.partial"):  # of a killed process
-                    left.unlink()
+                for leftover in stem.parent.glob(f"{split}.*.*.partial"):  # of a killed process
+                    leftover.unlink()
                 _write(raw, stem, size, f"{name} {split} {size}px", facts)
                 known = _record(stem)
     elif whole:
-        with contextlib.suppress(OSError):  # a read-only disk
+        with contextlib.suppress(OSError):  # the disk may be read-only
             content = {key: value for key, value in known.items() if key != "stem"}
             folders = _folder_times(raw)
             files.write_json(stem.with_suffix(".json"), content | facts | dict(folders=folders))
@@ -83,8 +94,11 @@ def prepare(name, split, size, root, labels=False, partial=False):
 
 
 def _folder_times(raw):
-    """Folder -> time of its last change, of all folders with images and those above, up to the one
-    that they have in common. Adding, removing and replacing files changes them."""
+    """Return the modification times of the folders of the images: dict, path -> ns.
+
+    Includes the parent folders up to the common one. Adding, removing or replacing a file changes
+    the time of its folder.
+    """
     folders = {image.parent for image in raw.images if isinstance(image, Path)}
     if not folders:
         return {}
@@ -98,7 +112,7 @@ def _folder_times(raw):
 
 
 def _same_folders(record):
-    """Whether no folder of the raw images has changed since the record was written."""
+    """Whether the folders of the raw images are unchanged since the record was written."""
     try:
         return "folders" in record and all(
             os.stat(folder).st_mtime_ns == changed for folder, changed in record["folders"].items()
@@ -108,8 +122,15 @@ def _same_folders(record):
 
 
 def find_prepared(name, split, size, root):
-    """The record of what is decoded already, by the name under which the set is kept, without a
-    look at the raw images. Raises UserError where that is nothing."""
+    """Return the record of a prepared split without reading the raw images.
+
+    Args:
+        name: the set's `folder_name`.
+        split, size, root: as in `prepare`.
+
+    Raises:
+        UserError: if the split is not prepared.
+    """
     known = _record(root / "prepared" / f"{name}-{size}px" / split)
     if known is None:
         raise UserError(f"{name} at {size} px is not prepared in {root}")
@@ -117,17 +138,19 @@ def find_prepared(name, split, size, root):
 
 
 def _record(stem):
-    """The record of a split, with its `stem`; None where it is not prepared. Raises UserError for a
-    damaged one."""
+    """Return the record of a split with its `stem`, or None if the split is not prepared.
+
+    Raises UserError if the record is damaged.
+    """
     path = stem.with_suffix(".json")
     record = files.read_json(path, "record of prepared images", FORMAT) if path.is_file() else None
     if record and record["name"] != _name(stem):
-        raise UserError(f"{path}: the record of {record['name']}; delete it, and it is made again")
+        raise UserError(f"{path}: the record of {record['name']}; delete it to recreate it")
     return record and record | {"stem": stem}
 
 
 def _name(stem):
-    """What a record says that it is of."""
+    """Return the name of a split in its record."""
     return f"{stem.parent.name}/{stem.name}"
 
 
@@ -136,7 +159,7 @@ def _matches(record, fingerprint):
 
 
 def folder_name(name, root):
-    """The name under which a set is kept; a path gets its last part and a digest of the whole."""
+    """Return the folder name of a prepared set: its name, or a path's last part and digest."""
     if name in ARCHIVES or raw_images.in_data_root(name, root):
         return name
     path = Path(name).resolve()
@@ -144,8 +167,12 @@ def folder_name(name, root):
 
 
 def _fingerprint(raw: Raw, whole):
-    """A digest of the list of files below their common folder, with their sizes and, unless they
-    are the `whole` of a named set, their times; of the number of images where they are arrays."""
+    """Return a digest of the raw images.
+
+    It covers the paths below the common folder and the sizes of the files. Unless they are a
+    complete named set (`whole`), it also covers their modification times. Of arrays, it covers
+    their number.
+    """
     sha = hashlib.sha256(f"{len(raw.images)} {raw.made_split}".encode())
     paths = [image for image in raw.images if isinstance(image, Path)]
     common = os.path.commonpath(paths) if paths else ""
@@ -154,9 +181,7 @@ def _fingerprint(raw: Raw, whole):
             try:
                 stat = image.stat()
                 size, changed = stat.st_size, stat.st_mtime_ns
-            except (
-                FileNotFoundError
-            ):  # a list may name a file that is not there: it counts as damaged
+            except FileNotFoundError:  # a list may name a missing file, which counts as damaged
                 size, changed = -1, 0
             changed = "" if whole else changed
             name = str(image).removeprefix(common)
@@ -165,14 +190,20 @@ def _fingerprint(raw: Raw, whole):
 
 
 def decode(image, size):
-    """A path or uint8 array to (size, size, 3) uint8: RGB, resized without cropping by Lanczos'
-    filter.
+    """Decode an image and resize it without cropping, with the Lanczos filter (D18).
 
-    What is transparent becomes white. Returns None where the file cannot be decoded.
+    Transparent pixels become white.
+
+    Args:
+        image: path, or uint8 array (H, W) or (H, W, 3).
+        size: height and width in pixels.
+
+    Returns:
+        (size, size, 3) uint8 array in RGB, or None if the file cannot be decoded.
     """
     try:
         with Image.open(image) if isinstance(image, Path) else Image.fromarray(image) as opened:
-            if opened.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+            if opened.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
                 opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
             picture = ImageOps.exif_transpose(opened)
             if picture.has_transparency_data:
@@ -180,32 +211,27 @@ def decode(image, size):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
             if picture.size != (size, size):
-                picture = picture.resize(
-                    (size, size), Image.Resampling.LANCZOS
-                )  # as the released statistics: D18
+                # The released statistics imply this filter (D18).
+                picture = picture.resize((size, size), Image.Resampling.LANCZOS)
             return np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
 def without_damaged(images, damaged):
-    """The raw images (paths or arrays) that were prepared, in order: all but the files in
-    `damaged`."""
+    """Return the raw images (paths or arrays) without the files in `damaged`, in order."""
     damaged = set(damaged)
     return [each for each in images if not (isinstance(each, Path) and str(each) in damaged)]
 
 
 class _PartialFile:
-    """A split while it is decoded: its file, and a note of how far it has come, by which a stopped
-    run goes on."""
+    """File of a split that is being decoded, with a progress file for resuming."""
 
     def __init__(self, stem, shape, fingerprint):
         self.path, self.progress = stem.with_suffix(".partial"), stem.with_suffix(".partial.json")
-        self.shape, self.gaps, self.damaged = shape, [], []  # gaps: where the damaged ones stood
-        self.total, self.squares = (
-            np.zeros(3, np.int64),
-            np.zeros(3, np.int64),
-        )  # exact: below 2^63 for any set
+        self.shape, self.gaps, self.damaged = shape, [], []  # gaps: indices of damaged images
+        # Exact sums: below 2^63 for any set.
+        self.total, self.squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
         self.fingerprint, self.done, self.written_at = fingerprint, 0, time.monotonic()
         known = _read_progress(self.progress) if self.path.is_file() else {}
         fits = (
@@ -225,10 +251,11 @@ class _PartialFile:
 
     @property
     def count(self):
-        """Images kept so far."""
+        """Number of decoded images so far."""
         return self.done - len(self.gaps)
 
     def add(self, index, image, name):
+        """Store the image at `index`; None marks the file `name` as damaged."""
         if image is None:
             self.damaged.append(str(name))
             self.gaps.append(index)
@@ -241,7 +268,7 @@ class _PartialFile:
         self.squares += np.square(flat).sum(0)
 
     def write_progress(self, force=False):
-        """What a later run needs to go on, not before the pixels it speaks of are on disk."""
+        """Write the progress file every few seconds, after flushing the pixels to disk."""
         if force or time.monotonic() - self.written_at > PROGRESS_SECONDS:
             self.pixels.flush()
             files.write_json(
@@ -259,7 +286,7 @@ class _PartialFile:
             self.written_at = time.monotonic()
 
     def finish(self, path):
-        """The file without the room of the damaged images, under its own name."""
+        """Remove the space reserved for damaged images and move the file to `path`."""
         self.pixels.flush()
         offset, size = self.pixels.offset, self.pixels[0].nbytes
         del self.pixels
@@ -272,26 +299,27 @@ class _PartialFile:
                 }
                 np.lib.format.write_array_header_1_0(file, header)
                 if file.tell() != offset:
-                    raise RuntimeError("the header of a .npy file has changed its length")
+                    raise RuntimeError("the length of the .npy header has changed")
                 file.truncate(offset + self.count * size)
         with files.atomic_write(path) as partial:
             os.replace(self.path, partial)
 
     def delete(self):
+        """Delete both files."""
         self.path.unlink(missing_ok=True)
         self.progress.unlink(missing_ok=True)
 
 
 def _read_progress(path):
-    """What a stopped preparation has noted; nothing where that is damaged: then it begins again."""
+    """Return the content of a progress file; {} if it is missing or damaged."""
     try:
-        return files.read_json(path, "note") if path.is_file() else {}
+        return files.read_json(path, "progress file") if path.is_file() else {}
     except files.DamagedFile:
         return {}
 
 
 def _write(raw, stem, size, title, facts):
-    """Decode a split; `facts` are added to its record."""
+    """Decode a split and write its files; `facts` are added to its record."""
     n = len(raw.images)
     out = _PartialFile(stem, (n, size, size, 3), facts["fingerprint"])
     with (
@@ -307,7 +335,7 @@ def _write(raw, stem, size, title, facts):
                 if len(out.damaged) > MAX_DAMAGED_SHARE * n:
                     out.delete()
                     raise UserError(
-                        f"{title}: {len(out.damaged)} of {n} images cannot be decoded, such as "
+                        f"{title}: {len(out.damaged)} of {n} images cannot be decoded, for example "
                         f"{out.damaged[0]}"
                     )
                 bar.update(len(part))
@@ -316,10 +344,9 @@ def _write(raw, stem, size, title, facts):
             out.write_progress(force=True)
             raise
     if out.damaged:
-        print(f"{title}: skipped {len(out.damaged)} unreadable: {', '.join(out.damaged[:5])}")
-    stem.with_suffix(".json").unlink(
-        missing_ok=True
-    )  # from here to the new one the split counts as not prepared
+        print(f"{title}: skipped {len(out.damaged)} damaged images: {', '.join(out.damaged[:5])}")
+    # Without its record, the split counts as not prepared.
+    stem.with_suffix(".json").unlink(missing_ok=True)
     out.finish(stem.with_suffix(".npy"))
     stem.with_suffix(".labels.npy").unlink(missing_ok=True)
     paths = [stem.with_suffix(".npy")]
@@ -347,14 +374,14 @@ def _write(raw, stem, size, title, facts):
 
 
 def summary(name, split, record):
-    """One line for the terminal."""
+    """Return a description of a prepared split for the terminal."""
     stem = record["stem"]
     size = sum(path.stat().st_size for path in stem.parent.glob(f"{split}.*"))
     counts = f"{record['count']:,} images" + (
         f" of {len(record['classes'])} classes" if record["classes"] else ""
     )
-    part = " (a part of the published set)" if record["whole"] is False else ""
-    damaged = f", {len(record['damaged'])} damaged ones left out" if record["damaged"] else ""
+    part = " (part of the published set)" if record["whole"] is False else ""
+    damaged = f", {len(record['damaged'])} damaged images skipped" if record["damaged"] else ""
     mean, std = (" ".join(f"{value:.4f}" for value in record[key]) for key in ("mean", "std"))
     facts = f"{counts}{part}{damaged}, {size / 1e6:,.1f} MB, mean {mean}, std {std}"
     return f"{name} {split}: {facts}\n  {stem}.npy"
@@ -384,32 +411,30 @@ def parse_args(argv):
         "names",
         nargs="+",
         metavar="NAME",
-        help=f"{', '.join(ARCHIVES)}, class folders, or a folder",
+        help=f"{', '.join(ARCHIVES)}, or a folder of images or class folders",
     )
     parser.add_argument(
         "--size",
         type=cli.pixels,
-        help="pixels of a side, such as 32, 64 or 224 (default: the preset's)",
+        help="height and width in pixels, such as 32, 64 or 224 (default: that of the preset)",
     )
     cli.add_data_root(parser)
     parser.add_argument(
         "--labels",
         action="store_true",
-        help="a folder without train/ holds class folders; split them",
+        help="treat a folder without train/ as class folders and split them",
     )
-    parser.add_argument(
-        "--partial", action="store_true", help="accept other counts than the published set's"
-    )
+    parser.add_argument("--partial", action="store_true", help="accept a part of the published set")
     parser.add_argument(
         "--list",
         action="store_true",
-        help="print the images in the order of the rows: split, row, file (empty for images that "
-        "are no files)",
+        help="print split, row and file of each image, in the order of the rows; the file is empty "
+        "for images that are not files",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read all of what is prepared and compare its checksums",
+        help="read the prepared files in full and compare their checksums",
     )
     return parser.parse_args(argv)
 

@@ -1,5 +1,4 @@
-"""Raw images by name or folder: which reader a data set's name means, and whether what it found is
-all of the set."""
+"""Raw images by name or folder: selection of the reader and check of the published counts."""
 
 from pathlib import Path
 
@@ -15,19 +14,26 @@ from utils.errors import UserError
 
 
 def in_data_root(name, root):
-    """Whether the data root has class folders of this name, other than those that an archive's
-    reader makes."""
+    """Whether the data root contains class folders of this name.
+
+    Does not apply to imagenet, whose reader creates such folders.
+    """
     return name != "imagenet" and Path(name).name == name and (root / name / "train").is_dir()
 
 
 def read(name, split, root, labels=False):
-    """The `Raw` split `train` or `test` of a named set, of class folders, or of a folder of images.
+    """Return a split of a named set, of class folders or of a folder of images as `Raw`.
 
-    `name`: a folder <root>/<name> with train/ in it (this comes first, so that one's own copy of a
-    named set is found), one of `ARCHIVES`, or a path. With `labels`, a folder without a test split
-    is split in two; without them, a folder without train/ in it is taken as unlabelled images, and
-    so is a train/ with images beside class folders or without any. Raises UserError when nothing is
-    there, saying what to put where.
+    Args:
+        name: in order of precedence, a folder <root>/<name> that contains train/, one of
+            `ARCHIVES`, or a path.
+        split: train or test.
+        root: path of the data root.
+        labels: True splits a folder without a test split in two. False reads a folder as unlabelled
+            images if it has no train/ or if train/ itself contains images.
+
+    Raises:
+        UserError: if the images are missing; the message says where to put them.
     """
     if in_data_root(name, root):
         return _read_folder(root / name, split, labels)
@@ -36,8 +42,8 @@ def read(name, split, root, labels=False):
     if Path(name).is_dir():
         return _read_folder(Path(name), split, labels)
     raise UserError(
-        f"unknown data set {name}: neither one of {', '.join(ARCHIVES)}, nor a folder, "
-        f"nor class folders {root / name}/train/<class>/"
+        f"unknown data set {name}: not one of {', '.join(ARCHIVES)}, not a folder, and there are "
+        f"no class folders {root / name}/train/<class>/"
     )
 
 
@@ -48,31 +54,29 @@ def _read_folder(top, split, labels):
     if train.is_dir() and (labels or split == "test" or not has_images(train)):
         return read_class_folders(top, split)
     if split == "test":
-        raise UserError(f"{top}: a folder without train/ and test/ has no test split")
+        raise UserError(f"{top}: no test split, because the folder has no train/ and test/")
     return read_unlabelled(train if train.is_dir() else top)
 
 
 def is_complete(name, split, raw):
-    """Whether a named set has its published number of images and classes; None for any other."""
+    """Whether a named set has its published numbers of images and classes; None for others."""
     if name not in ARCHIVES:
         return None
     return (len(raw.images), len(raw.classes)) == published_counts(name, split)
 
 
 def check_counts(name, split, size, root, raw):
-    """Raise UserError when a named set has another number of images or classes than the published
-    one."""
+    """Raise UserError if a named set does not have its published numbers of images and classes."""
     if is_complete(name, split, raw) is False:
         images, classes = published_counts(name, split)
         raise UserError(
             f"{name} {split}: found {len(raw.images):,} images of {len(raw.classes):,} classes, "
-            "the published set has "
-            f"{images:,} of {classes:,}; to use a part on purpose: "
+            f"but the published set has {images:,} of {classes:,}; to use a part, run: "
             f"python -m data.prepare {name} --size {size} --partial --data-root {root}"
         )
 
 
 def published_counts(name, split):
-    """Images and classes of a named set's split as its makers count them."""
+    """Return the published numbers of images and classes of a named set's split."""
     archive = ARCHIVES[name]
     return getattr(archive, split), archive.classes

@@ -1,5 +1,4 @@
-"""Which images of a set: a few labelled ones to train on, or the m real images that a method starts
-from."""
+"""Selection of images: a few labelled ones for training, or the initial images of a method."""
 
 import math
 
@@ -9,10 +8,19 @@ from utils.errors import UserError
 
 
 def few_labels(images, per_class, fraction, generator):
-    """Indices of the labelled images to train on: `per_class` of each class, or a `fraction` of
-    each, or all (0, 0).
+    """Draw images of each class.
 
-    Raises UserError when a class has fewer than `per_class` images.
+    Args:
+        images: labelled `ImageSet`.
+        per_class: number of images per class, or 0.
+        fraction: fraction of the images of each class, or 0. If both are 0, all images are used.
+        generator: CPU generator.
+
+    Returns:
+        Sorted indices (k,) int64.
+
+    Raises:
+        UserError: if a class has fewer than `per_class` images.
     """
     if not per_class and not fraction:
         return torch.arange(len(images))
@@ -29,24 +37,41 @@ def few_labels(images, per_class, fraction, generator):
 
 
 def random_subset(source, m, seed):
-    """Indices (m,) of distinct images of an `ImageSet`, uniformly at random; the same for the same
-    seed, whichever method asks. Raises UserError when there are fewer than m."""
+    """Draw m distinct images uniformly; equal seeds give equal images for all methods.
+
+    Args:
+        source: `ImageSet`.
+        m: number of images.
+        seed: random seed.
+
+    Returns:
+        Indices (m,) int64.
+
+    Raises:
+        UserError: if the source has fewer than m images.
+    """
     if m > len(source):
         raise UserError(f"--num-images {m}: {source.name} has only {len(source)} images")
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:m]
 
 
 def held_out_subset(source, m):
-    """Indices of m random images, or of all if there are fewer, to measure an objective with.
+    """Draw m images for measuring an objective; all images if there are fewer.
 
-    Their seed, -1, is that of no run, so a run starts from other images.
+    The seed is -1, which no run uses, so the draw is independent of a run's initial images.
+
+    Returns:
+        Indices (k,) int64.
     """
     return random_subset(source, min(m, len(source)), seed=-1)
 
 
 def balanced_subset(source, m, seed):
-    """As `random_subset`, with m / classes images of each class, in the order of the classes.
-    Raises UserError where that is no whole number or where there are no labels."""
+    """Draw as `random_subset`, with m / c images of each of the c classes, in order of the classes.
+
+    Raises:
+        UserError: if m is not a multiple of c, or if the source has no labels.
+    """
     if source.labels is None:
         raise UserError(f"{source.name} has no labels, which this method needs")
     if m % len(source.classes):

@@ -1,16 +1,18 @@
-"""Frechet distance between a distilled set and its source in a network's feature space.
+"""Frechet distance (FID) between a distilled set and its source in a network's feature space.
 
     python -m evaluation.fid --distilled runs/cifar100/krr_st/seed0/distilled.pt
     python -m evaluation.fid --distilled runs/cifar100/krr_st/seed0/distilled.pt \\
                              --network runs/cifar100/target/seed0/target.pt
 
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
-NeurIPS 2017. The reference is all of the source's training split. Without --network the features
-are the standard Inception network's, which the package torch-fidelity has (`pip install
-torch-fidelity`; it downloads the weights, or --inception-weights FILE names them). Numbers of other
-networks cannot be compared with those: every result says whose features it was. Prints the distance
-and adds it to results.jsonl beside the set; for an exported set, in <run root>/<source>/<name of
-the set>/seed<k>. Minutes on a CPU for a small network of ours, hours for Inception.
+NeurIPS 2017. The reference set is the source's whole training split. By default, the features are
+those of the standard Inception network from the package torch-fidelity (`pip install
+torch-fidelity`), which downloads the weights unless --inception-weights is given. Distances in the
+feature spaces of different networks are not comparable, so each result names its network.
+
+Prints the distance and appends it to results.jsonl in the folder of the set; for an exported set,
+in <run root>/<source>/<name of the set>/seed<k>. On a CPU, this takes minutes with a small target
+network and hours with Inception.
 """
 
 import time
@@ -35,20 +37,29 @@ BATCH = 256
 
 
 def square_root(c):
-    """The positive semi-definite square root of such a matrix (d, d); eigenvalues that rounding
-    made are taken as 0."""
+    """Return the positive semi-definite square root of a positive semi-definite matrix (d, d).
+
+    Eigenvalues below the rounding error count as 0.
+    """
     values, vectors = torch.linalg.eigh(c)
     noise = len(c) * torch.finfo(c.dtype).eps * values.abs().max()
     return (vectors * torch.where(values > noise, values, 0.0).sqrt()) @ vectors.T
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """Squared Frechet distance of two Gaussians, in float64: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1
-    C2)^(1/2)).
+    """Compute the squared Frechet distance of two Gaussians, in float64.
 
-    Means (d,), covariances (d, d), which may be singular (fewer images than features): the trace of
-    (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2), which needs no inverse and
-    no complex root.
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
+
+    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2). This needs no
+    inverse and no complex root, so the covariances may be singular (fewer images than features).
+
+    Args:
+        mean1, mean2: (d,).
+        cov1, cov2: (d, d).
+
+    Returns:
+        float.
     """
     mean1, cov1, mean2, cov2 = (each.double() for each in (mean1, cov1, mean2, cov2))
     cross = torch.linalg.svdvals(square_root(cov1) @ square_root(cov2)).sum()
@@ -60,14 +71,24 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def load_inception(weights, device):
-    """Inception features (b, 2048) of pixels (b, 3, S, S) in [0, 1], as in the original measure."""
+    """Load the Inception network of the original FID.
+
+    Args:
+        weights: path of its weights; None downloads them.
+        device: torch device.
+
+    Returns:
+        Function from pixels (b, 3, S, S) in [0, 1] to features (b, 2048).
+
+    Raises:
+        UserError: if torch-fidelity is not installed or the weights are not available.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise UserError(
             "the standard FID needs the package torch-fidelity (pip install torch-fidelity); or "
-            "measure in the feature "
-            "space of a network of yours: --network runs/<source>/target/seed0/target.pt"
+            "use the features of another network: --network runs/<source>/target/seed0/target.pt"
         ) from error
     try:
         network = FeatureExtractorInceptionV3(
@@ -75,17 +96,26 @@ def load_inception(weights, device):
         ).to(device)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the weights of the Inception network cannot be had ({str(error)[:120]}); give their "
-            "file with "
-            "--inception-weights, or use a network of yours: --network target.pt"
+            f"cannot load the weights of the Inception network ({str(error)[:120]}); pass a "
+            "weights file with --inception-weights, or use another network: --network target.pt"
         ) from error
     return lambda pixels: network((255 * pixels).round().to(torch.uint8))[0]
 
 
 def load_network(path, source, device):
-    """Its name, and features (b, d) of pixels in [0, 1], by the network in a target.pt or model.pt;
-    images are normalised by the `ImageSet` source. Raises UserError when it is neither, or of
-    another image size."""
+    """Load the network of a target.pt or model.pt.
+
+    Args:
+        path: path of the file.
+        source: `ImageSet`, whose statistics normalise the images.
+        device: torch device.
+
+    Returns:
+        The network's name, and a function from pixels (b, 3, S, S) in [0, 1] to features (b, d).
+
+    Raises:
+        UserError: if the file is neither, or has another image size.
+    """
     content = files.read_data(path, "network file") if path.is_file() else None
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind == "target" and "features" in content:
@@ -106,7 +136,7 @@ def load_network(path, source, device):
         network.load_state_dict(content["network"])
     if content["image_size"] != source.image_size:
         raise UserError(
-            f"{path}: a network for {content['image_size']} px, the images have "
+            f"{path}: a network for {content['image_size']} px, but the images have "
             f"{source.image_size} px"
         )
     network = network.to(device)
@@ -122,7 +152,10 @@ def load_network(path, source, device):
 
 
 def measure_fid(distilled, source, features, device):
-    """Frechet distance between the pixels of a `Distilled` and those of the `ImageSet` source."""
+    """Return the Frechet distance between the images of a `Distilled` and of an `ImageSet`.
+
+    `features` maps pixels (b, 3, S, S) in [0, 1] to features (b, d).
+    """
     sets = Moments(), Moments()
     pixels = distilled.pixels()
     with torch.no_grad():
@@ -140,7 +173,7 @@ def main(argv):
     device, started = select_device(args), time.monotonic()
     distilled = load_distilled(args.distilled)
     if len(distilled.images) < 2:
-        raise UserError(f"{args.distilled}: one image has no covariance; FID takes two at least")
+        raise UserError(f"{args.distilled}: FID needs at least two images")
     source = load_images(
         args.source or distilled.meta["source"], "train", distilled.images.shape[-1], args.data_root
     )
@@ -170,7 +203,7 @@ def main(argv):
         | starting_weights.cost(device, started)
     )
     results.append(results_folder(args.distilled, distilled, args.run_root), line)
-    print(f"{meta['method']} {meta['source']}: FID {value:.2f} by the features of {name}")
+    print(f"{meta['method']} {meta['source']}: FID {value:.2f} with the features of {name}")
 
 
 def parse_args(argv):
@@ -180,13 +213,18 @@ def parse_args(argv):
         "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
     )
     data.add_argument(
-        "--source", help="data set or folder that it was distilled from (default: as it says)"
+        "--source", help="data set or folder of the source (default: the one named in the set)"
     )
     method.add_argument(
-        "--network", default="inception", metavar="FILE", help="target.pt or model.pt, or inception"
+        "--network",
+        default="inception",
+        metavar="FILE",
+        help="target.pt, model.pt or inception (default: inception)",
     )
     method.add_argument(
-        "--inception-weights", metavar="FILE", help="weights that torch-fidelity would download"
+        "--inception-weights",
+        metavar="FILE",
+        help="weights file to use instead of the download by torch-fidelity",
     )
     add_device_flags(parser)
     return resolve_precision(parser.parse_args(argv))

@@ -1,5 +1,7 @@
-"""Accuracy of a network or of its frozen features. Nothing here changes a network, its mode or its
-buffers."""
+"""Accuracy of a network or of its frozen features.
+
+The functions do not change a network, its mode or its buffers.
+"""
 
 import contextlib
 
@@ -15,9 +17,11 @@ BATCH = 512
 
 @contextlib.contextmanager
 def evaluating(network, batch_statistics=False):
-    """Within: eval mode and no gradients. With `batch_statistics`, batch norm uses each batch's own
-    statistics and leaves its running ones as they are (the paper's distillation of knowledge,
-    departure D12 kd-details)."""
+    """Context with `network` in eval mode and without gradients.
+
+    With `batch_statistics`, batch norm uses the statistics of each batch and does not update its
+    running statistics (the paper's knowledge distillation, departure D12 kd-details).
+    """
     modes = {module: module.training for module in network.modules()}
     norms = (
         [module for module in modes if isinstance(module, _BatchNorm)] if batch_statistics else []
@@ -36,9 +40,17 @@ def evaluating(network, batch_statistics=False):
 
 
 def outputs(function, images, device, precision="fp32", mean=None, std=None):
-    """`function` (a network's forward or embed) of all images in order: (n, d) float32 on `device`.
+    """Apply a network to all images of an `ImageSet`, in order.
 
-    Images are normalised by `mean` and `std`, by default the set's own.
+    Args:
+        function: a `Network`, or its bound method `embed`.
+        images: `ImageSet`.
+        device: torch device.
+        precision: as --precision.
+        mean, std: (3,) statistics that normalise the images; by default those of `images`.
+
+    Returns:
+        (n, d) float32 on `device`.
     """
     mean, std = images.mean if mean is None else mean, images.std if std is None else std
     network = function.__self__ if hasattr(function, "__self__") else function
@@ -50,10 +62,17 @@ def outputs(function, images, device, precision="fp32", mean=None, std=None):
 
 
 def accuracy(network, images, device, precision="fp32", batch_statistics=False):
-    """Share of correctly classified images in percent.
+    """Return the percentage of correctly classified images.
 
-    With `batch_statistics` the images are taken in a fixed random order, since a batch of one class
-    has other statistics than a batch of all.
+    With `batch_statistics`, the images are in a fixed random order, because a batch of one class
+    has other statistics than a batch of all classes.
+
+    Args:
+        network: `Network` with a head.
+        images: labelled `ImageSet`.
+        device: torch device.
+        precision: as --precision.
+        batch_statistics: as in `evaluating`.
     """
     order = torch.arange(len(images))
     if batch_statistics:
@@ -67,19 +86,20 @@ def accuracy(network, images, device, precision="fp32", batch_statistics=False):
 
 
 def knn_accuracy(embed, train, test, device, precision="fp32"):
-    """Accuracy in percent of `knn_accuracy_of` the features `embed` of the images of `test` among
-    those of `train`."""
+    """Return `knn_accuracy_of` for the features `embed` of two labelled `ImageSet`s."""
     return knn_accuracy_of(*_labelled_features(embed, train, test, device, precision))
 
 
 def linear_accuracy(embed, train, test, device, precision="fp32"):
-    """Accuracy in percent of `linear_accuracy_of` the features `embed`, fitted to `train`, on
-    `test`."""
+    """Return `linear_accuracy_of` for the features `embed` of two labelled `ImageSet`s."""
     return linear_accuracy_of(*_labelled_features(embed, train, test, device, precision))
 
 
 def _labelled_features(embed, train, test, device, precision):
-    """Features and labels of both sets, normalised as `train` is, and the number of classes."""
+    """Return features and labels of both sets, and the number of classes.
+
+    The statistics of `train` normalise both sets.
+    """
     parts = []
     for images in (train, test):
         parts += [
@@ -90,7 +110,7 @@ def _labelled_features(embed, train, test, device, precision):
 
 
 def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, temperature=0.07):
-    """Accuracy in percent of weighted nearest neighbours by cosine similarity.
+    """Compute the accuracy, in percent, of weighted nearest neighbours by cosine similarity.
 
     Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
     2018, section 3.4: each of the k neighbours votes with weight exp(similarity / temperature).
@@ -109,11 +129,11 @@ def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, tem
 
 
 def linear_accuracy_of(features, labels, tests, test_labels, num_classes):
-    """Accuracy in percent of a linear classifier on features, fitted to convergence.
+    """Compute the accuracy, in percent, of a linear classifier fitted to convergence.
 
-    Features are standardised by the training images'; multinomial logistic regression, with half
-    the squared weights beside the summed cross-entropy, is minimised by L-BFGS. The minimum is
-    unique: no seed, no rate, no schedule.
+    The features are standardised with the statistics of the training features. L-BFGS minimises
+    multinomial logistic regression: the summed cross-entropy plus half the squared norm of the
+    weights. The minimum is unique, so there is no seed, learning rate or schedule.
 
     Args:
         features: (n, d), with `labels` (n,) in 0..num_classes-1.

@@ -1,4 +1,4 @@
-"""What a target network knows that an untrained student does not: probes on the source's labels."""
+"""Check of a target network: probes of its features against those of an untrained student."""
 
 import math
 import sys
@@ -9,14 +9,14 @@ import models
 from evaluation.probes import knn_accuracy_of, linear_accuracy_of, outputs
 from utils import distributed
 
-MOST = 10_000  # images of the training split that take part, half of them held out
+MOST = 10_000  # largest number of training images in the check; half of them are held out
 
 
 def feature_quality(source, target_features, arch, width, device):
     """Compare the target's features with those of an untrained student on the source's labels.
 
-    At most `MOST` random images of the source's training split take part. One half fits a linear
-    probe and a nearest-neighbour classifier, the other half tests them; no test split is used.
+    Uses at most `MOST` random images of the source's training split. A linear probe and a
+    nearest-neighbour classifier are fitted to one half and tested on the other half.
 
     Args:
         source: labelled `ImageSet`.
@@ -25,9 +25,9 @@ def feature_quality(source, target_features, arch, width, device):
         device: torch device.
 
     Returns:
-        dict: `linear` and `knn` accuracy in percent, `untrained` with the same of the student, the
-        `student`'s name, and `n`, the number of held-out images. None where the source has no
-        labels or fewer than 20 images.
+        dict: `linear` and `knn`, accuracies in percent; `untrained`, a dict with those of the
+        student; `student`, its name; and `n`, the number of held-out images. None if the source has
+        no labels or fewer than 20 images.
     """
     if source.labels is None or len(source) < 20:
         return None
@@ -49,7 +49,7 @@ def feature_quality(source, target_features, arch, width, device):
 
 
 def images_for_check(source):
-    """Indices of the images that take part, in random order."""
+    """Return the indices of the images in the check, in random order."""
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:MOST]
 
 
@@ -60,16 +60,15 @@ def _accuracies(features, labels, num_classes):
 
 
 def is_better(quality):
-    """Whether the linear probe of the target is above the untrained student's by two standard
-    errors."""
+    """Whether the target's linear probe beats the student's by more than two standard errors."""
     p, q = (each["linear"] / 100 for each in (quality, quality["untrained"]))
     return p - q > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / quality["n"])
 
 
 def print_quality(quality):
-    """Print the accuracies, and a warning where the target does not beat an untrained student."""
+    """Print the accuracies, and a warning if the target does not beat the untrained student."""
     if quality is None:
-        print("target features: the source has no labels to check them by")
+        print("target features: not checked, because the source has no labels or too few images")
         return
     untrained, student = quality["untrained"], quality["student"]
     print(
@@ -80,7 +79,6 @@ def print_quality(quality):
     if distributed.is_main_process() and not is_better(quality):
         print(
             "warning: a linear probe of the target is no better than one of an untrained "
-            f"{student}: "
-            "distilling this target cannot help (docs/encoders.md)",
+            f"{student}; distilling this target cannot help (docs/encoders.md)",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Where fine-tuning and knowledge distillation start: a model.pt, or an untrained network."""
+"""Initial weights of fine-tuning and knowledge distillation: a model.pt or an untrained network."""
 
 import resource
 import sys
@@ -18,10 +18,13 @@ from utils.run import versions
 
 @dataclass
 class StartingWeights:
-    """A network and what its results are stored under.
+    """Initial weights of a run.
 
-    `saved` is the content of its file (`models.saved.content`), `folder` where results go,
-    `digest` that of the file or "none", `seed` the seed of the run that starts from it.
+    Attributes:
+        saved: content of the network's file (`models.saved.content`).
+        folder: folder of the results.
+        digest: `files.digest` of the file, or "none".
+        seed: seed of the run.
     """
 
     saved: dict
@@ -31,13 +34,17 @@ class StartingWeights:
 
     @property
     def deviations(self):
-        """How the stages that made the network deviate from the paper (`presets.deviations`)."""
+        """Deviations of earlier stages from the paper's settings (`presets.deviations`)."""
         return self.saved["meta"].get("deviations", {})
 
     def result_line(self, changed, device, started, **values):
-        """A line of results.jsonl: the network, `values`, and the cost since the time `started`.
+        """Return a line of results.jsonl.
 
-        `changed` holds the deviations of this stage; those of earlier stages are added.
+        Args:
+            changed: deviations of this stage; those of earlier stages are added.
+            device: torch device.
+            started: start time (time.monotonic).
+            values: further entries of the line.
         """
         names = ("source", "method", "distilled_seed", "num_images")
         meta = {name: self.saved["meta"].get(name) for name in names}
@@ -47,7 +54,7 @@ class StartingWeights:
 
 
 def cost(device, started):
-    """Device, versions, seconds since `started` (of time.monotonic), and peak memory in MiB."""
+    """Return device, versions, seconds since `started` (time.monotonic) and peak memory in MiB."""
     cuda = device.type == "cuda"
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -60,18 +67,20 @@ def cost(device, started):
 
 
 def default_network(dataset):
-    """Settings of the untrained network for a data set: arch, width and image_size."""
+    """Return arch, width and image_size of the untrained network for a data set."""
     name = preset_name(dataset)
     settings = preset(name, "distill")
     return dict(arch=settings["arch"], width=settings["width"], image_size=image_size(name))
 
 
 def add_flags(parser, argv):
-    """--weights, --dataset and --seed; --arch, --width and --image-size for --weights none."""
+    """Add --weights, --dataset and --seed, and for --weights none --arch, --width, --image-size."""
     default = default_network(cli.peek_flag("dataset", argv))
     data, method = parser.groups["data"], parser.groups["method"]
-    data.add_argument("--dataset", required=True, help="labelled data set: a name or class folders")
-    data.add_argument("--weights", required=True, help="model.pt of pretrain.py, or none")
+    data.add_argument("--dataset", required=True, help="labelled data set: name or class folders")
+    data.add_argument(
+        "--weights", required=True, help="model.pt of pretrain.py, or none for an untrained network"
+    )
     parser.groups["run"].add_argument(
         "--seed",
         type=cli.non_negative_int,
@@ -87,7 +96,7 @@ def add_flags(parser, argv):
         "--width",
         type=cli.non_negative_float,
         metavar="X",
-        help=f"factor on its hidden widths, {only} (default: {default['width']})",
+        help=f"factor on the network's hidden widths, {only} (default: {default['width']})",
     )
     data.add_argument(
         "--image-size",
@@ -97,9 +106,10 @@ def add_flags(parser, argv):
 
 
 def load(args):
-    """The `StartingWeights` that the flags name.
+    """Return the `StartingWeights` that the flags select.
 
-    Raises UserError for a bad file, and for flags that contradict it.
+    Raises:
+        UserError: if the file is invalid or contradicts the flags.
     """
     default = default_network(args.dataset)
     given = {name: getattr(args, name) for name in default if getattr(args, name) is not None}
@@ -117,15 +127,26 @@ def load(args):
     for name, value in given.items():
         if value != content[name]:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value}: the weights are of {content[name]}")
+            raise UserError(f"--{flag} {value}: the weights have {content[name]}")
     path = Path(args.weights)
     seed = content["meta"].get("seed", 0) if args.seed is None else args.seed
     return StartingWeights(content, path.parent, files.digest(path), seed)
 
 
 def train_or_load(start, run, network, num_outputs, train, **meta):
-    """`network` after calling `train()`, saved as the run's model.pt with the meta of `start` and
-    `meta`; where the run has finished already, the network in its file."""
+    """Train a network and save it as the run's model.pt, or load it if the run has finished.
+
+    Args:
+        start: `StartingWeights`.
+        run: `Run`.
+        network: `Network` that `train()` trains in place.
+        num_outputs: number of its outputs.
+        train: function without arguments.
+        meta: entries added to the meta of `start`.
+
+    Returns:
+        The trained `Network`.
+    """
     if run.finished:
         return saved.rebuild(saved.load_model(run.artefact)).to(network.fc.weight.device)
     train()
@@ -136,7 +157,7 @@ def train_or_load(start, run, network, num_outputs, train, **meta):
 
 
 def run_settings(args, start, **derived):
-    """`cli.run_settings` with the facts about the network in place of the flags that name it."""
+    """Return `cli.run_settings` with properties of the network in place of the flags for it."""
     network = {name: start.saved[name] for name in ("arch", "width", "image_size")}
     flags = {name: value for name, value in cli.run_settings(args).items() if name != "dataset"}
     return flags | network | dict(weights=start.digest, seed=start.seed) | derived

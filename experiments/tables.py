@@ -442,6 +442,25 @@ TABLES = {
             last=("-m analysis.tables {runs}",),
         ),
         Table(
+            "encoder",
+            "100 images distilled from ImageNette at 32 px with the features of an encoder trained "
+            "on ImageNet as targets, beside the random images that they start from. Three "
+            "distillations, each with its own pre-training.",
+            sources=(Source("imagenette", targets=(_ENCODER,)),),
+            methods=("scratch", "random_features", "krr_st"),
+            datasets=("cifar10",),
+            networks=("convnet3",),
+            protocols=(
+                Protocol("linear", labels_per_class=(100,)),
+                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
+            ),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            scale=_SMALL_SCALE,
+            last=("-m analysis.compare encoder {runs}",),
+        ),
+        Table(
             "small",
             "The paper's claim at a scale for a CPU: sets of 100 images at 32 px, and a ConvNet3 "
             "with a quarter of its width. The targets are features of an encoder trained on "

@@ -1,4 +1,4 @@
-"""The networks of the paper by name: `build("convnet3", image_size=32, num_outputs=10)`."""
+"""The paper's networks, by name: `build("convnet3", image_size=32, num_outputs=10)`."""
 
 import torch
 from torch import nn
@@ -12,10 +12,14 @@ from utils.errors import UserError
 
 
 class Network(nn.Module):
-    """A feature extractor f_omega and a linear head h_W: `embed(x)` is (b, d_h), `forward(x)` (b,
-    num_outputs).
+    """Feature extractor f_omega with a linear head h_W.
 
-    With `num_outputs=0` there is no head and `forward` is `embed`.
+    `embed` returns features (b, d_h) and `forward` outputs (b, num_outputs) of x (b, 3, S, S).
+
+    Args:
+        features: module of the feature extractor.
+        feature_dim: d_h.
+        num_outputs: outputs of the head; 0 means no head, and `forward` equals `embed`.
     """
 
     def __init__(self, features, feature_dim, num_outputs):
@@ -32,7 +36,7 @@ class Network(nn.Module):
 
 
 def _scaled(width, *channels):
-    """The channel counts at a relative width, at least 1 each; POOL marks stay."""
+    """Multiply channel counts by a width, with a minimum of 1; POOL marks stay unchanged."""
     return [c if c == POOL else max(1, round(c * width)) for c in channels]
 
 
@@ -77,10 +81,18 @@ ARCHITECTURES = {
 
 
 def build(arch, image_size, num_outputs, width=1.0):
-    """A freshly initialised `Network` (torch's global generator) in channels-last memory format.
+    """Return a new `Network` in channels-last memory format.
 
-    `arch`: a name of `ARCHITECTURES`; `image_size`: pixels of a side, at least 32; `width`: a
-    factor on every hidden width. Raises UserError for a width that `arch` does not come in.
+    torch's global generator initialises its weights.
+
+    Args:
+        arch: key of `ARCHITECTURES`.
+        image_size: height and width in pixels, at least 32.
+        num_outputs: outputs of the head; 0 means no head.
+        width: factor on all hidden widths.
+
+    Raises:
+        UserError: if `arch` does not support `width`.
     """
     if arch == "resnet50_target" and width != 1.0:
         raise UserError("resnet50_target comes at width 1 only")
@@ -90,6 +102,5 @@ def build(arch, image_size, num_outputs, width=1.0):
 
 
 def label(arch, width=1.0):
-    """The name of an architecture at a width, as run folders and tables show it: convnet3,
-    convnet3-x0.25."""
+    """Return the name in run folders and tables, such as convnet3 or convnet3-x0.25."""
     return arch if width == 1.0 else f"{arch}-x{width:g}"

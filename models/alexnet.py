@@ -1,14 +1,13 @@
-"""AlexNet for small images with batch norm and a single linear head, as the distillation literature
-uses it."""
+"""AlexNet for small images, with batch norm and one linear head, as in papers on distillation."""
 
 from torch import nn
 
 
 def alexnet(widths, image_size):
-    """Five convolutions (5x5, 5x5, 3x3, 3x3, 3x3), each with batch norm and ReLU; max-pools after
-    1, 2 and 5.
+    """Return (features, feature width) of an AlexNet.
 
-    Returns (features, feature width); the features map (b, 3, S, S) to (b, widths[4], S/8, S/8).
+    Five convolutions (5x5, 5x5, 3x3, 3x3, 3x3), each with batch norm and ReLU. Max-pooling follows
+    convolutions 1, 2 and 5. `features` maps (b, 3, S, S) to (b, widths[4], S/8, S/8).
     """
     layers, c_in = [], 3
     for c_out, kernel, pool in zip(

@@ -1,5 +1,4 @@
-"""What Barlow Twins puts on top of a network: the projector and the loss (Zbontar et al., ICML
-2021)."""
+"""Projector and loss of Barlow Twins (Zbontar et al., ICML 2021)."""
 
 import torch
 from torch import nn
@@ -9,15 +8,25 @@ from utils import distributed
 
 
 def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):
-    """Distance of the cross-correlation of two views' embeddings, each (b, d), from the identity.
+    """Compute the Barlow Twins loss.
 
-    Zbontar et al., "Barlow Twins", ICML 2021, equations 1 and 2: with C (d, d) of the embeddings
-    standardised over the batch, scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2).
-    Of several ranks the batch is what all of them have.
+    Zbontar et al., "Barlow Twins", ICML 2021, equations 1 and 2:
+
+        scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2)
+
+    C (d, d) is the cross-correlation of the embeddings, standardised over the batch. With several
+    processes, the batch is that of all ranks together.
+
+    Args:
+        z1, z2: (b, d) embeddings of two views.
+        off_diagonal: weight lambda of the off-diagonal terms.
+        scale: factor on the loss.
+
+    Returns:
+        Scalar tensor.
     """
-    z1, z2 = (
-        z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2)
-    )  # bf16 is too coarse
+    # bf16 is not precise enough.
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
     (z1, n), (z2, n) = (standardise(z) for z in (z1, z2))
     c = distributed.all_reduce_sum(z1.T @ z2) / n  # (d, d)
     on = (c.diagonal() - 1).square().sum()
@@ -25,7 +34,7 @@ def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):
 
 
 def projector(d_in, d):
-    """Three linear layers of width d, batch norm and ReLU between them."""
+    """Return three linear layers from d_in to d outputs, with batch norm and ReLU between them."""
     layers = [nn.Linear(d_in, d, bias=False), nn.BatchNorm1d(d), nn.ReLU()]
     layers += [
         nn.Linear(d, d, bias=False),

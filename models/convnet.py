@@ -1,20 +1,21 @@
-"""ConvNet3, ConvNet4 and ConvNet5: the networks that KRR-ST distils with (paper, section 4.1); and,
-with instance norm and one width throughout, those of dataset condensation (dm, dsa, mtt)."""
+"""ConvNets: those of KRR-ST (paper, section 4.1) and of dataset condensation (dm, dsa, mtt).
+
+The latter use instance norm and the same width in all layers.
+"""
 
 from torch import nn
 
 
 def instance_norm(channels):
-    """Each image's channels normalised by themselves, so that no image depends on the others of its
-    batch."""
+    """Return instance norm with learned scale and shift: each channel of an image on its own."""
     return nn.GroupNorm(channels, channels)
 
 
 def convnet(widths, image_size, norm=nn.BatchNorm2d):
-    """Blocks of 3x3 convolution, `norm`, ReLU and 2x2 average pooling, one per entry of `widths`.
+    """Return (features, feature width) of a ConvNet.
 
-    Returns (features, feature width); the features map (b, 3, S, S) to (b, widths[-1], S/2^k,
-    S/2^k).
+    Each of the k entries of `widths` is a block of 3x3 convolution, `norm`, ReLU and 2x2 average
+    pooling. `features` maps (b, 3, S, S) to (b, widths[-1], S/2^k, S/2^k).
     """
     layers, c_in = [], 3
     for c_out in widths:

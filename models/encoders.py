@@ -1,5 +1,4 @@
-"""Networks trained elsewhere, as target networks: torchvision, timm, torch.hub, or a function of
-the user's."""
+"""Pre-trained target networks from torchvision, timm, torch.hub or a user's function."""
 
 import hashlib
 import importlib.util
@@ -15,22 +14,22 @@ from models.saved import load_matching
 from utils import files
 from utils.errors import UserError
 
-IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # the statistics most weights are trained with
-DEFAULT_SIZE = 224  # pixels, of encoders that do not say
+# Mean and standard deviation of the input, for most pre-trained weights.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DEFAULT_SIZE = 224  # pixels, for encoders that do not specify a size
 FORMS = "torchvision:NAME[:WEIGHTS], timm:NAME, hub:OWNER/REPO:ENTRY or FILE.py:FUNCTION"
 
 
 @dataclass
 class Encoder:
-    """A frozen network in eval mode.
+    """Frozen network in eval mode.
 
-    `module` maps (b, 3, `image_size`, `image_size`) to features (b, d). Its input is the pixels in
-    [0, 1], normalised by `mean` and `std` where those are given. `facts` are the plain values that
-    identify the encoder: its name, the version of its code, its preprocessing, and the SHA-256 of
-    its weights.
+    Attributes:
+        module: maps its input (b, 3, E, E) to features (b, d).
+        image_size: E, height and width of the input in pixels.
+        mean, std: statistics that normalise the pixels in [0, 1], or None for no normalisation.
+        facts: dict of plain values that identify the encoder: name, version of its code,
+            preprocessing, and SHA-256 of its weights.
     """
 
     module: Callable
@@ -40,7 +39,7 @@ class Encoder:
     facts: dict = field(default_factory=dict)
 
     def __call__(self, pixels):
-        """Features (b, d) float32 of pixels (b, 3, E, E) in [0, 1]."""
+        """Return features (b, d) of pixels (b, 3, E, E) in [0, 1]."""
         if self.mean is not None:
             mean, std = (pixels.new_tensor(each)[:, None, None] for each in (self.mean, self.std))
             pixels = (pixels - mean) / std
@@ -49,17 +48,20 @@ class Encoder:
 
 
 def load_encoder(what, device, weights="", size=0):
-    """Build an encoder and check that it returns feature vectors.
+    """Load an encoder and check that it returns feature vectors.
 
     Args:
-        what: one of `FORMS`.
-        device: torch device that the encoder runs on.
-        weights: path of a state dict that replaces the download of torchvision or timm.
-        size: pixels of a side of its input; 0 takes the encoder's own.
+        what: name in one of the `FORMS`.
+        device: torch device.
+        weights: path of a state dict to use instead of a download by torchvision or timm.
+        size: height and width of the input in pixels; 0 selects the encoder's own.
+
+    Returns:
+        `Encoder`.
 
     Raises:
-        UserError: for an unknown name, a missing package, weights that cannot be downloaded or do
-            not fit, or a network that does not return finite features of shape (b, d).
+        UserError: if the name is unknown, a package is missing, weights cannot be downloaded or do
+            not fit, or the network does not return finite features (b, d).
     """
     kind, _, rest = what.partition(":")
     function = what.rpartition(":")[0].endswith(".py")
@@ -70,7 +72,7 @@ def load_encoder(what, device, weights="", size=0):
     else:
         raise UserError(f"--encoder {what}: must be {FORMS}")
     if weights and load not in (_from_torchvision, _from_timm):
-        raise UserError(f"--weights goes with torchvision: and timm: encoders, not with {what}")
+        raise UserError(f"--weights requires a torchvision: or timm: encoder, not {what}")
     encoder = load(what if function else rest, weights, size)
     encoder.module = encoder.module.to(device).eval().requires_grad_(False)
     _check(encoder, what, device)
@@ -86,7 +88,7 @@ def load_encoder(what, device, weights="", size=0):
 
 
 def state_digest(module):
-    """SHA-256 of a module's parameters and buffers, in the order of their names."""
+    """Return the SHA-256 of a module's parameters and buffers, ordered by name."""
     sha = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
@@ -103,7 +105,7 @@ def _check(encoder, what, device):
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(
             f"--encoder {what}: fails on images of {size} px ({_reason(error)}); "
-            "give the size it takes with --encoder-size"
+            "specify its input size with --encoder-size"
         ) from error
     if not torch.is_tensor(features) or not features.is_floating_point():
         found = type(features).__name__ if not torch.is_tensor(features) else str(features.dtype)
@@ -130,7 +132,7 @@ def _without_classifier(network, name):
 
 
 def _from_torchvision(rest, weights, size):
-    """NAME[:WEIGHTS]: the network without its classifier, on inputs normalised as its weights."""
+    """Load NAME[:WEIGHTS] without its classifier, with the normalisation of its weights."""
     name, _, entry = rest.partition(":")
     try:
         known = torchvision.models.get_model_weights(name)
@@ -138,7 +140,7 @@ def _from_torchvision(rest, weights, size):
     except KeyError:
         listed = ", ".join(each.name for each in known)
         raise UserError(
-            f"--encoder torchvision:{name}: has no weights {entry}, but {listed}"
+            f"--encoder torchvision:{name}: has no weights {entry}; available: {listed}"
         ) from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"--encoder torchvision:{name}: {_reason(error)}") from error
@@ -156,7 +158,7 @@ def _from_torchvision(rest, weights, size):
 
 
 def _from_timm(name, weights, size):
-    """NAME: the network without its classifier, on inputs normalised as its weights."""
+    """Load NAME without its classifier, with the normalisation of its weights."""
     try:
         import timm
     except ImportError as error:
@@ -168,7 +170,7 @@ def _from_timm(name, weights, size):
     options = dict(pretrained=not weights, num_classes=0)
     config = timm.get_pretrained_cfg(name)
     if size and config and config.fixed_input_size and size != config.input_size[-1]:
-        options["img_size"] = size  # of a vision transformer, whose position embedding is resized
+        options["img_size"] = size  # timm resizes a vision transformer's position embedding
     network = _download(lambda: timm.create_model(name, **options), f"timm:{name}")
     if weights:
         load_matching(network, weights)
@@ -180,8 +182,7 @@ def _from_timm(name, weights, size):
 
 
 def _from_hub(rest, weights, size):
-    """OWNER/REPO[/BRANCH]:ENTRY or FOLDER:ENTRY, through torch.hub: this runs the repository's
-    code."""
+    """Load OWNER/REPO[/BRANCH]:ENTRY or FOLDER:ENTRY with torch.hub, which runs its code."""
     repository, _, entry = rest.rpartition(":")
     if not repository:
         raise UserError(f"--encoder hub:{rest}: must be hub:OWNER/REPO:ENTRY")
@@ -196,9 +197,9 @@ def _from_hub(rest, weights, size):
 
 
 def _from_file(what, weights, size):
-    """FILE.py:FUNCTION: a function that returns a module of pixels in [0, 1].
+    """Call FILE.py:FUNCTION, which returns a module that takes pixels in [0, 1].
 
-    The module's attribute `image_size`, where it has one, is the size of its input.
+    The module's attribute `image_size`, if any, is the height and width of its input.
     """
     path, _, name = what.rpartition(":")
     path = Path(path)
@@ -209,7 +210,7 @@ def _from_file(what, weights, size):
     try:
         spec.loader.exec_module(source)
         network = getattr(source, name)()
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code can raise any exception
         where = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(f"--encoder {what}: fails ({where})") from error
     if not isinstance(network, nn.Module):
@@ -221,16 +222,15 @@ def _from_file(what, weights, size):
 
 
 def _download(build, what):
-    """`build()`, whose weights or code may be downloaded."""
+    """Return `build()`, which may download weights or code."""
     try:
         return build()
     except OSError as error:
         raise UserError(
-            f"--encoder {what}: cannot be downloaded ({_reason(error)}); where weights are at "
-            "hand, "
-            "name their file with --weights"
+            f"--encoder {what}: cannot be downloaded ({_reason(error)}); pass a local weights file "
+            "with --weights"
         ) from error
-    except Exception as error:  # of the hub's code, or of a library that refuses a name or a size
+    except Exception as error:  # code from the hub can raise any exception
         raise UserError(f"--encoder {what}: {type(error).__name__}: {_reason(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""The features of a whole source under an encoder: computed once, resumable, in bounded memory."""
+"""Features of all images of a source, computed by an encoder or read from a file."""
 
 from pathlib import Path
 
@@ -10,24 +10,24 @@ from utils.device import autocast
 from utils.errors import UserError
 from utils.moments import Moments
 
-BATCH = 64  # images in a pass of the encoder
-ROWS = 2048  # rows of a table at a time
+BATCH = 64  # images per batch of the encoder
+ROWS = 2048  # rows of an array per step
 
 
 class FeatureTable:
-    """Features (n, d) float32 in a .npy file while they are computed; part of a checkpoint."""
+    """Features (n, d) float32 in a .npy file that is filled step by step; part of a checkpoint."""
 
     def __init__(self, path, n):
         self.path, self.n, self.array = Path(path), n, None
 
     def write(self, start, features):
-        """Set the rows from `start` to `features` (b, d); the first call makes the file."""
+        """Write `features` (b, d) to the rows from `start`. The first call creates the file."""
         if self.array is None:
             self.array = files.create_array(self.path, np.float32, (self.n, features.shape[1]))
         self.array[start : start + len(features)] = features.float().cpu().numpy()
 
     def state_dict(self):
-        """The width d; the rows are on disk when this returns."""
+        """Flush the rows to disk and return the width d."""
         if self.array is None:
             return {"width": 0}
         self.array.flush()
@@ -41,15 +41,23 @@ class FeatureTable:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path.name} is missing or damaged") from error
         if array.shape != (self.n, state["width"]) or array.dtype != np.float32:
-            raise ValueError(f"{self.path.name} is of shape {array.shape}")
+            raise ValueError(f"{self.path.name} has shape {array.shape}")
         self.array = array
 
 
 def compute_features(encoder, originals, table, run, device, precision):
-    """Fill `table` with the encoder's features of all images of `originals`, a batch a step.
+    """Compute the encoder's features of all images, as the phase "features" of a run.
+
+    Args:
+        encoder: `Encoder`.
+        originals: `Originals` at the encoder's image size.
+        table: `FeatureTable` to fill.
+        run: `Run` that logs and saves checkpoints.
+        device: torch device.
+        precision: as --precision.
 
     Raises:
-        UserError: for an image that cannot be decoded or features that are not finite.
+        UserError: if an image cannot be decoded or a feature is not finite.
     """
     n = len(originals.images)
     run.resume(device, dict(table=table))
@@ -65,11 +73,15 @@ def compute_features(encoder, originals, table, run, device, precision):
 
 
 def read_features(path, n):
-    """The array (n, d) in a .npy or .safetensors file, as float32.
+    """Read features (n, d) from a .npy or .safetensors file.
+
+    Args:
+        path: path of the file.
+        n: expected number of rows.
 
     Raises:
-        UserError: where the file is missing or unreadable, or holds anything but one finite
-            two-dimensional array of `n` rows.
+        UserError: if the file is missing, is unreadable, or does not contain exactly one finite
+            array of shape (n, d).
     """
     path = Path(path)
     if not path.is_file():
@@ -115,12 +127,12 @@ def reduce_features(array, path, count):
     Args:
         array: (n, d) features, which may be mapped from disk.
         path: file to write, float32.
-        count: D, components to keep; 0 keeps the features as they are.
+        count: D, number of components to keep; 0 keeps the features unchanged.
 
     Returns:
-        (components, facts): `components` is None without a reduction, else a dict with `mean` (d,)
-        and `components` (D, d) float32; `facts` holds `encoder_dim` d, `zeros`, the share of
-        features that are exactly 0, and `variance_kept`, the share of variance in the components.
+        components: dict with `mean` (d,) and `components` (D, d) float32; None without a reduction.
+        facts: dict with `encoder_dim` d, `zeros`, the fraction of features that are exactly 0, and
+            `variance_kept`, the fraction of the variance that the components explain.
     """
     n, width = array.shape
     count = min(count, width, max(1, n - 1)) if count else 0
@@ -145,6 +157,5 @@ def reduce_features(array, path, count):
 
 
 def project(features, mean, components):
-    """Features (b, d) as coordinates (b, D) along `components` (D, d); unchanged where that is
-    None."""
+    """Project features (b, d) onto `components` (D, d); unchanged if that is None."""
     return features if components is None else (features - mean) @ components.T

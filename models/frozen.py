@@ -1,5 +1,4 @@
-"""The features of a network in eval mode, whose weights stay as they are: what the ridge head
-stands on."""
+"""Features of a network in eval mode with fixed weights, the input of the ridge head."""
 
 import copy
 from itertools import pairwise
@@ -9,23 +8,24 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-# images at a time on a CPU, so that a layer's output is still in its cache when the next layer
-# reads it
+# Images per pass on a CPU, so that a layer's output is still in the CPU cache for the next layer.
 PIECE = 64
 
 
 class Frozen:
-    """f_omega(x) of a `Network` as its weights are at the call, in eval mode: differentiable in x,
-    not in the weights.
+    """Feature extractor f_omega of a `Network` in eval mode, with the network's current weights.
 
-    Each batch norm that follows a convolution is folded into it. (In this package's networks one
-    that is registered right after a convolution is applied right after it.)
+    Differentiable in the input, not in the weights. Each batch norm is folded into the convolution
+    before it. In this package's networks, the order of registration is that of application.
+
+    Args:
+        network: `Network`, which is not changed.
     """
 
     def __init__(self, network):
         self.network = network
         self.skeleton = copy.deepcopy(network.features).eval().requires_grad_(False).to("meta")
-        self.pairs = []  # names of a convolution and of its batch norm
+        self.pairs = []  # names of convolutions and their batch norms
         for path, module in list(self.skeleton.named_modules()):
             for (name, conv), (following, norm) in pairwise(list(module.named_children())):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -38,7 +38,7 @@ class Frozen:
                     setattr(module, following, nn.Identity())
 
     def _folded(self):
-        """The tensors of `skeleton` by name."""
+        """Return the tensors of `skeleton` by name."""
         features = self.network.features
         tensors = features.state_dict()  # without a graph
         for conv, norm in self.pairs:
@@ -59,9 +59,11 @@ class Frozen:
         return tensors
 
     def __call__(self, x, chunk=0):
-        """Features (b, d_h) of x (b, 3, S, S). With `chunk`, that many images at a time, and where
-        a gradient is asked for, their layers are computed again in the backward pass instead of
-        being kept."""
+        """Return features (b, d_h) of x (b, 3, S, S).
+
+        With `chunk`, processes that many images at a time. The backward pass then recomputes their
+        activations instead of storing them.
+        """
         tensors = self._folded()
 
         def embed(part):

@@ -1,7 +1,6 @@
-"""MobileNet: inverted residual blocks with expansion 2 (Sandler et al., 2018, with a smaller
-expansion).
+"""MobileNetV2 (Sandler et al., 2018), with expansion 2 in the inverted residual blocks.
 
-The paper cites MobileNetV1; the network its numbers come from is this V2 (departure D14
+The paper cites MobileNetV1, but its numbers come from this network (departure D14
 network-variants).
 """
 
@@ -9,6 +8,7 @@ from torch import nn
 
 
 def conv_bn(c_in, c_out, kernel, stride=1, groups=1):
+    """Return a convolution without bias, followed by batch norm."""
     convolution = nn.Conv2d(
         c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False
     )
@@ -16,8 +16,10 @@ def conv_bn(c_in, c_out, kernel, stride=1, groups=1):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, 1x1 projection; a shortcut (1x1 where channels differ) when
-    stride is 1."""
+    """1x1 expansion, depthwise 3x3 convolution and 1x1 projection.
+
+    With stride 1 there is a shortcut, which is a 1x1 convolution if the channel counts differ.
+    """
 
     def __init__(self, c_in, c_out, expansion, stride):
         super().__init__()
@@ -38,10 +40,14 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet(stem, stages, last):
-    """`stages` holds (expansion, output width, blocks, stride of the first block); `stem` and
-    `last` are widths.
+    """Return (features, feature width) of a MobileNet.
 
-    Returns (features, feature width); the features map (b, 3, S, S) to (b, last, 1, 1) at any S.
+    `features` maps (b, 3, S, S) to (b, last, 1, 1) for any S.
+
+    Args:
+        stem: width of the first convolution.
+        stages: list of (expansion, output width, number of blocks, stride of the first block).
+        last: width of the last convolution.
     """
     layers, c_in = [conv_bn(3, stem, 3), nn.ReLU(inplace=True)], stem
     for expansion, c_out, blocks, stride in stages:

@@ -1,7 +1,7 @@
-"""ResNets for small images: 3x3 stem with padding 2, no max-pool, pooled features; and the ResNet50
-for 224 px.
+"""ResNets for small images, and ResNet50 for 224 px.
 
-Module names are torchvision's, so that backbones trained elsewhere with the same stem load here.
+The ResNets for small images have a 3x3 stem with padding 2, no max-pooling and global average
+pooling. Module names are those of torchvision, so that weights for the same stem can be loaded.
 """
 
 import torchvision
@@ -10,11 +10,12 @@ from torchvision.models.resnet import BasicBlock
 
 
 class Subsampling1x1(nn.Conv2d):
-    """A 1x1 convolution of every `step`-th pixel: `nn.Conv2d(c_in, c_out, 1, stride=step)`,
-    computed as a slice and a convolution of stride 1.
+    """1x1 convolution of every `step`-th pixel, without bias.
 
-    PyTorch 2.15's backward pass of the strided one (oneDNN 3.13, AVX-512, channels-last) writes
-    outside its buffers when c_in is below 16, which ends the process with a corrupted heap.
+    Equals `nn.Conv2d(c_in, c_out, 1, stride=step, bias=False)`, but is computed as a slice and a
+    convolution with stride 1. In PyTorch 2.15 (oneDNN 3.13, AVX-512, channels-last), the backward
+    pass of the strided convolution writes outside its buffers if c_in is below 16. This corrupts
+    the heap and crashes the process.
     """
 
     def __init__(self, c_in, c_out, step):
@@ -26,12 +27,17 @@ class Subsampling1x1(nn.Conv2d):
 
 
 class SmallImageResNet(nn.Module):
-    """torchvision's basic blocks behind a stem that keeps the resolution: (b, 3, S, S) -> (b,
-    widths[3], 1, 1).
+    """ResNet of torchvision's basic blocks that maps (b, 3, S, S) to (b, widths[3], 1, 1).
 
-    The stem's padding of 2 makes maps of S + 2 pixels, as in the paper's networks.
-    `zero_init_residual` sets the last batch norm of each block to 0, so that a block starts as the
-    identity (the paper's ResNet10 and ResNet18; not its self-supervised target).
+    The stem keeps the resolution. Its padding of 2 results in maps of S + 2 pixels, as in the
+    paper's networks.
+
+    Args:
+        blocks: number of blocks in each of the four stages.
+        widths: width of each stage.
+        zero_init_residual: initialise the scale of each block's last batch norm with 0, so that
+            the block starts as the identity. True for the paper's ResNet10 and ResNet18, False for
+            its target network.
     """
 
     def __init__(self, blocks, widths, zero_init_residual):
@@ -65,13 +71,15 @@ class SmallImageResNet(nn.Module):
 
 
 def resnet(blocks, widths, zero_init_residual=True):
-    """Returns (features, feature width) of a `SmallImageResNet`."""
+    """Return (features, feature width) of a `SmallImageResNet`."""
     return SmallImageResNet(blocks, widths, zero_init_residual), widths[-1]
 
 
 def resnet50():
-    """torchvision's ResNet50 without its head: (b, 3, S, S) -> (b, 2048); the target of the paper's
-    appendix D."""
+    """Return (features, feature width) of torchvision's ResNet50 without its head.
+
+    `features` maps (b, 3, S, S) to (b, 2048). It is the target of the paper's appendix D.
+    """
     network = torchvision.models.resnet50()
     network.fc = nn.Identity()
     return network, 2048

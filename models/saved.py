@@ -1,4 +1,4 @@
-"""A trained network's file, model.pt."""
+"""The file of a trained network, model.pt."""
 
 import math
 
@@ -11,8 +11,13 @@ from utils.presets import SMALLEST_IMAGE_SIZE
 
 
 def content(network, arch, width, image_size, num_outputs, meta):
-    """What `files.save(path, "model", ...)` writes; `meta` are plain values: source, method, seed,
-    settings."""
+    """Return the dict for `files.save(path, "model", ...)`.
+
+    Args:
+        network: `Network`.
+        arch, width, image_size, num_outputs: arguments of `models.build`.
+        meta: dict of plain values: source, method, seed, settings.
+    """
     state = {name: value.cpu() for name, value in network.state_dict().items()}
     return dict(
         network=state,
@@ -25,21 +30,27 @@ def content(network, arch, width, image_size, num_outputs, meta):
 
 
 def load_model(path):
-    """The dict that `content` made, with its `path`. Raises UserError when it is not one."""
+    """Read a model.pt. Raises UserError if it is invalid.
+
+    Returns:
+        The dict of `content`, with its `path`.
+    """
     saved = files.load(
         path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta")
     )
     outputs = saved["num_outputs"]
     wrong = None if isinstance(outputs, int) and outputs > 0 else f"num_outputs {str(outputs)[:40]}"
-    wrong = wrong or (None if isinstance(saved["meta"], dict) else "meta that is no dictionary")
+    wrong = wrong or (None if isinstance(saved["meta"], dict) else "meta that is not a dictionary")
     if fault := find_fault(saved) or wrong:
         raise UserError(f"{path}: {fault}")
     return saved | {"path": str(path)}
 
 
 def find_fault(saved):
-    """What makes `network`, `arch`, `width` and `image_size` in a file no network, in words, or
-    None."""
+    """Return a description of what is invalid in a file's network, or None.
+
+    `saved` has `network`, `arch`, `width` and `image_size`.
+    """
     arch, width, size, network = (
         saved[name] for name in ("arch", "width", "image_size", "network")
     )
@@ -58,10 +69,14 @@ def find_fault(saved):
 
 
 def rebuild(saved, num_outputs=None):
-    """The network of a model.pt; with `num_outputs`, its feature extractor under a new head of that
-    many outputs.
+    """Build the `Network` of a model.pt.
 
-    Raises UserError when the weights do not fit the network that the file names.
+    Args:
+        saved: dict of `load_model`.
+        num_outputs: outputs of a new head that replaces the stored one; None keeps the stored one.
+
+    Raises:
+        UserError: if the weights do not fit the network.
     """
     new_head = num_outputs is not None
     network = models.build(
@@ -79,7 +94,7 @@ def rebuild(saved, num_outputs=None):
 
 
 def load_weights(network, state, arch, path):
-    """Load `state` into `network`. Raises UserError, naming `path`, when it does not fit."""
+    """Load `state` into `network`. Raises UserError with `path` if it does not fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -89,36 +104,27 @@ def load_weights(network, state, arch, path):
 
 
 def untrained(arch, width, image_size):
-    """As `load_model`, of a network that nobody has trained: torch's generator initialises it."""
+    """Return the dict of `load_model` for a network that torch's generator initialises."""
     network = models.build(arch, image_size, 1, width)
     return content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
 
 
-PREFIXES = (
-    "backbone.",
-    "encoder.",
-    "module.",
-    "model.",
-)  # of checkpoints by solo-learn, lightly, DDP
-CONTAINERS = (
-    "state_dict",
-    "model",
-    "network",
-    "model_state_dict",
-    "teacher",
-)  # keys above a state dict
+# Prefixes of keys in checkpoints of solo-learn, lightly and DDP.
+PREFIXES = ("backbone.", "encoder.", "module.", "model.")
+# Keys under which checkpoints store a state dict.
+CONTAINERS = ("state_dict", "model", "network", "model_state_dict", "teacher")
 
 
 def load_matching(network, path):
-    """Load the state dict in a file that other software has written into `network`.
+    """Load a state dict from a file of other software into `network`.
 
-    A state dict under one of `CONTAINERS` is taken from there, and its keys may begin with any of
-    `PREFIXES`. Entries that the network has no place for, such as heads, are left out and named on
-    standard output.
+    The state dict may be stored under one of the keys `CONTAINERS`, and its keys may start with any
+    of the `PREFIXES`. Entries that the network does not have, such as heads, are skipped and
+    listed on standard output.
 
     Raises:
-        UserError: where the file is no state dict, lacks an entry of the network, or has one of
-            another shape or with values that are not finite.
+        UserError: if the file contains no state dict, if an entry of the network is missing or has
+            another shape, or if values are not finite.
     """
     state = files.read_data(path, "state dict")
     while isinstance(state, dict) and (
@@ -147,11 +153,11 @@ def load_matching(network, path):
         for name in state
         if name.removeprefix(prefix) not in found or not name.startswith(prefix)
     ]:
-        print(f"{path}: not used: {_listed(unused)}")
+        print(f"{path}: skipped entries: {_listed(unused)}")
 
 
 def _best_prefix(state, wanted):
-    """The prefix, made of `PREFIXES`, under which `state` has most of the keys in `wanted`."""
+    """Return the combination of `PREFIXES` that matches most keys of `wanted` in `state`."""
     prefixes = {""}
     for name in state:
         prefix = ""

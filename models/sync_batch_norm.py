@@ -1,7 +1,6 @@
-"""Batch norm over the images of all ranks, so that several processes compute what one would on the
-whole batch.
+"""Batch norm with the statistics of all ranks, for the same results as with one process.
 
-PyTorch's own SyncBatchNorm needs a GPU.
+PyTorch's SyncBatchNorm supports GPUs only.
 """
 
 import contextlib
@@ -15,13 +14,16 @@ from utils import distributed
 
 
 def _sums(*parts):
-    """Sums of `parts` (each (c,)) over all ranks, in one collective."""
+    """Return the sums over all ranks of `parts`, (c,) each, in one collective operation."""
     return distributed.all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
 
 
 class _Standardise(torch.autograd.Function):
-    """x (n, c, ...) less its mean, over its deviation; both over all ranks. Also returns mean,
-    variance (c,), and how many values a channel has over all ranks ()."""
+    """Standardise each channel of x (n, c, ...) over all ranks.
+
+    Returns the result, the mean (c,), the variance (c,), and the number of values per channel over
+    all ranks, a scalar tensor.
+    """
 
     @staticmethod
     def forward(ctx, x, eps):
@@ -46,8 +48,11 @@ class _Standardise(torch.autograd.Function):
 
 
 def standardise(x, eps=1e-5):
-    """x (b, d) with zero mean and unit variance in each column over all ranks, and how many rows
-    they have together."""
+    """Standardise each column of x (b, d) over all ranks.
+
+    Returns:
+        The result (b, d) and the number of rows of all ranks.
+    """
     if distributed.world_size() == 1:
         return F.batch_norm(x, None, None, training=True, eps=eps), len(x)
     x, _, _, n = _Standardise.apply(x, eps)
@@ -57,7 +62,7 @@ def standardise(x, eps=1e-5):
 def _forward(layer, x):
     if not layer.training:
         return type(layer).forward(layer, x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in bf16 are too coarse
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 sums are not precise enough
     y, mean, variance, n = _Standardise.apply(wide, layer.eps)
     if layer.track_running_stats:
         with torch.no_grad():
@@ -70,7 +75,7 @@ def _forward(layer, x):
 
 @contextlib.contextmanager
 def synchronised(*networks):
-    """Within: in train mode, the batch norm of `networks` takes its statistics over all ranks."""
+    """Context in which batch norm of `networks` in train mode uses the statistics of all ranks."""
     found = [
         each for network in networks for each in network.modules() if isinstance(each, _BatchNorm)
     ]

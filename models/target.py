@@ -1,5 +1,4 @@
-"""The target g_phi: a network of ours or an encoder trained elsewhere, and its features of the
-source."""
+"""The target g_phi, a network of this project or an encoder, and its features of the source."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,21 @@ from utils import files, progress
 from utils.device import autocast
 from utils.errors import UserError
 
-BATCH = 512  # images in a pass
+BATCH = 512  # images per batch
 
 
 @dataclass
 class Target:
-    """The target of a source: where its file lies, and in what it differs from the paper's.
+    """The target g_phi of a source.
 
-    `feature_dim` is d_y; `deviations` are `presets.deviations` of the stage that made it; `name`
-    tells in results which target it is, and is empty for a network of ours.
+    Attributes:
+        path: path of target.pt.
+        digest: `files.digest` of it.
+        device: torch device.
+        precision: as --precision.
+        deviations: `presets.deviations` of the stage that made the target.
+        feature_dim: d_y.
+        name: name of an encoder or a feature file in results; empty for a network of this project.
     """
 
     path: Path
@@ -37,24 +42,24 @@ class Target:
     name: str = ""
 
     def features(self, x):
-        """g_phi of normalised images (b, 3, S, S): (b, d_y) float32."""
+        """Return g_phi(x), (b, d_y) float32, of normalised images (b, 3, S, S)."""
         raise NotImplementedError
 
     def require_network(self):
-        """Raise UserError where `features` cannot be computed, before a run needs it."""
+        """Raise UserError if `features` is not available."""
 
     def features_at(self, images, index):
-        """g_phi of the images of the source at `index` (b,): (b, d_y) float32."""
+        """Return the features (b, d_y) float32 of the source's images at `index` (b,)."""
         raise NotImplementedError
 
     def features_of(self, images):
-        """g_phi(X_t): (n, d_y) float32 of the whole source, mapped from disk."""
+        """Return g_phi(X_t), (n, d_y) float32, of all images, mapped from disk."""
         raise NotImplementedError
 
 
 @dataclass
 class NetworkTarget(Target):
-    """A network of ours, trained by Barlow Twins, in eval mode at the source's image size."""
+    """Target network of this project, in eval mode, at the source's image size."""
 
     network: torch.nn.Module = None
 
@@ -69,23 +74,19 @@ class NetworkTarget(Target):
         return self.features(images.normalised(index, self.device))
 
     def features_of(self, images):
-        """As `Target.features_of`; computed at the first call and kept beside the target's file."""
+        """As `Target.features_of`. The first call stores the features beside target.pt."""
         path = self.path.parent / f"features-{self.digest}-{self.precision}.npy"
         record = path.with_suffix(".json")
         if not record.is_file():
             with files.wait_for_lock(path.with_suffix(".lock")):
-                if not record.is_file():  # another process may have done it meanwhile
-                    for partial in path.parent.glob(
-                        f"{path.stem}.*.partial"
-                    ):  # of a process that was killed
-                        partial.unlink()
+                if not record.is_file():  # another process may have computed them in the meantime
+                    for leftover in path.parent.glob(f"{path.stem}.*.partial"):  # killed process
+                        leftover.unlink()
                     self._write_features(images, path)
                     files.write_json(record, {"name": path.name, "features": files.checksums(path)})
         content = files.read_json(record, "record of features")
         if content.get("name") != path.name:
-            raise UserError(
-                f"{record}: not the record of {path.name}; delete it, and it is made again"
-            )
+            raise UserError(f"{record}: not the record of {path.name}; delete it to recreate it")
         return torch.from_numpy(files.open_array(path, content["features"]))
 
     def _write_features(self, images, path):
@@ -98,19 +99,19 @@ class NetworkTarget(Target):
                     self.features(images.normalised(index, self.device)).cpu().numpy()
                 )
             if not np.isfinite(table).all():
-                raise UserError(
-                    f"{self.path}: a target whose features of {images.name} are not finite"
-                )
+                raise UserError(f"{self.path}: the features of {images.name} are not finite")
             table.flush()
 
 
 @dataclass
 class FeatureTarget(Target):
-    """Features of the source that an encoder, or other software, has computed at full resolution.
+    """Target given by features of the source, from an encoder or a feature file.
 
-    `table` (n, d_y) is mapped from disk. `encoder` holds the facts by which the encoder is built
-    again for other images, `what` and `weights` the flags that named it; None without an encoder.
-    `mean` and `std` (3,) are the source's statistics.
+    Attributes:
+        table: (n, d_y) features, mapped from disk.
+        encoder: dict of facts from which `load_encoder` rebuilds the encoder, or None.
+        components: principal components of `reduce_features`, or None.
+        mean, std: (3,) statistics of the source.
     """
 
     table: torch.Tensor = None
@@ -123,10 +124,10 @@ class FeatureTarget(Target):
         self._loaded = None
 
     def features(self, x):
-        """As `Target.features`: the images are resized to the encoder's input size.
+        """As `Target.features`. The images are resized to the encoder's input size.
 
         Raises:
-            UserError: without an encoder, or when its weights are not those of `table`.
+            UserError: if there is no encoder, or if its weights have changed.
         """
         encoder = self.require_network()
         pixels = x * self.std.to(x)[:, None, None] + self.mean.to(x)[:, None, None]
@@ -147,14 +148,14 @@ class FeatureTarget(Target):
         """As `Target.require_network`; returns the encoder."""
         if self.encoder is None:
             raise UserError(
-                f"{self.path}: made from --features, so it has no network for new images"
+                f"{self.path}: made with --features, so there is no network for new images"
             )
         if self._loaded is None:
             what, weights, size = (self.encoder[name] for name in ("what", "file", "image_size"))
             loaded = load_encoder(what, self.device, weights, size)
             if loaded.facts["weights"] != self.encoder["weights"]:
                 raise UserError(
-                    f"{self.path}: {what} has other weights now than when the features were "
+                    f"{self.path}: the weights of {what} have changed since the features were "
                     "computed"
                 )
             self._loaded = loaded
@@ -162,11 +163,20 @@ class FeatureTarget(Target):
 
 
 def load_target(path, source, device, precision):
-    """Read a target.pt for the `ImageSet` that it was made from.
+    """Read a target.pt.
+
+    Args:
+        path: path of the file.
+        source: `ImageSet` that the target was made from.
+        device: torch device.
+        precision: as --precision.
+
+    Returns:
+        `Target`.
 
     Raises:
-        UserError: when there is none, or when it was made from another source, from other images of
-            it or, for a network of ours, at another image size.
+        UserError: if the file is missing or invalid, or was made from another source, another
+            version of its images or, for a network of this project, another image size.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,16 +1,15 @@
-"""VGG11 with batch norm and a single linear head (Simonyan and Zisserman, 2015; as the paper uses
-it)."""
+"""VGG11 with batch norm and one linear head, as in the paper (Simonyan and Zisserman, 2015)."""
 
 from torch import nn
 
-POOL = 0  # marks a 2x2 max-pool among the widths
+POOL = 0  # marks 2x2 max-pooling in a list of widths
 
 
 def vgg(widths, image_size):
-    """3x3 convolution, batch norm and ReLU for each width, a 2x2 max-pool for each `POOL`.
+    """Return (features, feature width) of a VGG.
 
-    Returns (features, feature width); the features map (b, 3, S, S) to (b, widths[-2], S/2^p,
-    S/2^p).
+    Each width is a 3x3 convolution with batch norm and ReLU. Each of the p entries `POOL` is a 2x2
+    max-pooling. `features` maps (b, 3, S, S) to (b, widths[-2], S/2^p, S/2^p).
     """
     layers, c_in, side = [], 3, image_size
     for c_out in widths:

@@ -136,7 +136,7 @@ def test_weights_that_are_none(refused, distilled, tmp_path):
 
 def test_flags_that_contradict_the_weights(refused, weights):
     line = refused("finetune", "--weights", weights, "--dataset", "digits", "--arch", "vgg11")
-    assert "--arch vgg11: the weights are of convnet3" in line
+    assert "--arch vgg11: the weights have convnet3" in line
     line = refused("finetune", "--weights", weights, "--dataset", "digits", "--protocol", "head")
     assert "has 64 outputs, digits 10 classes" in line
 

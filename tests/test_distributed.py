@@ -279,7 +279,7 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
                 and "stopped after step 13 of 20 (distil)" in text[2]
                 and not text[3]
             )
-    assert "ranks: 2 there, 1 now" in command("distill.py", *words, alone, check=False).stderr
+    assert "ranks: 2 stored, 1 now" in command("distill.py", *words, alone, check=False).stderr
     found, codes = ranked(2, tmp_path / "c", call, distill.main, [*words, alone])
     assert codes == [0, 0] and found[0] == found[1]
     resumed = files.load(alone / "digits" / "krr_st" / "seed0" / "distilled.pt", "distilled")
@@ -447,7 +447,7 @@ def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, d
     ):
         _, codes = ranked(2, tmp_path / str(number), call, main, [*words, *roots])
         assert codes == [0, 0], outputs(tmp_path / str(number), 2)
-    assert "was there already" in (tmp_path / "3" / "out0").read_text()
+    assert "already in results.jsonl" in (tmp_path / "3" / "out0").read_text()
     assert files.load(tmp_path / "digits/target/seed0/target.pt", "target")["quality"]["knn"] > 20
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
     assert len((teacher.parent.parent / "results.jsonl").read_text().splitlines()) == 1

@@ -192,7 +192,7 @@ def test_changed_encoder_is_refused_for_new_images(target_path, encoder_file, so
     target = load_target(target_path, source, CPU, "fp32")
     encoder_file.write_text(ENCODER.replace("manual_seed(3)", "manual_seed(4)"))
     try:
-        with pytest.raises(UserError, match="has other weights now"):
+        with pytest.raises(UserError, match="have changed since the features"):
             target.features(source.normalised(torch.tensor([0]), CPU))
     finally:
         encoder_file.write_text(ENCODER)
@@ -261,7 +261,7 @@ def test_prepared_images_are_enlarged_where_the_raw_ones_are_gone(tmp_path, caps
     (top / "a.png").unlink()
     originals = Originals(source, "train", 48, tmp_path / "data")
     [pixels] = originals.batches([0], 8)
-    assert not originals.from_raw and "the prepared ones are enlarged" in capsys.readouterr().out
+    assert not originals.from_raw and "resizing the prepared images" in capsys.readouterr().out
     torch.testing.assert_close(pixels, resize(source.raw(torch.tensor([0]), CPU), 48))
 
 
@@ -365,7 +365,7 @@ def refused_by(capsys):
         ("resnet18", "must be torchvision:NAME"),
         ("torchvision:", "must be torchvision:NAME"),
         ("torchvision:resnet_18", "Unknown model"),
-        ("torchvision:resnet18:IMAGENET", "has no weights IMAGENET, but IMAGENET1K_V1"),
+        ("torchvision:resnet18:IMAGENET", "has no weights IMAGENET; available: IMAGENET1K_V1"),
         ("torchvision:squeezenet1_0", "no linear classifier"),
         ("hub:facebookresearch", "must be hub:OWNER/REPO:ENTRY"),
         ("missing.py:encoder", "no such file"),
@@ -377,9 +377,9 @@ def refused_by(capsys):
         ("{file}:Pair", "must return a float tensor of features, not tuple"),
         (
             "{file}:FailsOnSize --encoder-size 20",
-            "takes 24 px); give the size it takes with --encoder-size",
+            "takes 24 px); specify its input size with --encoder-size",
         ),
-        ("{file}:Tiny --weights w.pt", "--weights goes with torchvision: and timm: encoders"),
+        ("{file}:Tiny --weights w.pt", "--weights requires a torchvision: or timm: encoder"),
         ("{file}:Tiny --features f.npy", "not allowed with argument --encoder"),
     ],
 )
@@ -526,7 +526,7 @@ def test_checkpoints_of_other_software_fit_our_target_network(prefix, tmp_path, 
         torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items()
     )
     shown = capsys.readouterr().out
-    assert "not used: projector.0.weight, momentum_backbone.conv1.weight" in shown
+    assert "skipped entries: projector.0.weight, momentum_backbone.conv1.weight" in shown
     del state[prefix + "conv1.weight"]
     torch.save(state, tmp_path / "c.ckpt")
     with pytest.raises(UserError, match=r"it lacks conv1\.weight"):

@@ -317,7 +317,7 @@ def test_network_files_that_are_not_finite(tmp_path):
         (dict(state={"x": {"x": "a"}}), "does not fit this run"),
         (dict(state=None), "does not fit this run"),
         (dict(done=[3]), "does not fit this run"),
-        (dict(settings={"lr": 0.2}), "lr: 0.2 there, 0.1 now"),
+        (dict(settings={"lr": 0.2}), "lr: 0.2 stored, 0.1 now"),
         (dict(settings=None), "no settings"),
         (dict(device="cuda"), "was written on cuda"),
     ],

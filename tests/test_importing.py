@@ -253,7 +253,7 @@ def test_the_command_and_the_next_stage(tmp_path, x, capsys):
     words = [str(word) for word in words[3:]]
     importing.main(words)
     assert "already exists" in capsys.readouterr().out
-    with pytest.raises(UserError, match="preset: digits there, other now"):
+    with pytest.raises(UserError, match="preset: digits stored, other now"):
         importing.main([*words, "--preset", "other"])
     path = tmp_path / "digits" / "dm_released" / "seed0" / "distilled.pt"
     pretrain.main(["--distilled", str(path), *PRETRAIN])

@@ -188,10 +188,10 @@ def test_flags_that_do_not_go_together(toy, distilled, tmp_path, capsys):
     for flags, word in (
         ([*toy, *both], "not allowed with"),
         ([], "one of the arguments --distilled --source"),
-        ([*both, "--image-size", "32"], "--image-size goes with --source"),
-        ([*both, "--preset", "digits"], "--preset goes with --source"),
-        ([*both, "--target-network", "x.pt"], "--target-network goes with --source"),
-        ([*both, "--name", "x"], "--name goes with --source"),
+        ([*both, "--image-size", "32"], "--image-size requires --source"),
+        ([*both, "--preset", "digits"], "--preset requires --source"),
+        ([*both, "--target-network", "x.pt"], "--target-network requires --source"),
+        ([*both, "--name", "x"], "--name requires --source"),
     ):
         with pytest.raises(SystemExit) as stopped:
             pretrain.main(flags)

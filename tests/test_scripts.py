@@ -89,7 +89,7 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
     _, errors = process.communicate(timeout=60)
     assert (
         process.returncode == 130
-        and "the same command goes on" in errors
+        and "rerun the same command to resume" in errors
         and "Traceback" not in errors
     )
     assert (log.parent / "checkpoint.pt").is_file() and not (log.parent / "distilled.pt").exists()
@@ -229,9 +229,9 @@ def test_pretraining_by_kind_of_target(roots, runs, weights):
 def test_finetuning_protocols_and_results(weights, roots):
     flags = ["--weights", weights, "--dataset", "digits", "--labels-per-class", "2", *roots]
     for protocol in ("linear", "knn"):
-        assert "2 labels a class" in command("finetune.py", *flags, "--protocol", protocol).stdout
+        assert "2 labels per class" in command("finetune.py", *flags, "--protocol", protocol).stdout
     command("finetune.py", *flags, "--steps", "2")
-    assert "was there already" in command("finetune.py", *flags, "--steps", "2").stdout
+    assert "already in results.jsonl" in command("finetune.py", *flags, "--steps", "2").stdout
     command(
         "finetune.py",
         "--weights",

@@ -149,7 +149,7 @@ def test_reference_is_plain(roots):
     ]
     done = command(*words, "--augment-outer", check=False)
     assert done.returncode == 2 and done.stderr.startswith(
-        "distill.py: error: --reference goes with"
+        "distill.py: error: --reference requires"
     )
     assert not Path(roots[3], "digits", "refused").exists()
 

@@ -154,14 +154,14 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
     begun(tmp_path)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
-    with pytest.raises(UserError, match="no older one is whole; delete it to start afresh"):
+    with pytest.raises(UserError, match="no older checkpoint is intact; delete it to start over"):
         begun(tmp_path)
 
 
 def test_checkpoint_knows_the_settings_and_a_result_needs_them(tmp_path):
     begun(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="lr: None there, 2 now"):
+    with pytest.raises(UserError, match="lr: None stored, 2 now"):
         a_run(tmp_path, lr=2).resume(CPU, {})
     run, x = begun(tmp_path, steps=0)
     assert int(x) == 2 and (tmp_path / "config.json").is_file()
@@ -185,7 +185,8 @@ def test_signal_ends_a_run_after_the_step_with_a_checkpoint(tmp_path, capsys, nu
         cli.run(main, [])
     assert stop.value.code == 130
     assert (
-        "stopped after step 4 of 100 (train); the same command goes on" in capsys.readouterr().err
+        "stopped after step 4 of 100 (train); rerun the same command to resume"
+        in capsys.readouterr().err
     )
     assert files.load(tmp_path / "checkpoint.pt", "checkpoint")["done"] == {"train": 4}
 
@@ -539,7 +540,7 @@ def test_large_arrays_are_read_whole_when_changed_or_when_asked(tmp_path, monkey
     path.write_bytes(content)
     os.utime(path, ns=times)
     with pytest.raises(
-        UserError, match=r"train.npy: damaged .*; delete .*train.json and it is made again"
+        UserError, match=r"train.npy: damaged .*; delete .*train.json to recreate it"
     ):
         load_images(source, "train", 32, tmp_path)
     monkeypatch.setattr(files, "WHOLE", 0)

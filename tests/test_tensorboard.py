@@ -77,7 +77,7 @@ def test_the_flag_decides_nothing_about_the_result(distilled, weights, roots, tm
         folder, "pre-train", "loss"
     )
     assert (
-        "is there already" in command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
+        "already exists" in command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
     )
 
 

@@ -1,4 +1,4 @@
-"""What every script's command line shares: flags, presets as defaults, and one-line errors."""
+"""Shared parts of the command lines: flags, presets as defaults, and one-line errors."""
 
 import argparse
 import os
@@ -14,11 +14,11 @@ from utils.errors import UserError
 from utils.presets import PRESETS, SMALLEST_IMAGE_SIZE, image_size, preset_name
 from utils.run import UNTRACKED_SETTINGS, Stopped, program_name
 
-GROUPS = ("data", "method", "run", "device")  # of flags, in the order of --help
+GROUPS = ("data", "method", "run", "device")  # groups of flags, in the order of --help
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with one-line errors. Flags are added to its `groups`, by name."""
+    """Argument parser with one-line errors and `groups` (name -> group) to add flags to."""
 
     def __init__(self, docstring, prog=None):
         super().__init__(
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.groups = {name: self.add_argument_group(name) for name in GROUPS}
 
     def exit(self, status=0, message=None):
-        # Under torchrun every process has the same command line: one message is enough.
+        # Under torchrun, all processes have the same command line and the same error.
         super().exit(status, message if distributed.is_main_process() else None)
 
     def error(self, message):
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _number(kind, least, most=float("inf")):
-    """An argparse type: a finite number of type `kind` from `least` to `most`."""
+    """Return an argparse type: a finite number of type `kind` in [least, most]."""
 
     def parse(text):
         try:
@@ -46,7 +46,8 @@ def _number(kind, least, most=float("inf")):
         except ValueError:
             raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
         if not least <= value <= most or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"must be {least} to {most}: {text}")
+            limits = f"at least {least}" if most == float("inf") else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}: {text}")
         return value
 
     return parse
@@ -58,7 +59,7 @@ non_negative_float, fraction = _number(float, 0), _number(float, 0, 1)
 
 
 def folder_parser(docstring, prog=None):
-    """A parser with --data-root and --run-root."""
+    """Return a `Parser` with --data-root and --run-root."""
     parser = Parser(docstring, prog)
     add_data_root(parser)
     parser.groups["run"].add_argument(
@@ -68,6 +69,7 @@ def folder_parser(docstring, prog=None):
 
 
 def add_data_root(parser):
+    """Add --data-root. The default is the environment variable DATA_ROOT or datasets."""
     root = os.environ.get("DATA_ROOT", "datasets")
     parser.groups["data"].add_argument(
         "--data-root",
@@ -78,7 +80,7 @@ def add_data_root(parser):
 
 
 def stage_parser(docstring, prog=None):
-    """A parser with the flags that mean the same in every stage."""
+    """Return a `Parser` with the flags that all stages share."""
     parser = folder_parser(docstring, prog)
     add_device_flags(parser)
     parser.groups["run"].add_argument(
@@ -86,7 +88,7 @@ def stage_parser(docstring, prog=None):
         type=positive_int,
         default=50,
         metavar="STEPS",
-        help="steps per line of log.jsonl (default: 50)",
+        help="number of steps between lines of log.jsonl (default: 50)",
     )
     parser.groups["run"].add_argument(
         "--tensorboard",
@@ -97,9 +99,10 @@ def stage_parser(docstring, prog=None):
 
 
 def source_parser(docstring, argv, prog=None):
-    """As `stage_parser`, with --source, --preset, --image-size and --seed.
+    """Add --source, --preset, --image-size and --seed to `stage_parser`.
 
-    Returns the parser and the name of the preset that `argv` asks for.
+    Returns:
+        The parser, and the name of the preset that `argv` selects.
     """
     parser = stage_parser(docstring, prog)
     source = peek_flag("source", argv, "digits")
@@ -116,24 +119,34 @@ def source_parser(docstring, argv, prog=None):
         help=f"height and width in pixels (default: {size})",
     )
     parser.groups["method"].add_argument(
-        "--preset", choices=[*PRESETS], default=name, help="settings (default: the source's own)"
+        "--preset",
+        choices=[*PRESETS],
+        default=name,
+        help="name of the preset (default: that of the source)",
     )
     add_seed(parser)
     return parser, name
 
 
 def add_seed(parser):
+    """Add --seed."""
     parser.groups["run"].add_argument(
         "--seed", type=non_negative_int, default=0, help="random seed (default: 0)"
     )
 
 
 def add_settings(parser, defaults, help, choices=None):
-    """A flag for each of `defaults` (name -> value), described in `help` (name -> text).
+    """Add a flag for each setting.
 
-    A flag has the type of its default, or one of `choices[name]`. Numbers must not be negative,
-    and integers not 0, except for warm-ups and where 0 is the default. True and False become --x
-    and --no-x.
+    The type of a flag is that of its default. Numbers must not be negative. Integers must be
+    positive, unless the default is 0 or the name starts with warmup. A boolean setting x becomes
+    --x and --no-x.
+
+    Args:
+        parser: `Parser`; the flags join its group "method".
+        defaults: dict, name -> default value.
+        help: dict, name -> text.
+        choices: dict, name -> allowed values.
     """
     group = parser.groups["method"]
     for name, value in defaults.items():
@@ -153,19 +166,22 @@ def add_settings(parser, defaults, help, choices=None):
 
 
 def add_chunk_flag(parser):
-    """--chunk, of the methods whose gradient goes through the features of all distilled images."""
+    """Add --chunk, for methods that differentiate through the features of all distilled images."""
     parser.groups["device"].add_argument(
         "--chunk",
         type=non_negative_int,
         default=0,
         metavar="N",
-        help="compute the gradient of N distilled images at a time, which takes more time and "
-        "less memory (default: 0, all at once)",
+        help="compute the gradient for N distilled images at a time, which is slower and takes "
+        "less memory (default: 0, all images)",
     )
 
 
 def peek_flag(name, argv, default=None):
-    """The value of one flag before the whole line is parsed, since presets depend on it."""
+    """Return the value of the flag --`name` in `argv`, or `default`, before `argv` is parsed.
+
+    The defaults of other flags depend on it.
+    """
     value, flag = default, f"--{name}"
     for word, following in zip(argv, [*argv, None][1:], strict=True):
         if word == flag and following is not None:
@@ -176,14 +192,19 @@ def peek_flag(name, argv, default=None):
 
 
 def run_settings(args, **derived):
-    """The settings that decide a run's result, for its config.json: `args` without folders and
-    the like, and the `derived` values."""
+    """Return the settings that determine a run's result, for its config.json.
+
+    These are `args` without `UNTRACKED_SETTINGS`, updated with `derived`.
+    """
     chosen = {name: value for name, value in vars(args).items() if name not in UNTRACKED_SETTINGS}
     return chosen | derived
 
 
 def run(main, argv=None):
-    """Call `main(argv)`. User errors and stops become one line and an exit code (2 or 130)."""
+    """Call `main(argv)` and turn exceptions into one line on standard error and an exit code.
+
+    The exit code is 2 for an error and 130 for an interruption.
+    """
     code = 2
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -194,8 +215,8 @@ def run(main, argv=None):
             message = f"error: {error}"
         except (torch.OutOfMemoryError, MemoryError):
             message = (
-                "error: out of memory; lower the batch size, or give --precision bf16 or, where "
-                "--help lists it, --chunk 100"
+                "error: out of memory; lower the batch size, or add --precision bf16 or, if --help "
+                "lists it, --chunk 100"
             )
         except OSError as error:
             message = f"error: {error.filename or 'system'}: {error.strerror or error}"

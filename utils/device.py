@@ -1,4 +1,4 @@
-"""The device and the precision that a run computes with."""
+"""Device and precision of a run."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from utils.errors import UserError
 
 
 def add_device_flags(parser):
-    """--device, --precision and --deterministic; `resolve_precision` completes what they say."""
+    """Add --device, --precision and --deterministic. `resolve_precision` completes them."""
     group = parser.groups["device"]
     group.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
-        help="where to compute (default: a GPU if there is one)",
+        help="device to run on (default: a GPU if available)",
     )
     group.add_argument(
         "--precision",
@@ -27,15 +27,17 @@ def add_device_flags(parser):
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="on a GPU: use deterministic kernels, which are slower",
+        help="use deterministic GPU kernels, which are slower",
     )
 
 
 def resolve_precision(args):
     """Replace `--precision auto` in the parsed `args` by the precision for the device.
 
-    auto is bf16 on a GPU that supports it, else fp32; the reference step (`--reference`) is in
-    fp32. Returns `args`.
+    The precision is bf16 on a GPU that supports it, else fp32. With --reference it is fp32.
+
+    Returns:
+        `args`.
     """
     if args.precision == "auto":
         use_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -45,11 +47,18 @@ def resolve_precision(args):
 
 
 def select_device(args, multi_process=False):
-    """The torch device that `--device` names; under torchrun, the one of this process.
+    """Return the torch device of --device; under torchrun, the device of this process.
 
-    Sets TF32 for convolutions only, since the kernels need full float32. On a CPU, freed memory is
-    kept by the process. Raises UserError where the device is not available, or where torchrun has
-    started several processes of a program for one (`multi_process` false).
+    Also applies --precision and --deterministic. TF32 is enabled for convolutions only, because
+    ridge regression needs full float32. On a CPU, the process keeps freed memory.
+
+    Args:
+        args: parsed flags.
+        multi_process: whether the program supports several processes.
+
+    Raises:
+        UserError: if the device is not available, or under torchrun with several processes if the
+            program does not support them.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -69,15 +78,14 @@ def select_device(args, multi_process=False):
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(
-            True, warn_only=True
-        )  # warns where there is no such kernel
+        # Warns about operations without a deterministic kernel.
+        torch.use_deterministic_algorithms(True, warn_only=True)
     allocator.keep_freed_memory(name == "cpu")
     return distributed.initialise(name)
 
 
 def autocast(device, precision):
-    """A context for the networks' passes: bf16 where `precision` says so, else nothing."""
+    """Return the context for forward passes of networks: autocast to bf16, or no change."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()

@@ -1,8 +1,8 @@
-"""The processes of one run, as torchrun starts them: who they are, and what they tell each other.
+"""Communication between the processes of one run, which torchrun starts.
 
-A process on its own has rank 0 of 1: every function here then returns at once what it was given. Of
-several, all call the same functions in the same order. Raises UserError in those that are left when
-one of them has ended.
+A single process has rank 0 and world size 1, and every function returns its input. With several
+processes, all of them must call the same functions in the same order. If a process ends early, the
+functions raise UserError in the remaining processes.
 """
 
 import contextlib
@@ -16,47 +16,58 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 
-TIMEOUT = timedelta(hours=1)  # the first rank may decode a data set meanwhile
+TIMEOUT = timedelta(hours=1)  # the main process may decode a data set first
 
 
 def world_size():
-    """Number of processes."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
-    """This process's number, from 0."""
+    """Return the rank of this process, starting at 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_main_process():
-    """Whether this process is the one that prints and writes."""
+    """Whether this process is rank 0, which prints and writes files."""
     return rank() == 0
 
 
 def initialise(kind):
-    """Join the others on devices of `kind` (cpu or cuda); returns this process's device."""
+    """Join the process group.
+
+    Args:
+        kind: device type; cpu or cuda with several processes.
+
+    Returns:
+        torch device of this process.
+
+    Raises:
+        UserError: if `kind` does not support several processes, or if there are fewer GPUs than
+            processes.
+    """
     if world_size() == 1:
         return torch.device(kind)
     if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device {kind}: for one process only; give --device cpu")
+        raise UserError(f"--device {kind}: does not support several processes; use --device cpu")
     device, backend = torch.device(kind), "gloo"
     if kind == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(f"{local + 1} processes or more on a machine with {gpus} GPUs")
+            raise UserError(f"at least {local + 1} processes on a machine with {gpus} GPUs")
         device, backend = torch.device(kind, local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         with _report_lost_peers():
             dist.init_process_group(backend, timeout=TIMEOUT)
         if not is_main_process():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return device
 
 
 def shutdown():
-    """Leave the others."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -65,16 +76,16 @@ def shutdown():
 def _report_lost_peers():
     try:
         yield
-    except RuntimeError as error:  # of gloo and NCCL, which have no class of their own for it
+    except RuntimeError as error:  # gloo and NCCL have no more specific error class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(
-            "another process of this job cannot be reached, so it ends; the same command goes on "
+            "another process of this job cannot be reached; rerun the same command to resume "
             f"({reason})"
         ) from error
 
 
 def all_reduce_max(value):
-    """The largest of all ranks' integers, or of each place in a list of them."""
+    """Return the maximum over all ranks of an integer, or of each entry of a list of integers."""
     if world_size() == 1:
         return value
     box = torch.tensor(value)
@@ -84,7 +95,7 @@ def all_reduce_max(value):
 
 
 def all_reduce_mean(tensors):
-    """Replace each tensor by its mean over all ranks, in one collective."""
+    """Replace each tensor in place by its mean over all ranks, in one collective operation."""
     if world_size() == 1:
         return
     flat = torch.cat([each.reshape(-1) for each in tensors])
@@ -96,7 +107,7 @@ def all_reduce_mean(tensors):
 
 
 def broadcast(tensors):
-    """Replace each tensor by that of the first rank."""
+    """Replace each tensor in place by that of rank 0."""
     for each in tensors if world_size() > 1 else ():
         whole = each.contiguous()
         with _report_lost_peers():
@@ -105,12 +116,16 @@ def broadcast(tensors):
 
 
 def backward(loss, weights, share=1.0):
-    """Leave in `weights` the gradients of the mean over all ranks of `share * loss`, and return
-    that mean ().
+    """Compute the gradients of the mean over all ranks of `share * loss`.
 
-    With `share` the ratio of this rank's images to an equal part of the batch and `loss` a mean
-    over these images, that is the mean over the batch. A loss that all ranks have computed together
-    (`total`) is its own mean.
+    Args:
+        loss: scalar tensor, usually the mean over this rank's images.
+        weights: parameters, whose `grad` receives the mean gradients.
+        share: number of this rank's images divided by the mean number per rank. The result is then
+            the mean over the whole batch. 1 for a loss that all ranks compute together.
+
+    Returns:
+        The mean as a detached scalar tensor.
     """
     if world_size() == 1:
         loss.backward()
@@ -136,14 +151,18 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x):
-    """The sum of all ranks' `x`, differentiable: the gradient by one rank's `x` is that of the sum
-    of all losses."""
+    """Return the sum of `x` over all ranks.
+
+    Differentiable: the gradient with respect to one rank's `x` is that of the sum of all losses.
+    """
     return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
 def run_on_main(function):
-    """What `function()` returns on the first rank. Where it raises UserError there, the other ranks
-    end silently."""
+    """Call `function()` on rank 0 and return its result on all ranks.
+
+    If it raises UserError on rank 0, the other ranks exit with code 2.
+    """
     if world_size() == 1:
         return function()
     result, error = None, None
@@ -163,7 +182,7 @@ def run_on_main(function):
 
 
 def gather(content):
-    """All ranks' `content` in a list, with tensors on the CPU, on rank 0; [] on the others."""
+    """Return the list of all ranks' `content` on rank 0, with tensors on the CPU; [] elsewhere."""
     if world_size() == 1:
         return [content]
     boxes = [None] * world_size() if is_main_process() else None

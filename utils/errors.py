@@ -1,6 +1,5 @@
-"""The one exception that a user's input may raise."""
+"""The exception for errors in a user's input."""
 
 
 class UserError(Exception):
-    """Something the user can put right; the command line prints it in one line and exits with code
-    2."""
+    """An error that the user can correct. The command line prints it and exits with code 2."""

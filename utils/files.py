@@ -1,9 +1,9 @@
-"""Files that stages hand to each other: whole or not there, read as data only, known by kind,
-verified by checksum.
+"""Files that one stage writes and another reads.
 
-What torch.save writes is a zip archive; a file of `save` carries, as that archive's comment, the
-SHA-256 of its bytes. JSON records carry theirs under `checksum`. Large arrays are .npy files whose
-checksums lie in such a record.
+Files are written atomically, verified by checksum and read as data only: no code in them runs.
+torch.save writes a zip archive; `save` stores the SHA-256 of the file as the archive's comment.
+JSON records store theirs under the key `checksum`. The checksum of a large .npy file is stored in
+the JSON record beside it.
 """
 
 import contextlib
@@ -23,25 +23,29 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT = 3  # of every file of `save`; raised when older files cannot be read any more
+FORMAT = 3  # version of the format of `save`; incremented when older files become unreadable
 MARK = b"sha256:"
-COMMENT_BYTES = len(MARK) + 64  # the archive's comment: the mark and 64 hexadecimal digits
-COMMENT_LENGTH = struct.pack(
-    "<H", COMMENT_BYTES
-)  # as the archive's last two bytes, before the comment, have it
-# Bytes up to which an array is verified at each use, even if its time has not changed.
+COMMENT_BYTES = len(MARK) + 64  # the comment is the mark and 64 hexadecimal digits
+COMMENT_LENGTH = struct.pack("<H", COMMENT_BYTES)  # the two bytes before the comment
+# Largest array, in bytes, that is verified at each use even if its modification time is unchanged.
 ALWAYS_VERIFIED = 2 << 30
 
 
 class DamagedFile(UserError):
-    """A file whose bytes are not those that were written."""
+    """A file whose content has changed since it was written."""
 
 
 def save(path, kind, content, previous=None):
-    """Write the dict `content` (tensors and plain types) as a file of `kind`, replacing the old one
-    at once, which is kept as `previous` if that is given.
+    """Write a file atomically.
 
-    Raises OSError where the folder cannot be written to.
+    Args:
+        path: path of the file; an existing file is replaced.
+        kind: kind of the file, which `load` checks.
+        content: dict of tensors and plain values.
+        previous: path that an existing file is moved to, or None.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     with atomic_write(path, previous) as partial, open(partial, "wb") as file:
         sink = _HashingWriter(file)
@@ -53,8 +57,11 @@ def save(path, kind, content, previous=None):
 
 
 class _HashingWriter:
-    """Where torch.save writes: hashes the bytes, and keeps an OSError, which torch might turn into
-    another error."""
+    """File object for torch.save that hashes the bytes.
+
+    It stores an OSError instead of raising it, because torch.save may raise another error in its
+    place.
+    """
 
     def __init__(self, file):
         self.file, self.sha, self.error = file, hashlib.sha256(), None
@@ -73,20 +80,27 @@ class _HashingWriter:
 
 
 def load(path, kind, required=(), mapped=False):
-    """Read a file that `save` wrote, on the CPU and as data only (no code in it is run); if
-    `mapped`, a tensor's values are read when they are used.
+    """Read a file that `save` wrote, onto the CPU and as data only.
 
-    Raises UserError when it is missing, of another kind or format, or lacks a `required` key;
-    DamagedFile when it cannot be read or its bytes do not fit its checksum.
+    Args:
+        path: path of the file.
+        kind: expected kind.
+        required: keys that the content must have.
+        mapped: map tensors into memory, so that values are read on access.
+
+    Returns:
+        The dict that was saved, with `kind` and `format`.
+
+    Raises:
+        UserError: if the file is missing, has another kind or format, or lacks a required key.
+        DamagedFile: if the file is unreadable or does not match its checksum.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a {kind} file)")
     verified = _verify_comment(path)
     if verified is False:
-        raise DamagedFile(
-            f"{path}: damaged {kind} file (its bytes do not fit the checksum at its end)"
-        )
+        raise DamagedFile(f"{path}: damaged {kind} file (its content does not match its checksum)")
     content = read_data(path, f"{kind} file", mapped)
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = (
@@ -96,24 +110,24 @@ def load(path, kind, required=(), mapped=False):
     number = content.get("format")
     if not isinstance(number, int) or number != FORMAT:
         raise UserError(
-            f"{path}: {kind} file of format {str(number)[:40]}, this version reads format {FORMAT}"
+            f"{path}: {kind} file of format {str(number)[:40]}; this version reads format {FORMAT}"
         )
     if not verified:
         raise DamagedFile(
-            f"{path}: {kind} file without its checksum (cut, or changed by something else)"
+            f"{path}: {kind} file without its checksum (truncated, or changed by another program)"
         )
     require(content, path, kind, required)
     return content
 
 
 def require(content, path, kind, keys):
-    """Raise UserError unless the dict that was read from `path` has all `keys`."""
+    """Raise UserError unless the dict `content`, read from `path`, has all `keys`."""
     if missing := [key for key in keys if key not in content]:
         raise UserError(f"{path}: {kind} file without {', '.join(missing)}")
 
 
 def _verify_comment(path):
-    """Whether a file's bytes fit the checksum at its end; None where there is none."""
+    """Whether a file matches the checksum at its end; None if it has no checksum."""
     with open(path, "rb") as file:
         body = file.seek(0, os.SEEK_END) - COMMENT_BYTES - len(COMMENT_LENGTH)
         if body < 0:
@@ -123,12 +137,12 @@ def _verify_comment(path):
         if (length, mark) != (COMMENT_LENGTH, MARK):
             return None
         sha = _sha256(file, body)
-        sha.update(bytes(len(COMMENT_LENGTH)))  # without a comment its length is 0
+        sha.update(bytes(len(COMMENT_LENGTH)))  # length of the comment when the hash was computed
         return sha.hexdigest().encode() == digits
 
 
 def _sha256(file, size):
-    """Of the first `size` bytes of an open file."""
+    """Return the SHA-256 hash object of the first `size` bytes of an open file."""
     sha, left = hashlib.sha256(), size
     file.seek(0)
     while left and (block := file.read(min(left, 1 << 20))):
@@ -138,16 +152,24 @@ def _sha256(file, size):
 
 
 def read_data(path, what, mapped=False):
-    """What torch.save wrote, on the CPU; nothing in the file is run. Raises DamagedFile where that
-    fails."""
+    """Read a file of torch.save onto the CPU, as data only.
+
+    Args:
+        path: path of the file.
+        what: description of the file, for the error message.
+        mapped: as in `load`.
+
+    Raises:
+        DamagedFile: if the file is unreadable or contains more than data.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that then cannot be read
+            warnings.simplefilter("ignore")  # warnings about pickles that fail to load anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # whatever bytes that are no such file make the reader do
+    except Exception as error:  # arbitrary bytes can cause any exception
         code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
         reason = (
-            "it holds more than data"
+            "it contains more than data"
             if code
             else (str(error).splitlines() or [type(error).__name__])[0][:120]
         )
@@ -155,8 +177,11 @@ def read_data(path, what, mapped=False):
 
 
 def find_non_finite(content, name=""):
-    """The name, such as pool.members.0.network.fc.weight, of the first tensor or float in nested
-    dicts, lists and tuples that holds NaN or infinity; None where there is none."""
+    """Find the first NaN or infinity in nested dicts, lists and tuples of tensors and floats.
+
+    Returns:
+        The name of the value, such as pool.members.0.network.fc.weight, or None.
+    """
     if isinstance(content, (dict, list, tuple)):
         items = content.items() if isinstance(content, dict) else enumerate(content)
         return next(
@@ -171,28 +196,39 @@ def find_non_finite(content, name=""):
 
 
 def digest(path):
-    """The first 12 hexadecimal digits of a file's SHA-256, which identify a file of a run."""
+    """Return the first 12 hexadecimal digits of a file's SHA-256, which identify the file."""
     return checksums(path)["sha256"][:12]
 
 
 def write_json(path, content):
-    """Write a dict of plain values as JSON with its checksum, replacing the old file at once."""
+    """Write a dict of plain values as JSON with its checksum, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n")
 
 
 def read_json(path, what, format=None):
-    """The dict that `write_json` wrote, or None where its `format` is not the given one. Raises
-    DamagedFile."""
+    """Read a file that `write_json` wrote.
+
+    Args:
+        path: path of the file.
+        what: description of the file, for the error message.
+        format: expected value of the key `format`, or None to accept any.
+
+    Returns:
+        The dict, or None if its format is another one.
+
+    Raises:
+        DamagedFile: if the file is unreadable or does not match its checksum.
+    """
     try:
         content = json.loads(Path(path).read_text())
         if format is not None and content.get("format") != format:
             return None
         checksum = content.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFile(f"{path}: damaged {what} (no JSON with a checksum)") from error
+        raise DamagedFile(f"{path}: damaged {what} (not JSON with a checksum)") from error
     if checksum != _checksum(content):
-        raise DamagedFile(f"{path}: damaged {what} (its values do not fit its checksum)")
+        raise DamagedFile(f"{path}: damaged {what} (its content does not match its checksum)")
     return content
 
 
@@ -201,8 +237,11 @@ def _checksum(content):
 
 
 def create_array(path, dtype, shape):
-    """A .npy file mapped into memory, to be filled. Its room on disk is taken now: on a full disk
-    this is an OSError, where a write to mapped memory would end the process."""
+    """Create a .npy file and return it as a memory-mapped array.
+
+    The disk space is allocated now, so that a full disk raises OSError. Later, a write to the
+    mapped memory would kill the process instead.
+    """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with name_in_errors(path), open(path, "r+b") as file:
@@ -211,8 +250,7 @@ def create_array(path, dtype, shape):
 
 
 def checksums(path):
-    """What a record keeps of a file, for `verify`: its SHA-256, size, and the time of its last
-    change."""
+    """Return what `verify` compares: a file's `sha256`, size in `bytes` and time `mtime_ns`."""
     with open(path, "rb") as file:
         stat = os.stat(path)
         sha = _sha256(file, stat.st_size).hexdigest()
@@ -220,14 +258,22 @@ def checksums(path):
 
 
 def verify(path, expected, full=False):
-    """Raise DamagedFile unless the file at `path` has the `checksums` that a record keeps of it.
+    """Compare a file with its recorded checksums.
 
-    Up to 2 GiB all of its bytes are read. Beyond that only where its time has changed, or if
-    `full`: reading ImageNet's 15 GB at each start would take longer than many a command.
+    A file of up to 2 GiB is always read in full. A larger file is read only if its modification
+    time has changed, because reading ImageNet's 15 GB would slow every command down.
+
+    Args:
+        path: path of the file.
+        expected: `checksums` of the file when it was written.
+        full: read files of any size.
+
+    Raises:
+        DamagedFile: if the file is missing or differs.
     """
     fault = "missing"
     if path.is_file():
-        stat, fault = path.stat(), "of another size than it was made with"
+        stat, fault = path.stat(), "its size has changed"
         if stat.st_size == expected["bytes"]:
             trusted = (
                 not full
@@ -236,24 +282,29 @@ def verify(path, expected, full=False):
             )
             if trusted or checksums(path)["sha256"] == expected["sha256"]:
                 return
-            fault = "damaged (its bytes do not fit its checksum)"
+            fault = "damaged (its content does not match its checksum)"
     raise DamagedFile(
-        f"{path}: {fault}; delete {path.with_suffix('').with_suffix('.json')} and it is made again"
+        f"{path}: {fault}; delete {path.with_suffix('').with_suffix('.json')} to recreate it"
     )
 
 
 def open_array(path, expected):
-    """The array of a .npy file whose `checksums` are as expected, mapped into memory; writing to it
-    changes a copy."""
+    """Verify a .npy file and return its array, mapped copy-on-write.
+
+    Raises:
+        DamagedFile: if the file does not match its `checksums`, `expected`.
+    """
     verify(path, expected)
     return np.load(path, mmap_mode="c")
 
 
 @contextlib.contextmanager
 def atomic_write(path, previous=None):
-    """A path beside `path` to write a file to. When the block ends well, that file is on disk and
-    becomes `path`, and the one before `previous` if that is given; when it fails, everything is as
-    it was."""
+    """Context that yields a temporary path in the folder of `path`, to write a file to.
+
+    On success, the file is flushed to disk and renamed to `path`, and an existing file is moved to
+    `previous`, if given. On failure, the temporary file is deleted and nothing else changes.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with name_in_errors(path):
@@ -266,12 +317,12 @@ def atomic_write(path, previous=None):
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not every file system can do so to a folder
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
             _fsync(path.parent)
 
 
 def _fsync(path):
-    """Wait until a file or folder is on disk."""
+    """Flush a file or folder to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -280,14 +331,14 @@ def _fsync(path):
 
 
 def write_text(path, text):
-    """Write a text file, replacing the old one at once."""
+    """Write a text file atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text)
 
 
 @contextlib.contextmanager
 def name_in_errors(path):
-    """Within: an OSError that names no file names `path`."""
+    """Context that adds `path` to an OSError without a file name."""
     try:
         yield
     except OSError as error:
@@ -296,9 +347,15 @@ def name_in_errors(path):
 
 
 def append_line(path, line, unless=lambda: False):
-    """Add a line to a file that several processes may add to, and wait until it is on disk; or not,
-    where `unless()`, asked when no other can, is true. What a process that died has left of a line
-    is cut off."""
+    """Append a line to a file that several processes may append to, and flush it to disk.
+
+    An incomplete last line, which a killed process may leave, is removed.
+
+    Args:
+        path: path of the file.
+        line: text without a line break.
+        unless: function; if it returns True while the file is locked, nothing is appended.
+    """
     with name_in_errors(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -313,33 +370,39 @@ def append_line(path, line, unless=lambda: False):
 
 @contextlib.contextmanager
 def wait_for_lock(path):
-    """Within: this process alone holds the lock file `path`; others wait. The lock ends with the
-    process."""
+    """Context that holds the lock file `path`, after waiting for it.
+
+    The operating system releases the lock when the process ends.
+    """
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-_locks = {}  # lock file -> the open file that holds the lock
+_locks = {}  # path of a lock file -> open file that holds the lock
 
 
 def acquire_lock(path):
-    """Hold the lock file `path` until `release_lock` or the end of this process, however it ends;
-    it may be held already.
+    """Lock the file `path` until `release_lock` or the end of the process.
 
-    Raises UserError at once when another process holds it.
+    Does nothing if this process holds the lock already.
+
+    Raises:
+        UserError: if another process holds the lock.
     """
     path = Path(path).resolve()
     if path in _locks and path.exists():
         return
-    file = open(path, "a+")  # noqa: SIM115, the lock lasts as long as it is open
+    file = open(path, "a+")  # noqa: SIM115, the lock lasts as long as the file is open
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        who = file.read() or "another process"
+        owner = file.read() or "another process"
         file.close()
-        raise UserError(f"{path.parent}: {who} is at work there; let it end first") from None
+        raise UserError(
+            f"{path.parent}: in use by {owner}; wait until that process has finished"
+        ) from None
     with name_in_errors(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -348,6 +411,6 @@ def acquire_lock(path):
 
 
 def release_lock(path):
-    """End what `acquire_lock` began, if it did."""
+    """Release the lock of `acquire_lock`, if this process holds it."""
     if file := _locks.pop(Path(path).resolve(), None):
         file.close()

@@ -1,4 +1,4 @@
-"""Mean, covariance and principal components of feature vectors that arrive in batches."""
+"""Mean, covariance and principal components of feature vectors, computed in batches."""
 
 import torch
 
@@ -17,19 +17,21 @@ class Moments:
         self.squares = self.squares + f.T @ f
 
     def mean(self):
-        """The mean, (d,)."""
+        """Return the mean, (d,)."""
         return self.total / self.n
 
     def covariance(self):
-        """The unbiased covariance, (d, d), of at least two vectors."""
+        """Return the unbiased covariance, (d, d). Needs at least two vectors."""
         mean = self.mean()
         return (self.squares - self.n * torch.outer(mean, mean)) / (self.n - 1)
 
     def principal_components(self, count):
-        """The `count` directions of largest variance.
+        """Compute the `count` directions of largest variance.
 
-        Returns the mean (d,), orthonormal components (count, d) by falling variance, each with its
-        largest entry positive, and their share of the total variance, between 0 and 1.
+        Returns:
+            The mean (d,); orthonormal components (count, d) in order of decreasing variance, each
+            with a positive entry of largest magnitude; and the fraction of the total variance that
+            they explain.
         """
         variances, vectors = torch.linalg.eigh(self.covariance())  # ascending
         components = vectors.flip(1)[:, :count].T  # (count, d)

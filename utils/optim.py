@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, one builder for each."""
+"""Optimisers and learning-rate schedules by name."""
 
 import math
 
@@ -7,12 +7,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per tensor by the ratio of the norms of weight and
-    gradient.
+    """SGD with momentum, whose step is scaled per tensor by the weight norm over the gradient norm.
 
     You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, equation 6,
-    with the scaled rate clipped at `lr`. Tensors of one dimension (biases, batch norm) take plain
-    momentum steps without weight decay. Defaults are those of the recipe in `pretrain_target.py`.
+    with the scaled rate clipped at `lr`. One-dimensional tensors (biases, batch norm) take plain
+    momentum steps without weight decay. The defaults are those of the recipe in pretrain_target.py.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02):
@@ -30,9 +29,8 @@ class LARS(torch.optim.Optimizer):
                 if weight.ndim > 1:
                     norm, grad_norm = weight.norm(), update.norm()
                     rate = group["eta"] * norm / (grad_norm + group["weight_decay"] * norm + 1e-8)
-                    rate = torch.where(
-                        (norm > 0) & (grad_norm > 0), rate, group["lr"]
-                    )  # 0/0: a plain step
+                    # A norm of 0 means a plain step.
+                    rate = torch.where((norm > 0) & (grad_norm > 0), rate, group["lr"])
                     update = (update + group["weight_decay"] * weight) * (rate / group["lr"]).clamp(
                         max=1.0
                     )
@@ -44,11 +42,11 @@ class LARS(torch.optim.Optimizer):
 
 
 class LAMB(torch.optim.Optimizer):
-    """Adam whose step is scaled per tensor to `lr` times the tensor's norm.
+    """Adam with each tensor's step scaled to the norm `lr` times the tensor's norm.
 
     You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR
-    2020, Algorithm 2, with phi the identity and no weight decay. A tensor or a step of norm 0 takes
-    Adam's own step.
+    2020, Algorithm 2, with the identity as phi and without weight decay. If the norm of the tensor
+    or of the step is 0, the step is Adam's.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
@@ -83,8 +81,16 @@ class LAMB(torch.optim.Optimizer):
 
 
 def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
-    """`name`: sgd (with `momentum`), adam or adamw (betas 0.9 and 0.999), lars (momentum 0.9) or
-    lamb (as Adam, without weight decay)."""
+    """Return an optimiser.
+
+    Args:
+        name: sgd (with `momentum`), adam, adamw (both with betas 0.9 and 0.999), lars (momentum
+            0.9) or lamb (Adam's betas, no weight decay).
+        params: parameters or parameter groups.
+        lr: learning rate.
+        weight_decay: weight decay; ignored by lamb.
+        momentum: momentum of sgd.
+    """
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "lamb":
@@ -94,18 +100,21 @@ def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
 
 
 def gradient_norm(params):
-    """Euclidean norm of all gradients together, as a () tensor on their device."""
+    """Return the Euclidean norm of all gradients together, a scalar tensor on their device."""
     return torch.nn.utils.get_total_norm(
         [weight.grad for weight in params if weight.grad is not None]
     )
 
 
 def schedule(optimizer, name, steps, warmup=0):
-    """A scheduler to be stepped after each of `steps` optimiser steps; the first `warmup` rise
-    linearly from near 0.
+    """Return a learning-rate scheduler.
 
-    `name`: constant; linear, to 1/1000 of the initial rate; cosine, to 0; cosine_to_tenth; halfway,
-    divided by 10 after half the steps.
+    Args:
+        optimizer: torch optimiser.
+        name: constant; linear, which decays to 1/1000 of the initial rate; cosine, to 0;
+            cosine_to_tenth, to 1/10; or halfway, which divides the rate by 10 after half the steps.
+        steps: total number of calls of `scheduler.step()`, one after each optimiser step.
+        warmup: number of first steps over which the rate rises linearly from near 0.
     """
     length = max(1, steps - warmup)
     curves = {

@@ -6,9 +6,9 @@ from utils.errors import UserError
 
 
 def optional(module, purpose, package=None):
-    """The module of that name.
+    """Import and return a module.
 
-    Raises UserError where its package is missing; it says what to install for `purpose`.
+    Raises UserError if its package is missing; the message says what to install for `purpose`.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Looks that all figures share. Colours are those of Okabe and Ito."""
+"""Shared style of all figures. The colours are those of Okabe and Ito."""
 
 import matplotlib
 
@@ -23,7 +23,7 @@ INK = "#333333"
 
 
 def save_figure(figure, out):
-    """Write a PNG file; equal numbers give equal bytes."""
+    """Write a PNG file, byte-identical for equal data, and close the figure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150, metadata={"Software": None})
     plt.close(figure)
@@ -31,7 +31,7 @@ def save_figure(figure, out):
 
 
 def make_panels(count, width=4.6, height=3.4, most=3):
-    """A figure with `count` axes, at most `most` in a row; each of `width` x `height` inches."""
+    """Return a figure and its `count` axes of `width` x `height` inches, at most `most` per row."""
     columns = min(count, most)
     rows = -(-count // columns)
     size = (width * columns, height * rows)
@@ -42,7 +42,7 @@ def make_panels(count, width=4.6, height=3.4, most=3):
 
 
 def label_axis(axis, title=None, x=None, y=None):
-    """Set title and labels, with horizontal grid lines and no frame at the top and right."""
+    """Set title and labels, draw horizontal grid lines and remove the top and right spines."""
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     axis.set_axisbelow(True)
@@ -50,12 +50,12 @@ def label_axis(axis, title=None, x=None, y=None):
 
 
 def escape(text):
-    """A name as matplotlib shows it: a dollar does not begin mathematics."""
+    """Escape dollar signs, so that matplotlib does not read `text` as mathematics."""
     return str(text).replace("$", r"\$")
 
 
 def draw_legend(figure, axes, columns=3):
-    """One legend below all `axes`, each name once."""
+    """Draw one legend below all `axes`, with each label once."""
     handles = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):

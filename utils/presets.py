@@ -1,12 +1,15 @@
-"""Every hyperparameter, once, each with its source; the defaults of all scripts' flags come from
-here.
+"""All hyperparameters and their sources. They are the defaults of the scripts' flags.
 
-Sources: [P] the paper (arXiv 2310.06511), by section; [C] the authors' released code, where the
-paper is silent; [S] solo-learn's CIFAR recipe for Barlow Twins, which the target networks were most
-likely trained with (neither paper nor code says); [DC] the code of dataset condensation (DM, DSA),
-[MTT] that of trajectory matching, [FRePo], [KIP] and [MKDT] those methods' papers and code; [Boost]
-Yu et al. 2025, in part as others implemented it; [ours] chosen here, for a machine that the paper's
-settings do not fit.
+Sources:
+  [P]      the paper (arXiv 2310.06511), with the section
+  [C]      the authors' released code, for values that the paper does not give
+  [S]      solo-learn's CIFAR recipe for Barlow Twins, most likely that of the paper's target
+           networks (neither paper nor code gives one)
+  [DC]     the code of dataset condensation (DM, DSA)
+  [MTT]    the code of trajectory matching
+  [FRePo], [KIP], [MKDT]    papers and code of these methods
+  [Boost]  Yu et al. 2025, in part as implemented by others
+  [ours]   chosen for this project, for machines that are too small for the paper's settings
 """
 
 SMALLEST_IMAGE_SIZE = 32  # VGG11 and ConvNet5 halve the image five times
@@ -27,7 +30,7 @@ TARGET = dict(  # pretrain_target.py; [P 4.1] Barlow Twins on ResNet18, nothing 
     greyscale=0.2,  # [S] probability
     solarise=0.2,  # [S] probability, second view only
     flip=0.5,  # [S] probability
-    weights="",  # a backbone trained elsewhere; empty: train one
+    weights="",  # file with pre-trained weights; empty trains a network
 )
 
 DISTILL = dict(  # distill.py
@@ -43,8 +46,8 @@ DISTILL = dict(  # distill.py
     pool_weight_decay=1e-3,  # [P 4.1]
     ridge=1e-6,  # [C] times the trace of the kernel; the paper gives no value
     ridge_per_image=False,  # [C] the trace is not divided by m
-    bias_column=True,  # [C] a one appended to the features
-    keep_pool_count=False,  # [P, Algorithm 1 line 15] a member's count restarts
+    bias_column=True,  # [C] a constant 1 is appended to the features
+    keep_pool_count=False,  # [P, Algorithm 1 line 15] a reinitialised member counts from 0
     raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
     augment_outer=False,  # [P, Algorithm 1 line 9]
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
@@ -55,11 +58,10 @@ DISTILL = dict(  # distill.py
     shift_width=4,  # [Boost] CIFAR-100; 16 at 64 px
 )
 
-# in a method's settings: the value that distill.py, or else pretrain_target.py, has for the source
+# In a method's settings: use the value of distill.py for the source, else of pretrain_target.py.
 INHERITED = object()
-RANDOM = dict(
-    num_images=INHERITED
-)  # distillers/random.py, random_features.py, kmeans.py, gaussian.py
+# distillers/random.py, random_features.py, kmeans.py, gaussian.py
+RANDOM = dict(num_images=INHERITED)
 
 FREPO = dict(  # distillers/frepo.py; KRR-ST's release lists no settings of its re-run
     num_images=INHERITED,
@@ -232,11 +234,10 @@ _DC_AT_64 = {stage: dict(arch="dc_convnet4") for stage in _INSTANCE_NORM}  # [ou
 _FEW_EXPERTS = dict(experts=10)  # [ours] for two CPU cores
 _DIGITS_EXPERTS = dict(experts=4, expert_batch=64)  # [ours]
 
-PRESETS = {  # what differs from the values above
+PRESETS = {  # changes to the values above
     "cifar100": dict(image_size=32, **_LONG),  # [P 4.1]
-    "cifar10": dict(
-        image_size=32, dm=dict(outer_lr=10.0), **_LONG
-    ),  # [DC] for 100 images per class and more
+    # [DC] DM's outer_lr for 100 or more images per class
+    "cifar10": dict(image_size=32, dm=dict(outer_lr=10.0), **_LONG),
     "tinyimagenet": dict(
         image_size=64,  # [P 4.1]
         distill=dict(**_AT_64, num_images=2000),  # [P 4.1]
@@ -269,7 +270,7 @@ PRESETS = {  # what differs from the values above
             projector_dim=256,
             crop_min=0.3,
             greyscale=0.0,
-            flip=0.0,  # a flipped digit is another one
+            flip=0.0,  # a flipped digit is not the same digit
         ),
         distill=dict(
             num_images=30,
@@ -330,7 +331,7 @@ PRESETS = {  # what differs from the values above
             outer_batch=256,
             pool_size=5,
             pool_steps=60,
-            # 0.1 is tuned for 512 target features; here there are 128, and the mean is over fewer
+            # 0.1 is tuned for a mean over 512 target features; these targets have 128.
             pool_lr=0.05,
         ),
         **_DC_AT_64
@@ -344,7 +345,7 @@ PRESETS = {  # what differs from the values above
     "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_DC_AT_64),
 }
 
-_QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hours of two CPU cores
+_QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hours on two CPU cores
     image_size=32,
     target=dict(width=0.25, epochs=10, warmup_epochs=1, projector_dim=512),
     distill=dict(outer_steps=1200, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=100),
@@ -365,7 +366,7 @@ _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hou
         "soft": dict(steps=240, warmup=20),
     },
 )
-_QUICK_SETS = {  # m is a multiple of the classes; the paper's network, narrower
+_QUICK_SETS = {  # the paper's networks, narrower; m is a multiple of the number of classes
     "cifar100": dict(arch="convnet3", width=0.25, num_images=300),
     "tinyimagenet": dict(arch="convnet4", width=0.5, num_images=400),
     "imagenet": dict(arch="convnet4", width=0.5, num_images=1000),
@@ -394,16 +395,18 @@ STAGES = {
 
 
 def preset(name, stage, kind=None, arch=None):
-    """The settings of `stage` (one of `STAGES`, or pretrain) under `PRESETS[name]`, as a new dict.
+    """Return the settings of a stage under a preset, as a new dict.
 
-    `kind` is the kind of targets and `arch` the network, for pretrain; the kind "source", which is
-    all of a source with the target's features, has the recipe for features and as many optimiser
-    steps as that has on m images.
+    Args:
+        name: key of `PRESETS`.
+        stage: key of `STAGES`, or pretrain.
+        kind: for pretrain, the kind of targets. The kind "source", all images of a source, has the
+            recipe for features, with the number of optimiser steps for m distilled images.
+        arch: for pretrain, the architecture.
     """
     changes = PRESETS[name].get(stage, {})
-    if (
-        stage == "pretrain" and kind == "source"
-    ):  # [ours] so that only the images differ from a distilled set's
+    # [ours] all images of a source: only the images differ from a distilled set's
+    if stage == "pretrain" and kind == "source":
         recipe, m = preset(name, stage, "feature", arch), preset(name, "distill")["num_images"]
         return recipe | dict(epochs=0, steps=recipe["epochs"] * -(-m // recipe["batch_size"]))
     if stage == "pretrain":
@@ -416,20 +419,25 @@ def preset(name, stage, kind=None, arch=None):
 
 
 def preset_name(name):
-    """The preset of a data set's name: its own, or "other"."""
+    """Return the name of a data set's preset: its own name, or "other"."""
     return name if name in PRESETS else "other"
 
 
 def image_size(name):
-    """Pixels of a side under the preset `name`."""
+    """Return the height and width of the images, in pixels, under a preset."""
     return PRESETS[name]["image_size"]
 
 
 def deviations(name, stage, settings, kind=None, arch=None):
-    """Where `settings` (name -> value) deviate from those of `stage` under `PRESETS[name]`.
+    """Compare settings with a preset.
 
-    Returns {"stage.setting": [here, in the preset]}, which is stored with every result; {} is the
-    paper's scale. Settings that several stages share are named without the stage.
+    Args:
+        name, stage, kind, arch: as in `preset`.
+        settings: dict, name -> value.
+
+    Returns:
+        {"stage.setting": [value, value in the preset]} of the settings that differ, which is stored
+        with every result. Settings that several stages share are named without the stage.
     """
     expected = preset(name, stage, kind, arch) | dict(image_size=image_size(name))
     shared = {"image_size"} if stage == "target" else {"image_size", "num_images", "width"}

@@ -1,5 +1,4 @@
-"""One progress bar for all loops: lively in a terminal, a line every ten seconds in a log file; of
-the first rank."""
+"""Progress bar of the main process. In a log file, it writes a line every ten seconds."""
 
 import sys
 
@@ -9,8 +8,8 @@ from utils import distributed
 
 
 def bar(iterable=None, **options):
-    """A tqdm bar on standard error; `options` are tqdm's (desc, total, initial)."""
+    """Return a tqdm bar on standard error. `options` are those of tqdm (desc, total, initial)."""
     options |= dict(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
     if not distributed.is_main_process():
-        options["disable"] = True  # not given otherwise: $TQDM_DISABLE decides
+        options["disable"] = True  # otherwise unset, so that $TQDM_DISABLE applies
     return tqdm(iterable, **options)

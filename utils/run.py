@@ -1,5 +1,4 @@
-"""The folder of a run: its settings, its log, its checkpoints, and the loop that goes on where it
-was stopped."""
+"""The folder of a run: settings, log and checkpoints, and a training loop that resumes."""
 
 import contextlib
 import hashlib
@@ -21,12 +20,12 @@ from utils.errors import UserError
 from utils.optional import optional
 
 CHECKPOINT_SECONDS = 120
-# Share of a run's time that may go into checkpoints; on a slow disk they are rarer.
+# Largest fraction of a run's time spent on checkpoints. On a slow disk, they become rarer.
 CHECKPOINT_SHARE = 0.02
-SYNC_SECONDS = 1  # after which ranks ask each other whether one of them has been told to stop
-LIMIT_WINDOW = 100  # steps over which a limit on a logged value counts
+SYNC_SECONDS = 1  # time between checks whether any rank has received a signal
+LIMIT_WINDOW = 100  # number of steps that a logged value is averaged over for its limit
 USE_OTHER_FOLDER = "choose another --run-root or --seed, or delete that folder"
-# Do not decide the result.
+# Settings that do not affect the result.
 UNTRACKED_SETTINGS = {
     "device",
     "data_root",
@@ -40,48 +39,48 @@ UNTRACKED_SETTINGS = {
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the checkpoint is written."""
+    """Raised after SIGINT or SIGTERM, once the checkpoint is written."""
 
 
 class Run:
-    """One run in `folder`, whose product is the file `folder/artefact`.
+    """One run in a folder, which produces one file.
 
-    `settings` is a dict of plain values that decide the result; they are kept in config.json. The
-    attribute `limits` may hold logged name -> (value, advice): the run stops with that advice when
-    the mean over the last `LIMIT_WINDOW` steps is above the value. With `tensorboard`, the lines of
-    log.jsonl also go to `TensorBoard`. Until the run has finished, its process alone may work in
-    the folder.
+    The run locks the folder until it has finished. With several processes, only the main process
+    reads and writes the folder. The other processes exit when the run has finished.
 
-    Of several ranks the first alone reads and writes the folder. The others have ended where the
-    run has finished: what follows is the first's.
+    Args:
+        folder: folder of the run; created if missing.
+        artefact: name of the file that the run produces.
+        settings: dict of plain values that determine the result, stored in config.json.
+        log_every: number of steps between lines of log.jsonl.
+        tensorboard: also write these lines for TensorBoard.
 
-    Raises UserError when another process does, when the folder holds the artefact or a checkpoint
-    of other settings (naming those that differ), or when its files are damaged.
+    Attributes:
+        limits: dict, logged name -> (limit, advice). The run stops with the advice when the mean
+            over the last `LIMIT_WINDOW` steps exceeds the limit.
+
+    Raises:
+        UserError: if another process has locked the folder; if the folder holds an artefact or a
+            checkpoint with other settings, which the message lists; or if its files are damaged.
     """
 
     def __init__(self, folder, artefact, settings, log_every=50, tensorboard=False):
-        self.folder, self.artefact, self.log_every = (
-            Path(folder),
-            Path(folder) / artefact,
-            log_every,
-        )
-        self.done, self.state, self.device = (
-            {},
-            {},
-            "cpu",
-        )  # phase -> steps taken; name -> object with state_dict()
+        self.folder, self.artefact = Path(folder), Path(folder) / artefact
+        self.log_every, self.device = log_every, "cpu"
+        self.done = {}  # phase -> steps taken
+        self.state = {}  # name -> object with state_dict()
         self.per_rank, self.phase, self.total, self.limits, self._recent = (), artefact, 0, {}, {}
         self._unread, self._window = [], {}
         self._started = self._saved = time.monotonic()
         self._checkpoint_seconds, self._checkpointed = 0.0, {}
-        self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        self.settings = json.loads(json.dumps(settings))  # as read back from config.json
         main = distributed.is_main_process()
         self._board = TensorBoard(self.folder) if tensorboard and main else None
         if distributed.run_on_main(self._open) and not distributed.is_main_process():
             raise SystemExit(0)
 
     def _open(self):
-        """Take the folder; whether the run has finished."""
+        """Lock the folder and check its contents. Returns whether the run has finished."""
         if not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.acquire_lock(self._lock)
@@ -90,14 +89,14 @@ class Run:
             self._check_settings(files.read_json(self._config, "settings file"), self._config)
         elif self.finished:
             raise UserError(
-                f"{self._config}: missing, so nobody knows what {self.artefact.name} is; "
+                f"{self._config}: missing, so the settings of {self.artefact.name} are unknown; "
                 f"{USE_OTHER_FOLDER}"
             )
-        elif not begun:  # else the checkpoint knows the settings
+        elif not begun:  # otherwise the checkpoint holds the settings
             self._write_config()
         if self.finished:
-            with contextlib.suppress(OSError):  # on a disk that is read-only now
-                self._delete_checkpoints()  # of a process that was killed before it could
+            with contextlib.suppress(OSError):  # the disk may be read-only
+                self._delete_checkpoints()  # left by a killed process
         else:
             for partial in self.folder.glob("*.partial"):
                 partial.unlink()
@@ -116,16 +115,16 @@ class Run:
     def _check_settings(self, content, path):
         before, now = content.get("settings"), self.settings
         if not isinstance(before, dict):
-            raise UserError(f"{path}: holds no settings")
+            raise UserError(f"{path}: contains no settings")
         differ = [
             key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
         ]
         if differ:
             listed = "; ".join(
-                f"{key}: {before.get(key)} there, {now.get(key)} now" for key in differ
+                f"{key}: {before.get(key)} stored, {now.get(key)} now" for key in differ
             )
             raise UserError(
-                f"{self.folder} holds a run of other settings ({listed}); give those, "
+                f"{self.folder} holds a run with other settings ({listed}); use the stored ones, "
                 f"{USE_OTHER_FOLDER}"
             )
 
@@ -139,18 +138,26 @@ class Run:
 
     @property
     def _checkpoints(self):
-        """The newest, and the one before, to which a run goes back when the newest is damaged."""
+        """Paths of the newest checkpoint and of the previous one, the fallback if it is damaged."""
         return self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
 
     @property
     def finished(self):
+        """Whether the artefact exists; False in processes other than the main one."""
         return distributed.is_main_process() and self.artefact.is_file()
 
     def resume(self, device, state, per_rank=()):
-        """Take `state` (name -> object with state_dict and load_state_dict) as what a checkpoint
-        keeps, and load the newest checkpoint, if there is one. Raises UserError when it was written
-        on another kind of device, whose random generator has another state, under other settings,
-        or when none is whole. `per_rank` names the parts of which each rank has its own."""
+        """Register the state of the run and load the newest checkpoint, if any.
+
+        Args:
+            device: torch device of the run.
+            state: dict, name -> object with `state_dict` and `load_state_dict`.
+            per_rank: names in `state` whose state differs between ranks.
+
+        Raises:
+            UserError: if the checkpoint has other settings or another device type, whose random
+                generators differ; or if all checkpoints are damaged.
+        """
         self.state, self.per_rank, self.device = state, per_rank, device.type
         path, checkpoint = distributed.run_on_main(self._load_matching_checkpoint)
         if checkpoint:
@@ -173,7 +180,7 @@ class Run:
             ) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
                 raise UserError(
-                    f"{path}: does not fit this run ({reason}); delete it to start afresh"
+                    f"{path}: does not fit this run ({reason}); delete it to start over"
                 ) from error
             self._checkpointed = dict(self.done)
         self._saved = time.monotonic()
@@ -183,20 +190,22 @@ class Run:
             self._drop_log_after_checkpoint()
 
     def _load_matching_checkpoint(self):
-        """As `_load_newest`, where it fits this run."""
+        """Return `_load_newest()`. Raises UserError if it belongs to another run."""
         path, checkpoint = self._load_newest()
         if checkpoint:
             self._check_settings(checkpoint, path)
             if checkpoint["device"] != self.device:
                 raise UserError(
                     f"{path} was written on {checkpoint['device']}, this is {self.device}; "
-                    f"go on with --device {checkpoint['device']}, or delete it to start afresh"
+                    f"resume with --device {checkpoint['device']}, or delete it to start over"
                 )
         return path and str(path), checkpoint
 
     def _load_newest(self):
-        """Path and content of the newest checkpoint that is whole, or (None, None) where there is
-        none at all. Raises Damaged when there are some but none is whole."""
+        """Return path and content of the newest intact checkpoint, or (None, None) without any.
+
+        Raises DamagedFile if all checkpoints are damaged.
+        """
         broken = None
         for path in self._checkpoints:
             if path.is_file():
@@ -208,16 +217,17 @@ class Run:
                     broken = broken or error
                     continue
                 if broken:
-                    aside = self.folder / "checkpoint.damaged.pt"
-                    os.replace(self._checkpoints[0], aside)
+                    moved = self.folder / "checkpoint.damaged.pt"
+                    os.replace(self._checkpoints[0], moved)
                     print(
-                        f"warning: {broken}; going on from {path.name}, the other is now {aside}",
+                        f"warning: {broken}; resuming from {path.name}, the damaged file is now "
+                        f"{moved}",
                         file=sys.stderr,
                     )
                 return path, content
         if broken:
             raise files.DamagedFile(
-                f"{broken}, and no older one is whole; delete it to start afresh"
+                f"{broken}, and no older checkpoint is intact; delete it to start over"
             )
         return None, None
 
@@ -231,8 +241,11 @@ class Run:
             files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def checkpoint(self):
-        """Write a checkpoint; the one before is kept. Raises UserError where the state is not
-        finite."""
+        """Write a checkpoint and keep the previous one.
+
+        Raises:
+            UserError: if the state contains NaN or infinity.
+        """
         self._check_scalars()
         started = time.monotonic()
         state = {name: part.state_dict() for name, part in self.state.items()}
@@ -253,19 +266,26 @@ class Run:
         self._checkpoint_seconds = self._saved - started
 
     def _checkpoint_due(self, end):
-        """Whether to write a checkpoint now: at a phase's end, or when the last one is old; but
-        none that would make writing them take more than its share."""
+        """Whether to write a checkpoint now.
+
+        A checkpoint is due at the end of a phase and after `CHECKPOINT_SECONDS`, but not if
+        checkpoints would take more than `CHECKPOINT_SHARE` of the time.
+        """
         age = time.monotonic() - self._saved
         return age * CHECKPOINT_SHARE >= self._checkpoint_seconds and (
             end or age > CHECKPOINT_SECONDS
         )
 
     def steps(self, phase, total):
-        """Yield 0, 1, ... total-1, from where the checkpoint stands; show a bar; write checkpoints
-        as time passes.
+        """Yield the steps 0, ..., total - 1, starting after the steps in the checkpoint.
 
-        SIGINT and SIGTERM end the loop after the current step with a checkpoint and `Stopped`; of
-        several ranks, all of them within about `SYNC_SECONDS`.
+        Shows a progress bar and writes checkpoints. On SIGINT or SIGTERM, the loop finishes the
+        current step, writes a checkpoint and raises `Stopped`. With several processes, all of them
+        stop within about `SYNC_SECONDS`.
+
+        Args:
+            phase: name of the loop, as shown and logged.
+            total: number of steps.
         """
         self.phase, self.total = phase, total
         first = next_sync = self.done.get(phase, 0)
@@ -285,33 +305,40 @@ class Run:
                     [2 if signals.received else int(due), self._steps_until_sync(step + 1 - first)]
                 )
                 next_sync = step + until_sync
-                if action:  # all ranks do it, or none
+                if action:  # the same on all ranks
                     self.checkpoint()
                 if action == 2:
                     raise Stopped(
-                        f"stopped after step {step + 1} of {total} ({phase}); the same command "
-                        "goes on there"
+                        f"stopped after step {step + 1} of {total} ({phase}); rerun the same "
+                        "command to resume"
                     )
 
     def _steps_until_sync(self, steps):
-        """Steps until all ranks synchronise again, estimated by the main process from `steps` steps
-        of this loop; 1 in a single process."""
+        """Number of steps until all ranks synchronise again; 1 in a single process.
+
+        The main process estimates it from the time of the `steps` steps so far.
+        """
         if distributed.world_size() == 1 or not distributed.is_main_process():
             return 1
         return max(1, int(SYNC_SECONDS * steps / (time.monotonic() - self._began)))
 
     def log(self, step, **scalars):
-        """Take the scalars of a step; every `log_every` steps their means become a line of
-        log.jsonl and the bar's text. Raises UserError for one that is not finite: on the CPU in
-        that very step, elsewhere, where reading a value would make the device wait, with the line
-        or before the next checkpoint."""
-        here = self.device == "cpu"
+        """Log named scalars of a step.
+
+        Every `log_every` steps, writes their means to log.jsonl and shows them in the progress bar.
+        On a CPU, values are checked at every step. On other devices, reading a value would block
+        the device, so values are checked when a line or a checkpoint is written.
+
+        Raises:
+            UserError: if a value is not finite or exceeds its limit.
+        """
+        on_cpu = self.device == "cpu"
         for name, value in scalars.items():
             if torch.is_tensor(value):
-                value = value.item() if here else value.detach().clone()
+                value = value.item() if on_cpu else value.detach().clone()
             self._unread.append((step, name, value))
         writing = (step + 1) % self.log_every == 0 or step + 1 == self.total
-        if here or writing:
+        if on_cpu or writing:
             self._check_scalars()
         if writing:
             means = {name: statistics.fmean(values) for name, values in self._window.items()}
@@ -336,8 +363,10 @@ class Run:
                 self._board.add(self.phase, step + 1, means)
 
     def _check_scalars(self):
-        """Read the scalars that are still on the device. Raises UserError for one that is not
-        finite or beyond its limit."""
+        """Read the scalars that are still on the device.
+
+        Raises UserError if a value is not finite or exceeds its limit.
+        """
         tensors = [value.float() for _, _, value in self._unread if torch.is_tensor(value)]
         read = iter(torch.stack(tensors).tolist() if tensors else ())
         for step, name, value in self._unread:
@@ -351,7 +380,7 @@ class Run:
                 most, advice = self.limits[name]
                 if len(recent) == LIMIT_WINDOW and statistics.fmean(recent) > most:
                     raise UserError(
-                        f"{self._position(step)}: {name} {statistics.fmean(recent):g}, above "
+                        f"{self._position(step)}: {name} is {statistics.fmean(recent):g}, above "
                         f"{most:g}: {advice}"
                     )
         self._unread = []
@@ -360,18 +389,25 @@ class Run:
         return f"{self.phase}, step {step + 1} of {self.total}"
 
     def _non_finite_error(self, part, step):
-        """The UserError for a value that is not finite; nothing of that state is on disk."""
+        """Return the UserError for a value that is not finite. The state has not been saved."""
         at = [f"{steps} of {phase}" for phase, steps in self._checkpointed.items()]
         start = f"the checkpoint at step {at[-1]}" if at else "the beginning"
         return UserError(
-            f"{self._position(step)}: {part} is not finite; nothing of it was written, and the "
-            "same command goes on from "
-            f"{start}; should it come to the same, lower the learning rate and {USE_OTHER_FOLDER}"
+            f"{self._position(step)}: {part} is not finite; this state was not saved; rerun the "
+            f"same command to resume from {start}; if the error repeats, lower the learning rate "
+            f"and {USE_OTHER_FOLDER}"
         )
 
     def finish(self, kind, content):
-        """Write the artefact, which ends the run; its checkpoints are deleted. Raises UserError
-        where it holds values that are not finite."""
+        """Write the artefact, delete the checkpoints and release the lock.
+
+        Args:
+            kind: kind of the file, as in `files.save`.
+            content: dict of tensors and plain values.
+
+        Raises:
+            UserError: if `content` contains NaN or infinity.
+        """
         if part := files.find_non_finite(content):
             raise UserError(
                 f"{self.artefact} not written: {part} is not finite; {USE_OTHER_FOLDER}"
@@ -388,8 +424,10 @@ class Run:
 
 
 def read_log(folder):
-    """The lines of a run's log.jsonl as dicts, without what a killed process left of one; [] where
-    there is no log."""
+    """Return the lines of a run's log.jsonl as dicts, or [] if there is no log.
+
+    Incomplete lines, which a killed process may leave, are skipped.
+    """
     path, lines = folder / "log.jsonl", []
     for text in (
         path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else ()
@@ -402,9 +440,9 @@ def read_log(folder):
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, in folder/tensorboard/<phase>.
+    """Writer of scalars for TensorBoard, to folder/tensorboard/<phase>.
 
-    Raises UserError where its package is missing.
+    Raises UserError if the package tensorboard is missing.
     """
 
     def __init__(self, folder):
@@ -412,7 +450,7 @@ class TensorBoard:
         self.module = optional("torch.utils.tensorboard", "--tensorboard", package="tensorboard")
 
     def add(self, phase, step, scalars):
-        """Write name -> value at a step; what was written at later steps before is hidden."""
+        """Write name -> value of a step. A resumed phase hides the values of later steps."""
         if phase != self.phase:
             place = self.folder / phase.replace(" ", "_")
             self.phase, self.writer = phase, self.module.SummaryWriter(place, purge_step=step)
@@ -422,7 +460,7 @@ class TensorBoard:
 
 
 class Tensors:
-    """Learned tensors by name, as a part of the checkpoint; loaded in place."""
+    """Tensors by name with `state_dict` and an in-place `load_state_dict`, for checkpoints."""
 
     def __init__(self, **tensors):
         self.tensors = tensors
@@ -441,7 +479,7 @@ class Tensors:
 
 
 class _Signals:
-    """Notes the first SIGINT or SIGTERM instead of acting on it; a second one acts as usual."""
+    """Context that records the first SIGINT or SIGTERM. A second one has its usual effect."""
 
     def __enter__(self):
         self.received = False
@@ -452,9 +490,9 @@ class _Signals:
 
     def _note(self, number, frame):
         self.received = True
-        for each, handler in (
-            self.before.items() if distributed.world_size() == 1 else ()
-        ):  # torchrun hands on what it gets
+        if distributed.world_size() > 1:  # torchrun forwards each signal, so several may arrive
+            return
+        for each, handler in self.before.items():
             signal.signal(each, handler)
 
     def __exit__(self, *exception):
@@ -463,21 +501,21 @@ class _Signals:
 
 
 def settings_digest(settings):
-    """12 hexadecimal digits that are equal for equal settings."""
+    """Return a digest of `settings`: 12 hexadecimal digits."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def program_name():
-    """The program as a user starts it: distill.py, python -m data.prepare."""
+    """Return the program as typed by the user, such as distill.py or python -m data.prepare."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def shareable_command(folder):
-    """The command of the run in `folder`, without `UNTRACKED_SETTINGS` and places on this machine.
+    """Return the command of a run without `UNTRACKED_SETTINGS` and absolute paths.
 
-    None where the folder has no config.json. Raises DamagedFile where that is damaged.
+    Returns None if the folder has no config.json. Raises DamagedFile if that file is damaged.
     """
     path = folder / "config.json"
     words = files.read_json(path, "settings file").get("command") if path.is_file() else None
@@ -499,10 +537,10 @@ def shareable_command(folder):
 
 
 def _last_part(word):
-    """A word of a command, quoted for a shell; of an absolute path the last part only."""
+    """Quote a word of a command for a shell; of an absolute path, keep the last part only."""
     return shlex.quote(Path(word).name if Path(word).is_absolute() else word)
 
 
 def versions():
-    """Versions of Python and PyTorch, as results and runs store them."""
+    """Return the versions of Python and PyTorch, as stored with runs and results."""
     return {"python": sys.version.split()[0], "torch": str(torch.__version__)}

@@ -1,4 +1,4 @@
-"""Random order with a memory: index batches that go on where a stopped run left off."""
+"""Random mini-batches and random generators whose state can be saved and restored."""
 
 import torch
 
@@ -7,13 +7,23 @@ from utils.errors import UserError
 
 
 class Batches:
-    """Mini-batches of indices 0..n-1 in a new random order each epoch; the last batch of an epoch
-    may be smaller.
+    """Mini-batches of the indices 0, ..., n - 1 in a new random order each epoch.
 
-    With `drop_last` that smaller batch is left out (batch norm of few images is noise). A batch
-    size above n means n. With `shared` the batches are those of all ranks together, whose
-    generators must be alike; each gets its part of them, and `loss_weight` is the ratio of the last
-    part to an equal one. Raises UserError where a part would be empty.
+    The last batch of an epoch may be smaller.
+
+    Args:
+        n: number of indices.
+        batch_size: indices per batch; a larger value than n means n.
+        generator: CPU generator of the order.
+        drop_last: drop the smaller last batch, whose batch statistics would be noisy.
+        shared: split each batch among all ranks, whose generators must have equal states.
+
+    Attributes:
+        per_epoch: number of batches per epoch.
+        loss_weight: size of this rank's part of the last batch divided by the mean size of a part.
+
+    Raises:
+        UserError: if a rank's part of a batch would be empty.
     """
 
     def __init__(self, n, batch_size, generator, drop_last=False, shared=False):
@@ -29,7 +39,7 @@ class Batches:
             )
 
     def next(self):
-        """The next batch of indices, (b,) int64 on the CPU."""
+        """Return the next batch of indices, (b,) int64 on the CPU."""
         if self.position == self.per_epoch:
             self.order, self.position = torch.randperm(self.n, generator=self.generator), 0
         batch, whole = self.peek(), len(self._global_batch())
@@ -38,8 +48,10 @@ class Batches:
         return batch
 
     def peek(self):
-        """What `next` will return, or None at the end of an epoch, when the next order is not drawn
-        yet."""
+        """Return the batch that `next` will return, or None at the end of an epoch.
+
+        The order of the next epoch is drawn by `next`.
+        """
         if self.position == self.per_epoch:
             return None
         return self._global_batch().tensor_split(self.world_size)[
@@ -57,9 +69,19 @@ class Batches:
 
 
 class Randomness:
-    """The random states of a run: one CPU generator for orders and draws, one on the device for
-    augmentation, and torch's global one, which initialises networks (on the CPU). All start from
-    one seed; with `per_rank`, those of each rank from another."""
+    """Random generators of a run, whose states go into its checkpoints.
+
+    torch's global generator initialises networks, on the CPU. All generators derive from one seed.
+
+    Args:
+        seed: seed of the run.
+        device: torch device of the run.
+        per_rank: use another seed on each rank.
+
+    Attributes:
+        cpu: CPU generator, for orders and draws.
+        device: generator on the device, for augmentation.
+    """
 
     def __init__(self, seed, device, per_rank=False):
         seed += 1_000_003 * distributed.rank() if per_rank else 0
@@ -68,12 +90,13 @@ class Randomness:
         self.device = torch.Generator(device).manual_seed(seed + 1)
 
     def reseed_for_rank(self):
-        """Before a step that ranks share: give each its own draws for its part of the batch. The
-        states stay alike, so that any number of ranks can go on from them."""
+        """Reseed the device generator, so that each rank draws its own augmentation.
+
+        Call it before each step on a shared batch. The CPU generators keep equal states on all
+        ranks, so orders are those of a single process and any number of ranks can resume the run.
+        """
         if distributed.world_size() > 1:
-            self.device.manual_seed(
-                int(torch.randint(2**31, ())) + distributed.rank()
-            )  # orders stay as of one process
+            self.device.manual_seed(int(torch.randint(2**31, ())) + distributed.rank())
 
     def state_dict(self):
         return {
