@@ -32,6 +32,22 @@ DISTILL = [
 PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 
 
+LONG = {
+    "test_torture",
+    "test_survival",
+    "test_fuzz",
+    "test_distributed",
+    "test_resume",
+}  # robustness
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the modules in `LONG`, which scripts/test.sh runs with --all only."""
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")
+
+
 @pytest.fixture(autouse=True)
 def two_threads():
     """The number of threads decides the order of sums, so it is part of what is reproduced."""

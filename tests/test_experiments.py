@@ -187,7 +187,7 @@ def test_flags_narrow_and_bad_ones_are_refused(capsys):
         listed("departures", "--distill-seeds", 1)
     for words, message in (
         (["table1", "--colour"], "--colour"),
-        (["table1", "--jobs", "0"], "must be 1 to"),
+        (["table1", "--jobs", "0"], "must be at least 1"),
         (["table1", "--seeds"], "expected at least one argument"),
         (["table1", "--seeds", "x"], "--seeds x: not a seed"),
     ):

@@ -595,7 +595,12 @@ def hub(monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
     hub = Hub()
     monkeypatch.setenv("HF_TOKEN", "hf_x")
-    for name, value in {"ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "cache")}.items():
+    constants = {
+        "ENDPOINT": hub.address,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+    }
+    for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     yield hub
     hub.close()

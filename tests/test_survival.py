@@ -543,7 +543,7 @@ def test_large_arrays_are_read_whole_when_changed_or_when_asked(tmp_path, monkey
         UserError, match=r"train.npy: damaged .*; delete .*train.json to recreate it"
     ):
         load_images(source, "train", 32, tmp_path)
-    monkeypatch.setattr(files, "WHOLE", 0)
+    monkeypatch.setattr(files, "ALWAYS_VERIFIED", 0)
     load_images(source, "train", 32, tmp_path)  # its time says that nobody has written to it
     words = [source, "--size", "32", "--data-root", str(tmp_path)]
     prepare.main(words)
