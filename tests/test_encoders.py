@@ -333,7 +333,7 @@ def test_features_without_an_encoder_serve_no_new_images(flags, tmp_path, source
     here = run_of(tmp_path / "runs", flags)
     pretrain_target.main([*here, "--features", str(tmp_path / "f.npy")])
     line = refused_by(distill, *here, *DISTILL, "--augment-outer")
-    assert "it has no network for new images" in line
+    assert "there is no network for new images" in line
     assert "--reference needs a target network, not" in refused_by(
         distill, *here, *DISTILL, "--reference"
     )

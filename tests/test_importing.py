@@ -315,7 +315,7 @@ def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, 
         (
             ["--normalised", "none", "--targets", "y.pt", "--target-kind", "none"],
             FEATURES,
-            "neither",
+            "cannot be combined",
         ),
         (
             ["--normalised", "none", "--targets", "y.pt"],
@@ -407,7 +407,7 @@ def test_files_that_are_no_data(tmp_path):
         ("class", torch.tensor([0, 1, 10**9]), "not within 0 to 99999"),
         ("none", torch.zeros(3, 2), "targets without a value"),
         ("soft", torch.zeros(3, 0), "targets without a value"),
-        ("soft", torch.tensor(1.0), "a single number"),
+        ("soft", torch.tensor(1.0), "a scalar"),
     ],
 )
 def test_distilled_files_with_unfit_targets(tmp_path, kind, targets, message):

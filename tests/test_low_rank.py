@@ -219,7 +219,7 @@ def test_budget_is_met_and_spent(views, n_plain, u, v, side):
             dict(num_images=4),
             "a budget of 12,800 numbers, but the bases alone take 16,384; raise it",
         ),
-        (dict(num_images=500), "images of the source's 1,000; lower it"),
+        (dict(num_images=500), "but the source has 1,000; lower it"),
     ],
 )
 def test_settings_that_do_not_go_together(given, message):

@@ -76,9 +76,7 @@ def test_the_flag_decides_nothing_about_the_result(distilled, weights, roots, tm
     assert scalars(folder / "tensorboard" / "pre-train")["loss"] == logged(
         folder, "pre-train", "loss"
     )
-    assert (
-        "is there already" in command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
-    )
+    assert "already exists" in command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
 
 
 def test_a_missing_package_is_named_at_the_start(monkeypatch, tmp_path):
