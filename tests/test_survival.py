@@ -92,7 +92,7 @@ def begun(folder, steps=2, total=9, device="cpu"):
 def test_second_process_is_refused_at_once_and_the_lock_ends_with_the_first(tmp_path):
     with other_process(lambda: a_run(tmp_path)) as pid, pytest.raises(UserError) as refused:
         a_run(tmp_path)
-    assert str(refused.value).startswith(f"{tmp_path}: process {pid} on ")
+    assert str(refused.value).startswith(f"{tmp_path}: in use by process {pid} on ")
     a_run(tmp_path).finish("x", {})
     with other_process(lambda: a_run(tmp_path)):
         assert a_run(tmp_path).finished  # a finished run is open to all
