@@ -41,7 +41,9 @@ def parse(words, monkeypatch):
     made = value(words, "--distilled") if "--distilled" in words else ""
     reduced = made.startswith(("runs/quick/", "runs/departures/"))
     name = f"quick-{made.split('/')[2]}" if reduced else [*made.split("/"), ""][1]
-    kind = registry.targets_of(Path(made).parts[-3]) if "/" in made else "class"
+    folder = Path(made).parts[-3] if "/" in made else ""
+    of_gpu = folder.startswith(("cpu_", "cuda_"))  # sets of benchmarks/gpu.sh
+    kind = "class" if not folder else "feature" if of_gpu else registry.targets_of(folder)
     stand_in = SimpleNamespace(meta=dict(preset=name), target_kind=kind)
     monkeypatch.setattr("pretrain.load_distilled", lambda path: stand_in)
     if words[0] == "-m" and words[1] == "distillers":

@@ -645,7 +645,7 @@ def test_a_network_goes_to_the_hub(hub, weights, tmp_path):
     }
 
 
-def test_what_the_hub_does_not_serve_is_one_line(hub, copy):
+def test_what_the_hub_does_not_serve_is_one_line(hub, copy, monkeypatch):
     hub.repositories["datasets/me/empty"] = {"private": False, "commits": [{"README.md": b""}]}
     for name, message in {
         "hf:me/nothing": "cannot be downloaded (RepositoryNotFoundError",
@@ -656,7 +656,7 @@ def test_what_the_hub_does_not_serve_is_one_line(hub, copy):
         with pytest.raises(UserError, match=re.escape(f"{name}: {message}")) as error:
             load_distilled(name)
         assert "\n" not in str(error.value)
-    hub.close()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # refuses
     with pytest.raises(UserError, match=r"--push me/toy: failed.*ConnectError") as error:
         distillers(["export", str(copy), "--push", "me/toy"])
     assert "\n" not in str(error.value)
@@ -698,7 +698,7 @@ def test_dd_ranking_gets_images_by_class_in_its_own_units(tmp_path):
                 atol=1e-5,
             )
     text = (tmp_path / "out" / "README.md").read_text()
-    assert 'LabelRobustScoreHard(dataset="CIFAR10", ipc=2, im_size=(32, 32)' in text
+    assert 'LabelRobustScoreHard(dataset="CIFAR10", ipc=2,' in text
     assert "dd_ranking.safetensors" in (tmp_path / "out" / "SHA256SUMS").read_text()
 
 

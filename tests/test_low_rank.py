@@ -368,8 +368,8 @@ def change(f, name, value):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: [*f.values()], "no dictionary of tensors"),
-        (lambda f: f | dict(c_x=3), "no dictionary of tensors"),
+        (lambda f: [*f.values()], "not a dictionary of tensors"),
+        (lambda f: f | dict(c_x=3), "not a dictionary of tensors"),
         (lambda f: {k: v for k, v in f.items() if k != "b_y"}, "factors c_x, b_x, c_y"),
         (lambda f: f | dict(more=torch.ones(1)), "more"),
         (lambda f: f | dict(c_x=f["c_x"].double()), "not float32"),

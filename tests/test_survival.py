@@ -363,7 +363,8 @@ def test_larger_ridges_are_logged_and_many_stop_the_run(tmp_path):
 
     assert sum(at_share(tmp_path / "seldom", 11)) == 28
     with pytest.raises(
-        UserError, match=r"distil, step 100 of 300: larger_ridge 0.2, above 0.1: .* raise --ridge"
+        UserError,
+        match=r"distil, step 100 of 300: larger_ridge is 0.2, above 0.1: .* raise --ridge",
     ):
         at_share(tmp_path / "often", 5)
 
