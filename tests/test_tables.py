@@ -162,9 +162,7 @@ def test_variants_have_tables_of_their_own():
         ),
     ]
     made = tables.document(lines)
-    assert (
-        "D5: pool that never resets" in made["ablations"] and "targets at random" in made["y_init"]
-    )
+    assert "D5: pool that never resets" in made["ablations"] and "random targets" in made["y_init"]
     assert (
         "D5" not in made["y_init"]
         and "D5" not in made["table1"]
@@ -361,7 +359,7 @@ def test_other_protocols_stand_below_the_table_of_the_same_sets():
     lines += [line(44.0, protocol="linear", source="digits")]  # of no table of the paper
     main, *beside = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
     assert main.startswith("Table 1") and "knn" not in main and "88.00" in main
-    assert [text.split(", by")[0].split(" on ")[1] for text in beside] == ["cifar10", "cifar100"]
+    assert [text.split(", under")[0].split(" on ")[1] for text in beside] == ["cifar10", "cifar100"]
     heads = [cell.strip() for cell in beside[0].splitlines()[2].split("|")[3:-1]]
     assert heads == [
         "knn",
