@@ -56,6 +56,7 @@ class Method:
 def main(method, argv, prog=None):
     """Run `method` with the command line `argv`; write distilled.pt and images.png."""
     args, entry = parse_args(method, argv, prog), registry.METHODS[method.name]
+    method.check_flags(args)
     device = select_device(args, entry.multi_process)
     source = load_images(args.source, "train", args.image_size, args.data_root)
     if getattr(args, "ignore_labels", False):
@@ -184,7 +185,6 @@ def parse_args(method, argv, prog=None):
     )
     method.add_flags(parser)
     args = resolve_precision(parser.parse_args(argv))
-    method.check_flags(args)
     check_name("--name", args.name, reserved=registry.RESERVED)
     return args
 
