@@ -114,7 +114,7 @@ def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
         content | dict(images=content["images"][:1], targets=content["targets"][:1]),
     )
     for more, word in (
-        (["--distilled", str(tmp_path / "one.pt"), "--network", str(target)], "two at least"),
+        (["--distilled", str(tmp_path / "one.pt"), "--network", str(target)], "at least two"),
         (["--network", str(distilled)], "not a target file"),
         (["--network", "x.pt"], "no such file"),
     ):

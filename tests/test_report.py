@@ -149,7 +149,7 @@ def test_what_it_shows_of_finished_runs(root, roots, tmp_path):
     moved = load_distilled(root / "digits" / "krr_st" / "seed0" / "distilled.pt").meta[
         "distance_from_initial"
     ]
-    assert f"in the source's deviations) {moved:.4f}" in re.sub(r"\s+", " ", page.text)
+    assert f"in standard deviations of the source) {moved:.4f}" in re.sub(r"\s+", " ", page.text)
     assert {
         "train target: loss",
         "distil: loss",
@@ -205,9 +205,9 @@ def test_unfinished_runs_and_half_written_logs(root, roots, tmp_path):
     page = read(root, roots, tmp_path)
     assert (
         "unfinished: distil, step 200 of 1,200" in page.text
-        and "unfinished, nothing logged yet" in page.text
+        and "unfinished, no log yet" in page.text
     )
-    assert "2 of them unfinished" in page.text and "Left out" not in page.text
+    assert "(2 unfinished)" in page.text and "Left out" not in page.text
     assert page.pictures["images so far"][0].shape[1] == 520
     assert len(page.pictures["distil: loss"]) == 2  # of KRR-ST, and what is a number of dm's
 

@@ -344,7 +344,7 @@ def test_a_changed_target_is_evaluated_anew_and_not_gone_on_with(weights, roots,
     finetune.main([*words, "--steps", "2"])
     finetune.main([*words, "--protocol", "knn"])
     (tmp_path / "pets" / "test" / "b" / "7.png").unlink()
-    with pytest.raises(UserError, match=r"holds a run of other settings .fingerprints"):
+    with pytest.raises(UserError, match=r"holds a run with other settings .fingerprints"):
         finetune.main([*words, "--steps", "2"])
     finetune.main([*words, "--protocol", "knn"])
     found = [
