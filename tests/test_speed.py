@@ -110,13 +110,19 @@ def losses(roots, name, *flags):
     ]
 
 
-def test_fifty_losses_are_those_of_the_plain_step(roots):
-    """To rounding, which training makes larger step by step: another instruction set or number of
-    threads moves the losses of such a run by up to 1 % too."""
-    ours, plain = losses(roots, "ours"), losses(roots, "plain", "--reference")
+@pytest.mark.parametrize(
+    ("pool_lr", "tolerance"),
+    [
+        ("1e-9", 1e-3),  # untrained members: only the outer loss and the update of X_s and Y_s
+        ("0.01", 2e-2),  # training the members amplifies rounding errors
+    ],
+)
+def test_fifty_losses_are_those_of_the_plain_step(roots, pool_lr, tolerance):
+    ours = losses(roots, f"ours_{pool_lr}", "--pool-lr", pool_lr)
+    plain = losses(roots, f"plain_{pool_lr}", "--pool-lr", pool_lr, "--reference")
     assert len(ours) == 50
-    assert plain[:5] == pytest.approx(ours[:5], rel=1e-4)
-    assert plain == pytest.approx(ours, rel=0.03)
+    assert plain[:5] == pytest.approx(ours[:5], rel=tolerance / 10)
+    assert plain == pytest.approx(ours, rel=tolerance)
 
 
 def test_precision_is_the_fast_one_of_the_device(monkeypatch):
