@@ -54,6 +54,8 @@ HELP = dict(
     "(D8 outer-augmentation)",
     random_targets="draw the initial Y_s from N(0, 1) instead of taking the target network's "
     "features, as in the paper's appendix E (D21 target-init)",
+    random_images="draw the initial X_s from N(0, 1) instead of taking real images; the initial "
+    "Y_s are the target network's features of real images (D22 image-init)",
     **low_rank.HELP,
 )
 
@@ -133,6 +135,8 @@ def distill(source, chosen, target, args, run, device):
     randomness = Randomness(args.seed, device, per_rank=True)
     real = outer_step.batches(source, target, args, randomness, device)
     x_init = (source.raw if args.raw_init else source.normalised)(chosen, device)  # line 3
+    if args.random_images:
+        x_init = torch.randn(x_init.shape, generator=randomness.device, device=device)
     y_init = target.features_at(source, chosen)  # line 4
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
@@ -202,6 +206,8 @@ def distill(source, chosen, target, args, run, device):
         syn.compose(),
     )
     print(f"outer loss under the final pool: initial images {before:.4f}, distilled {after:.4f}")
+    if args.random_images:
+        facts["initial"] = None
     return to_set(outer_loss_initial=before, outer_loss_distilled=after, **facts)
 
 

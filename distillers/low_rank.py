@@ -222,6 +222,7 @@ def count_images(args, n, size, d_y, v):
     is_fault = {
         f"--views {args.views}: must be {' or '.join(VIEWS)}": args.views not in VIEWS,
         "--random-targets cannot be combined with --bases": args.random_targets,
+        "--random-images cannot be combined with --bases": args.random_images,
         f"--base-size {side}: larger than the images ({size} px)": side > size,
         f"--bases {u}: must be at most {most_u}, the numbers in a base or the images": u > most_u,
         f"--target-bases {v}: must be at most {most_v}, the target features or the images": v

@@ -169,8 +169,15 @@ QUICK_SOURCES = tuple(
 FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
 WITH_FEATURES = ("scratch", "random", "random_features")
 CONDENSED = ("kmeans", "dsa", "dm", "mtt")
-DEPARTURES = ("krr_st_d1", "krr_st_d2", "krr_st_d3", "krr_st_d5", "krr_st_d7", "krr_st_d8",
-              "krr_st_as_released")  # fmt: skip
+DEPARTURES = (
+    "krr_st_d1",
+    "krr_st_d2",
+    "krr_st_d3",
+    "krr_st_d5",
+    "krr_st_d7",
+    "krr_st_d8",
+    "krr_st_as_released",
+)
 
 _DEPARTURES_SCALE = Scale(
     folder="departures",
@@ -248,10 +255,8 @@ _COMPARE_SCALE = Scale(
             pool_steps=100,
         ),
     ),
-    pretrain=dict(
-        feature=dict(epochs=300), soft=dict(steps=1500), **{"class": dict(epochs=300)}
-    ),
-)  # fmt: skip
+    pretrain=dict(feature=dict(epochs=300), soft=dict(steps=1500), **{"class": dict(epochs=300)}),
+)
 
 _SMALL_SCALE = Scale(
     folder="small",

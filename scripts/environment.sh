@@ -1,6 +1,6 @@
-# Sourced by the other scripts. Changes to the repository's root and sets $PYTHON to an interpreter
-# with the packages in $REQUIREMENTS. Creates .venv and installs the packages if needed. If $PYTHON is
-# already set, that interpreter is used without changes.
+# Sourced by the other scripts. Changes to the repository's root and sets $PYTHON to an
+# interpreter with the packages in $REQUIREMENTS. Creates .venv and installs the packages if
+# needed. If $PYTHON is already set, that interpreter is used without changes.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 
@@ -8,13 +8,17 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
   if [ ! -x "$PYTHON" ]; then
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 ""; do
-      [ -n "$candidate" ] || { echo "Python 3.10 or newer is required but was not found." >&2; exit 1; }
+      if [ -z "$candidate" ]; then
+        echo "Python 3.10 or newer is required but was not found." >&2
+        exit 1
+      fi
       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
     done
     echo "Creating .venv with $("$candidate" --version)."
     if ! "$candidate" -m venv .venv; then
       rm -rf .venv
-      echo "Could not create .venv; see the message above. On Debian and Ubuntu, install python3-venv." >&2
+      echo "Could not create .venv; see the message above." >&2
+      echo "On Debian and Ubuntu, install python3-venv." >&2
       exit 1
     fi
   fi
@@ -30,5 +34,6 @@ export PYTHON
 # Reads commands, one per line and without `python`, and runs one per core in parallel. For small
 # networks, one thread per command is faster than all threads for one command at a time.
 run_in_parallel() {
-  OMP_NUM_THREADS=1 TQDM_DISABLE=1 xargs -P "$(nproc)" -I{} bash -c 'echo "\$ python {}"; exec "$PYTHON" {}'
+  OMP_NUM_THREADS=1 TQDM_DISABLE=1 \
+    xargs -P "$(nproc)" -I{} bash -c 'echo "\$ python {}"; exec "$PYTHON" {}'
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All stages on scikit-learn's handwritten digits: target network, distillation, pre-training, linear
-# probe, fine-tuning and knowledge distillation. Prints a table of accuracies and the path of the
-# distilled images. Takes at most 6 minutes on 2 CPU cores after installation. Rerun it to resume.
+# All stages on scikit-learn's handwritten digits: target network, distillation, pre-training,
+# linear probe, fine-tuning and knowledge distillation. Prints a table of accuracies and the path of
+# the distilled images. Takes at most 6 minutes on 2 CPU cores after installation. Rerun it to resume.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 digits=runs/digits arch=convnet3-x0.25 # as in the preset digits in utils/presets.py
@@ -22,16 +22,19 @@ for seed in 0 1 2; do
 done | run_in_parallel
 
 for seed in 0 1 2; do
-  for start in "none --seed $seed" {$digits/random_features,$digits/krr_st}/seed0/$arch/seed$seed/model.pt; do
-    echo "finetune.py --weights $start --dataset digits --labels-per-class 10 --protocol linear"
-    echo "finetune.py --weights $start --dataset digits --labels-per-class 2 --protocol linear"
-    echo "finetune.py --weights $start --dataset digits --labels-per-class 2"
+  for set in none random_features krr_st; do
+    weights="$digits/$set/seed0/$arch/seed$seed/model.pt"
+    [ $set = none ] && weights="none --seed $seed"
+    echo "finetune.py --weights $weights --dataset digits --labels-per-class 10 --protocol linear"
+    echo "finetune.py --weights $weights --dataset digits --labels-per-class 2 --protocol linear"
+    echo "finetune.py --weights $weights --dataset digits --labels-per-class 2"
   done
 done | run_in_parallel
 
 run finetune.py --weights none --arch convnet4 --width 0.25 --dataset digits --steps 60
-run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt --distilled $digits/krr_st/seed0/distilled.pt \
-  --teacher runs/scratch/convnet4-x0.25_32px/digits_full_seed0/model.pt --dataset digits
+run kd.py --weights $digits/krr_st/seed0/$arch/seed0/model.pt \
+  --distilled $digits/krr_st/seed0/distilled.pt --dataset digits \
+  --teacher runs/scratch/convnet4-x0.25_32px/digits_full_seed0/model.pt
 
 echo
 "$PYTHON" -m analysis.tables runs

@@ -32,13 +32,14 @@ DISTILL = [
 PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 
 
-LONG = {
-    "test_torture",
-    "test_survival",
-    "test_fuzz",
+LONG = {  # robustness, and the commands of docs/extending.md
     "test_distributed",
+    "test_extending",
+    "test_fuzz",
     "test_resume",
-}  # robustness
+    "test_survival",
+    "test_torture",
+}
 
 
 def pytest_collection_modifyitems(items):

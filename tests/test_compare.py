@@ -103,8 +103,11 @@ def test_a_table_for_each_data_set_and_one_of_the_means():
     assert rows[0] == ["digits: cars", "linear, 20 % of labels", "full, 20 labels/class", "n"]
     assert rows[1] == ["KRR-ST", "14.00 ± 4.32", "5.00 ± 0.00", "3 x 1"]
     assert rows[2] == [
-        "KRR-ST, D5: pool that never resets", "13.17 ± 4.25 (-0.83 [-1.55, -0.12]*)", "", "3 x 1"
-    ]  # fmt: skip
+        "KRR-ST, D5: pool that never resets",
+        "13.17 ± 4.25 (-0.83 [-1.55, -0.12]*)",
+        "",
+        "3 x 1",
+    ]
     assert rows[3] == ["digits: cifar10", "linear, 20 % of labels", "n"]
     assert rows[5][1:] == ["44.00 ± 1.00 (-1.00)", "2 x 1"]  # one pair: no interval
     loss = [
@@ -113,9 +116,12 @@ def test_a_table_for_each_data_set_and_one_of_the_means():
     ]
     [heading, krr_st, _] = rows_of(compare.format_means(TABLE, LINES + loss))
     assert heading == [
-        "digits, mean over data sets", "linear, 20 % of labels", "full, 20 labels/class",
-        compare.LOSS, "n"
-    ]  # fmt: skip
+        "digits, mean over data sets",
+        "linear, 20 % of labels",
+        "full, 20 labels/class",
+        compare.LOSS,
+        "n",
+    ]
     assert krr_st == ["KRR-ST", "26.50 ± 1.50", "5.00 ± 0.00", "20.00 ± 0.00", "2 x 1"]
     assert (
         compare.format_means(TABLE, []) == compare.format_datasets(TABLE, []) == "No results yet."
@@ -142,9 +148,10 @@ def test_each_target_network_has_a_table_with_the_rows_that_need_none():
     rows = rows_of(compare.format_datasets(table, lines))
     heads = [row[0] for row in rows if "cars" in row[0]]
     assert heads == [
-        "digits, target network target: cars", "digits, target network encoder: cars",
-        "photos: cars"
-    ]  # fmt: skip
+        "digits, target network target: cars",
+        "digits, target network encoder: cars",
+        "photos: cars",
+    ]
     krr_st = [row[1] for row in rows if row[0] == "KRR-ST"]
     assert krr_st == ["3.00 ± 0.00 (+2.00)", "5.00 ± 0.00 (+4.00)", "6.00 ± 0.00 (+5.00)"]
     assert sum(row[0] == "random real images" for row in rows) == 2
@@ -198,6 +205,9 @@ def test_outer_losses_come_from_the_distilled_sets(distilled, tmp_path):
 def test_stored_departures_hold_what_their_table_needs():
     lines = results.read(compare.results_file("departures"))
     assert {each["method"] for each in lines} == {*TABLES["departures"].methods}
-    keys = [(each["method"], each["seed"], compare.column_of(each)) for each in lines
-            if each["protocol"] != compare.LOSS]  # fmt: skip
+    keys = [
+        (each["method"], each["seed"], compare.column_of(each))
+        for each in lines
+        if each["protocol"] != compare.LOSS
+    ]
     assert len(keys) == len({*keys}) == 3 * 6 * len(TABLES["departures"].methods)

@@ -127,6 +127,7 @@ def test_distillation_lowers_the_outer_loss(toy, tmp_path):
         "--ridge-per-image",
         "--no-bias-column",
         "--random-targets",
+        "--random-images",
     ],
 )
 def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, flag):
@@ -154,6 +155,24 @@ def test_targets_may_start_at_random_under_another_name(toy, tmp_path):
     assert d.meta["deviations"]["distill.outer_steps"] == [4, 300] and d.meta["deviations"][
         "target.epochs"
     ] == [1, 30]
+
+
+def test_images_may_start_from_noise(toy, tmp_path):
+    flags = ["--random-images", "--name", "noise", "--outer-lr", "1e-12"]
+    words = ["--source", "digits", "--run-root", str(tmp_path), *toy]
+    distill.main([*words, *flags])
+    distill.main([*words, "--outer-lr", "1e-12"])
+    noise, usual = (
+        load_distilled(tmp_path / "digits" / name / "seed0" / "distilled.pt")
+        for name in ("noise", "krr_st")
+    )
+    assert abs(noise.images.mean()) < 0.02 and abs(noise.images.std() - 1) < 0.02  # N(0, 1)
+    torch.testing.assert_close(noise.targets, usual.targets)  # features of real images
+    assert noise.meta["initial"] is None and "distance_from_initial" not in noise.meta
+    assert usual.meta["initial"] is not None
+
+
+def test_names_are_plain_words(toy, tmp_path):
     for name in ("target", "../x"):
         with pytest.raises(UserError, match="plain word"):
             distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, "--name", name])

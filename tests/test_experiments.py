@@ -250,9 +250,7 @@ def test_sets_are_named_by_their_target_network_where_there_are_two(monkeypatch)
     plan = Plan(TWO_TARGETS, Choice())
     commands = [task.words for task in plan.tasks]
     names = [value(w, "--name") for w in commands if w[0] == "distill.py" and "5" in w]
-    assert names == [
-        "krr_st.target", "krr_st.encoder", "krr_st_d1.target", "krr_st_d1.encoder"
-    ]  # fmt: skip
+    assert names == ["krr_st.target", "krr_st.encoder", "krr_st_d1.target", "krr_st_d1.encoder"]
     for words in commands:
         if words[0] == "distill.py":
             target = value(words, "--name").partition(".")[2]
@@ -269,8 +267,9 @@ def test_sets_are_named_by_their_target_network_where_there_are_two(monkeypatch)
     probes = [task for task in plan.tasks if "linear" in task.words]
     assert all(value(t.words, "--label-fraction") == "0.1" for t in probes)
     assert [leaf.partition("#")[2] for leaf in probes[0].outputs] == [
-        "digits_linear_0.1_seed0", "digits_linear_seed0"
-    ]  # fmt: skip
+        "digits_linear_0.1_seed0",
+        "digits_linear_seed0",
+    ]
     tuned = [task for task in plan.tasks if "--labels-per-class" in task.words]
     assert len(tuned) == 2 * len(probes) and all(len(task.outputs) == 1 for task in tuned)
     for words in commands:
@@ -281,8 +280,15 @@ def test_sets_are_named_by_their_target_network_where_there_are_two(monkeypatch)
 def test_settings_as_flags():
     settings = dict(outer_lr=1e-3, raw_init=True, bias_column=False, steps=7, encoder="a:b")
     assert to_flags(settings) == [
-        "--outer-lr", "0.001", "--raw-init", "--no-bias-column", "--steps", "7", "--encoder", "a:b"
-    ]  # fmt: skip
+        "--outer-lr",
+        "0.001",
+        "--raw-init",
+        "--no-bias-column",
+        "--steps",
+        "7",
+        "--encoder",
+        "a:b",
+    ]
 
 
 def test_methods_of_all_tables_are_in_the_registry():

@@ -211,6 +211,7 @@ def test_budget_is_met_and_spent(views, n_plain, u, v, side):
     [
         (dict(views="mirrored"), "--views mirrored: must be none or rotations"),
         (dict(random_targets=True), "--random-targets cannot be combined with --bases"),
+        (dict(random_images=True), "--random-images cannot be combined with --bases"),
         (dict(base_size=64), "--base-size 64: larger than the images (32 px)"),
         (dict(base_size=2), "--bases 20: must be at most 12"),
         (dict(bases=801), "--bases 801: must be at most 768"),

@@ -60,8 +60,12 @@ def test_tasks_wait_for_evaluations_of_networks_that_they_name():
     made.add(["kd.py", "--teacher", "runs/net/cars_full_seed0/model.pt"], "b")
     made.add(["print.py"])
     assert [[made.tasks.index(each) for each in task.needs] for task in made.tasks] == [
-        [], [0], [0], [0, 1], [0, 1, 2, 3]
-    ]  # fmt: skip
+        [],
+        [0],
+        [0],
+        [0, 1],
+        [0, 1, 2, 3],
+    ]
 
 
 def test_task_is_done_when_all_its_outputs_exist(tmp_path):

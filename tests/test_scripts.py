@@ -142,9 +142,11 @@ def test_probes_for_several_numbers_of_labels_compute_the_features_once(tmp_path
         finetune.main(alone)
     finetune.main([*untrained(tmp_path, "b"), "--protocol", "linear"])  # all labels
     found = [results_by_name(tmp_path / name) for name in "ab"]
-    assert found[0].keys() == found[1].keys() == {
-        "digits_linear_0.05_seed0", "digits_linear_0.5_seed0", "digits_linear_seed0"
-    }  # fmt: skip
+    assert (
+        found[0].keys()
+        == found[1].keys()
+        == {"digits_linear_0.05_seed0", "digits_linear_0.5_seed0", "digits_linear_seed0"}
+    )
     for name, line in found[0].items():
         assert line["digest"] == found[1][name]["digest"]
         assert line["accuracy"] == pytest.approx(found[1][name]["accuracy"], abs=0.3)

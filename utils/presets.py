@@ -51,6 +51,7 @@ DISTILL = dict(  # distill.py
     raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
     augment_outer=False,  # [P, Algorithm 1 line 9]
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
+    random_images=False,  # [P, Algorithm 1 line 3]
     bases=0,  # plain images; [Boost] 200
     target_bases=0,  # as many as bases [ours]; [Boost] 200
     base_size=16,  # [Boost]
