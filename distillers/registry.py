@@ -231,6 +231,11 @@ ENTRIES = (  # in the order of rows in tables
                 settings=dict(random_targets=True),
             ),
             Variant(
+                "krr_st_from_noise",
+                "KRR-ST, images from noise",
+                settings=dict(random_images=True),
+            ),
+            Variant(
                 "krr_st_d1", "KRR-ST, D1: a tenth of the learning rate", factors=dict(outer_lr=0.1)
             ),
             Variant(

@@ -466,6 +466,22 @@ TABLES = {
             last=("-m analysis.compare encoder {runs}",),
         ),
         Table(
+            "shipped",
+            "50 images distilled from CIFAR-10 at 32 px, which start from noise. The targets are "
+            "features of an encoder trained on ImageNet. This is the set in sets/cifar10.",
+            sources=(Source("cifar10", targets=(_ENCODER,), sets=dict(num_images=50)),),
+            methods=("scratch", "random", "random_features", "krr_st_from_noise"),
+            datasets=("cifar10",),
+            networks=("convnet3",),
+            protocols=(
+                Protocol("linear", labels_per_class=(100,)),
+                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
+            ),
+            against="random_features",
+            scale=_SMALL_SCALE,
+            last=("-m analysis.compare shipped {runs}",),
+        ),
+        Table(
             "small",
             "The paper's claim at a scale for a CPU: sets of 100 images at 32 px, and a ConvNet3 "
             "with a quarter of its width. The targets are features of an encoder trained on "
