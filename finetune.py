@@ -14,6 +14,8 @@ Protocols:
   knn     classifies by nearest neighbours in feature space
   head    trains nothing and uses the head from pre-training, which must have been on class or soft
           targets of the same data set
+  r2      trains nothing; R^2, in percent, with which the head from pre-training predicts the target
+          network's features of the source's test images (--dataset is the source)
 
 Prints the test accuracy of the last iterate and appends it to results.jsonl in the folder of the
 weights. `full` also writes the network to <folder of the weights>/<dataset>_full_seed<k>/model.pt.
@@ -21,6 +23,7 @@ With --weights none, that folder is <run root>/scratch/<arch>_<size>px.
 """
 
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,7 @@ from data.subsets import few_labels
 from evaluation import probes, results, starting_weights
 from models import saved
 from models.sync_batch_norm import synchronised
+from models.target import load_target
 from utils import cli, distributed, optim
 from utils.device import autocast, resolve_precision, select_device
 from utils.errors import UserError
@@ -111,18 +115,22 @@ class Evaluation:
         train, test: labelled `ImageSet`s.
         per_class: number of labels per class, or 0.
         share: fraction of the labels, or 0. If both are 0, all labels are used.
+        target: `Target` of the source, for the protocol r2.
     """
 
-    def __init__(self, args, start, train, test, per_class, share):
+    def __init__(self, args, start, train, test, per_class, share, target=None):
         self.args, self.start, self.train, self.test = args, start, train, test
+        self.target = target
         self.labels = dict(labels_per_class=per_class, label_fraction=share)
         fingerprints = [train.fingerprint, test.fingerprint]
         settings = starting_weights.run_settings(
             args, start, dataset=train.name, fingerprints=fingerprints
         )
-        if args.protocol != "full":
-            settings = {name: value for name, value in settings.items() if name not in HELP}
+        unused = {"target_network"} | ({*HELP} if args.protocol != "full" else set())
+        settings = {name: value for name, value in settings.items() if name not in unused}
         self.settings = settings | self.labels
+        if target:
+            self.settings["target_network"] = target.digest
         self.key = settings_digest(self.settings)
         suffix = f"_{per_class}perclass" if per_class else ""
         suffix += f"_{share:g}" if share else ""
@@ -167,6 +175,21 @@ class Evaluation:
         network = saved.rebuild(self.start.saved).to(device)
         return probes.accuracy(network, self.test, device, self.args.precision)
 
+    def r2(self, device):
+        """Return R^2, in percent, of the target's features that the head predicts."""
+        meta, outputs = self.start.saved["meta"], self.start.saved["num_outputs"]
+        target = self.target.digest, self.target.feature_dim
+        if (meta.get("target_network"), outputs) != target:
+            raise UserError(
+                f"--protocol r2: {self.args.weights} was not pre-trained on the features of "
+                f"{self.target.path}"
+            )
+        network = saved.rebuild(self.start.saved).to(device)
+        mean, std = (torch.tensor(each) for each in meta["normalisation"])
+        predicted = probes.outputs(network, self.test, device, self.args.precision, mean, std)
+        features = self.target.test_features(self.train, self.args.data_root)
+        return probes.r2_percent(predicted, features.to(device))
+
 
 def probe(evaluations, start, train, test, args, device):
     """Yield the accuracy, in percent, of a probe for each evaluation.
@@ -195,9 +218,12 @@ def main(argv):
     size = start.saved["image_size"]
     train = load_images(args.dataset, "train", size, args.data_root, labels=True)
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
-    missing = []
+    missing, target = [], None
+    if args.protocol == "r2":
+        path = args.target_network or args.run_root / train.name / "target" / "seed0" / "target.pt"
+        target = load_target(path, train, device, args.precision)
     for labels in label_choices(args):
-        evaluation = Evaluation(args, start, train, test, *labels)
+        evaluation = Evaluation(args, start, train, test, *labels, target)
         key = evaluation.key
         if line := distributed.run_on_main(lambda key=key: results.find(start.folder, key)):
             print(f"{results.format_line(line)} (already in results.jsonl)")
@@ -212,6 +238,8 @@ def main(argv):
         accuracies = probe(missing, start, train, test, args, device)
     elif args.protocol == "head":
         accuracies = (each.head_accuracy(device) for each in missing)
+    elif args.protocol == "r2":
+        accuracies = (each.r2(device) for each in missing)
     else:
         accuracies = (each.fine_tune(device) for each in missing)
     for evaluation, accuracy in zip(missing, accuracies, strict=True):
@@ -236,9 +264,14 @@ def parse_args(argv):
     starting_weights.add_flags(parser, argv)
     parser.groups["method"].add_argument(
         "--protocol",
-        choices=["full", "linear", "knn", "head"],
+        choices=["full", "linear", "knn", "head", "r2"],
         default="full",
         help="evaluation protocol, see above (default: full)",
+    )
+    parser.groups["data"].add_argument(
+        "--target-network",
+        type=Path,
+        help="with --protocol r2: target.pt (default: that of the data set, seed 0)",
     )
     few = parser.groups["data"].add_mutually_exclusive_group()
     few.add_argument(
@@ -258,7 +291,12 @@ def parse_args(argv):
         help="train on this fraction of each class; several values give one evaluation each",
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
-    return resolve_precision(parser.parse_args(argv))
+    args = resolve_precision(parser.parse_args(argv))
+    if args.protocol == "r2" and (args.labels_per_class or args.label_fraction):
+        parser.error("--protocol r2 uses no labels")
+    if args.target_network and args.protocol != "r2":
+        parser.error("--target-network requires --protocol r2")
+    return args
 
 
 if __name__ == "__main__":

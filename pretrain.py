@@ -110,6 +110,7 @@ def data_from_distilled(distilled, args, device):
     meta = {name: distilled.meta.get(name) for name in ("source", "method", "preset")}
     meta |= dict(distilled=digest, distilled_seed=distilled.meta.get("seed"))
     meta["normalisation"] = [distilled.mean.tolist(), distilled.std.tolist()]
+    meta["target_network"] = distilled.meta.get("settings", {}).get("target_network")
     x_syn, y_syn = distilled.images.to(device), distilled.targets.to(device)
     return TrainingData(
         x_syn,
@@ -147,6 +148,7 @@ def data_from_source(args, device):
     )
     meta = dict(source=source.name, method=args.name, preset=args.preset)
     meta["normalisation"] = [source.mean.tolist(), source.std.tolist()]
+    meta["target_network"] = target.digest
     return TrainingData(
         source.pixels,
         target.features_of(source),

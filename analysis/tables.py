@@ -491,7 +491,7 @@ def other_column(line):
 def protocol_order(column):
     """Sort key of `other_column`: by protocol, then few labels before all."""
     protocol, _, labels = column.partition(", ")
-    known = ["head", "knn", "linear", "full", "kd"]
+    known = ["r2", "head", "knn", "linear", "full", "kd"]
     return (
         known.index(protocol) if protocol in known else len(known),
         protocol,

@@ -85,6 +85,18 @@ def accuracy(network, images, device, precision="fp32", batch_statistics=False):
     return 100 * correct / len(images)
 
 
+def r2_percent(predicted, targets):
+    """Return R^2 of a prediction in percent: the share of the targets' variance that it explains.
+
+    The variance is summed over all dimensions. It is that around the mean of `targets`.
+
+    Args:
+        predicted, targets: (n, d).
+    """
+    residual = (predicted - targets).square().sum()
+    return 100 * (1 - residual / (targets - targets.mean(0)).square().sum()).item()
+
+
 def knn_accuracy(embed, train, test, device, precision="fp32"):
     """Return `knn_accuracy_of` for the features `embed` of two labelled `ImageSet`s."""
     return knn_accuracy_of(*_labelled_features(embed, train, test, device, precision))

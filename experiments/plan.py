@@ -258,6 +258,9 @@ class Plan:
         elif protocol.name == "head":
             if registry.targets_of(run.name) in ("class", "soft"):
                 self._fine_tune(run, protocol, run.source.name)
+        elif protocol.name == "r2":
+            if registry.targets_of(run.name) == "feature":
+                self._fine_tune(run, protocol, run.source.name)
         elif protocol.name != "fid":
             for dataset in self.datasets:
                 self._fine_tune(run, protocol, dataset)
@@ -275,6 +278,8 @@ class Plan:
             words = ["finetune.py", "--weights", *self._start(run), "--dataset", dataset]
             words += ["--seed", run.seed]
             words += ["--protocol", protocol.name] if protocol.name != "full" else []
+            if protocol.name == "r2":
+                words += ["--target-network", self._target_network(run.source, run.target)]
             flags = [flag for _, flag in group if flag]
             words += [flags[0][0], *(f"{value:g}" for _, value in flags)] if flags else []
             if protocol.name == "full":

@@ -41,7 +41,7 @@ class Protocol:
     """An evaluation protocol for a pre-trained network.
 
     Args:
-        name: full, linear, knn or head of finetune.py; kd; or fid, which evaluates the set.
+        name: full, linear, knn, head or r2 of finetune.py; kd; or fid, which evaluates the set.
         label_fractions: fractions of labels to use; 1 for all.
         labels_per_class: numbers of labels per class to use. Without both, all labels are used.
         settings: settings of finetune.py or kd.py.
@@ -505,6 +505,7 @@ TABLES = {
             datasets=("cifar10", "imagenette", "cars"),
             networks=("convnet3",),
             protocols=(
+                Protocol("r2"),
                 Protocol("linear", label_fractions=(0.01, 0.1, 1)),
                 Protocol("knn"),
                 Protocol("full", labels_per_class=(15,), settings=dict(steps=300)),

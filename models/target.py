@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 import models
-from data.originals import resize
+from data.images import load_images, normalise
+from data.originals import Originals, resize
 from models import saved as networks
 from models.encoders import load_encoder
+from models.features import BATCH as ENCODER_BATCH
 from models.features import project
 from models.frozen import Frozen
 from utils import files, progress
@@ -56,6 +58,53 @@ class Target:
         """Return g_phi(X_t), (n, d_y) float32, of all images, mapped from disk."""
         raise NotImplementedError
 
+    def test_features(self, source, root):
+        """Return the features of the source's test split, (n, d_y) float32, mapped from disk.
+
+        The first call computes them and stores them beside target.pt.
+
+        Args:
+            source: `ImageSet` of the training images; their statistics normalise the test images.
+            root: path of the data root.
+        """
+        images = load_images(source.place, "test", source.image_size, root)
+        name = f"features-test-{self.digest}-{images.fingerprint}-{self.precision}.npy"
+        return self._stored(
+            self.path.parent / name, images, self._test_batches(source, images, root)
+        )
+
+    def _test_batches(self, source, images, root):
+        """Yield the features (b, d_y) of the test split in order, in batches."""
+        raise NotImplementedError
+
+    def _stored(self, path, images, batches):
+        """Return the array in the file `path`, which is first filled from `batches` if needed."""
+        record = path.with_suffix(".json")
+        if not record.is_file():
+            with files.wait_for_lock(path.with_suffix(".lock")):
+                if not record.is_file():  # another process may have computed them in the meantime
+                    for leftover in path.parent.glob(f"{path.stem}.*.partial"):  # killed process
+                        leftover.unlink()
+                    self._write(path, images, batches)
+                    files.write_json(record, {"name": path.name, "features": files.checksums(path)})
+        content = files.read_json(record, "record of features")
+        if content.get("name") != path.name:
+            raise UserError(f"{record}: not the record of {path.name}; delete it to recreate it")
+        return torch.from_numpy(files.open_array(path, content["features"]))
+
+    def _write(self, path, images, batches):
+        with files.atomic_write(path) as partial:
+            table = files.create_array(partial, np.float32, (len(images), self.feature_dim))
+            start = 0
+            with progress.bar(total=len(images), desc="target features") as bar:
+                for features in batches:
+                    table[start : start + len(features)] = features.cpu().numpy()
+                    start += len(features)
+                    bar.update(len(features))
+            if not np.isfinite(table).all():
+                raise UserError(f"{self.path}: the features of {images.name} are not finite")
+            table.flush()
+
 
 @dataclass
 class NetworkTarget(Target):
@@ -76,31 +125,14 @@ class NetworkTarget(Target):
     def features_of(self, images):
         """As `Target.features_of`. The first call stores the features beside target.pt."""
         path = self.path.parent / f"features-{self.digest}-{self.precision}.npy"
-        record = path.with_suffix(".json")
-        if not record.is_file():
-            with files.wait_for_lock(path.with_suffix(".lock")):
-                if not record.is_file():  # another process may have computed them in the meantime
-                    for leftover in path.parent.glob(f"{path.stem}.*.partial"):  # killed process
-                        leftover.unlink()
-                    self._write_features(images, path)
-                    files.write_json(record, {"name": path.name, "features": files.checksums(path)})
-        content = files.read_json(record, "record of features")
-        if content.get("name") != path.name:
-            raise UserError(f"{record}: not the record of {path.name}; delete it to recreate it")
-        return torch.from_numpy(files.open_array(path, content["features"]))
+        return self._stored(path, images, self._batches(images, images.mean, images.std))
 
-    def _write_features(self, images, path):
-        with files.atomic_write(path) as partial:
-            table = files.create_array(partial, np.float32, (len(images), self.feature_dim))
-            for index in progress.bar(
-                torch.arange(len(images)).split(BATCH), desc="target features"
-            ):
-                table[index.numpy()] = (
-                    self.features(images.normalised(index, self.device)).cpu().numpy()
-                )
-            if not np.isfinite(table).all():
-                raise UserError(f"{self.path}: the features of {images.name} are not finite")
-            table.flush()
+    def _test_batches(self, source, images, root):
+        return self._batches(images, source.mean, source.std)
+
+    def _batches(self, images, mean, std):
+        for index in torch.arange(len(images)).split(BATCH):
+            yield self.features(normalise(images.raw(index, self.device), mean, std))
 
 
 @dataclass
@@ -131,12 +163,22 @@ class FeatureTarget(Target):
         """
         encoder = self.require_network()
         pixels = x * self.std.to(x)[:, None, None] + self.mean.to(x)[:, None, None]
+        return self._encode(encoder, resize(pixels.clamp(0, 1), encoder.image_size))
+
+    def _encode(self, encoder, pixels):
+        """Return the features (b, d_y) of pixels in [0, 1] at the encoder's input size."""
         with torch.no_grad(), autocast(self.device, self.precision):
-            features = encoder(resize(pixels.clamp(0, 1), encoder.image_size)).float()
+            features = encoder(pixels).float()
         mean, components = ((self.components or {}).get(name) for name in ("mean", "components"))
         if components is not None:
             mean, components = mean.to(features), components.to(features)
         return project(features, mean, components)
+
+    def _test_batches(self, source, images, root):
+        encoder = self.require_network()
+        originals = Originals(images, "test", encoder.image_size, root)
+        for pixels in originals.batches([*range(0, len(images), ENCODER_BATCH)], ENCODER_BATCH):
+            yield self._encode(encoder, pixels.to(self.device))
 
     def features_at(self, images, index):
         return self.table[index].to(self.device)

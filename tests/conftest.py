@@ -1,8 +1,13 @@
 """Shared by all tests: toy runs of the real commands, and a way to call them as a user would."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# One thread: scripts/test.sh runs one test per core. The number of threads decides the order of
+# sums, so the processes that tests start use the same number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -49,12 +54,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker("long")
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    """The number of threads decides the order of sums, so it is part of what is reproduced."""
-    torch.set_num_threads(2)
-
-
 def stopping_at(stops):
     """As `Run.steps`, stopped once after each (phase, step) of `stops`, as a signal would."""
     steps = run.Run.steps
@@ -89,7 +88,7 @@ def command(*words, check=True):
     """Run `python <words>` from the repository's root; the finished process, with its output as
     text."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
     assert not check or done.returncode == 0, done.stderr
     return done

@@ -330,7 +330,7 @@ def test_two_processes_prepare_one_set_once(tmp_path):
         str(tmp_path),
     ]
     both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    shown = [each.communicate(timeout=120)[0] for each in both]
+    shown = [each.communicate(timeout=1800)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0] and shown[0] == shown[1]
     assert len(load_images("pets", "train", 224, tmp_path)) == 80
 

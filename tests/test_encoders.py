@@ -328,6 +328,19 @@ def test_every_later_stage_takes_such_a_target(target_path, flags, source):
     assert '"network": "encoder tiny.py:Tiny' in line
 
 
+def test_features_of_test_images_are_those_of_their_raw_images(
+    target_path, flags, photos, encoder_file, source
+):
+    target = load_target(target_path, source, CPU, "fp32")
+    stored = target.test_features(source, Path(flags[-3]))
+    paths = [photos / "test" / name / "0.png" for name in ("blue", "red")]
+    pixels = np.stack([decode(path, 24) for path in paths])
+    features = tiny(encoder_file)(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).double()
+    kept = {name: value.double() for name, value in target.components.items()}
+    expected = (features - kept["mean"]) @ kept["components"].T
+    torch.testing.assert_close(stored.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_features_without_an_encoder_serve_no_new_images(flags, tmp_path, source, refused_by):
     np.save(tmp_path / "f.npy", np.random.default_rng(0).normal(size=(60, 4)))
     here = run_of(tmp_path / "runs", flags)

@@ -322,7 +322,7 @@ case $* in *benchmarks.speed*) echo "Preset of $4";; esac
         text=True,
         capture_output=True,
         env=dict(os.environ, PYTHON=str(stand_in)),
-        timeout=120,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     commands = [

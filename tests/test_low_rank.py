@@ -32,12 +32,6 @@ def normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread, which is faster for networks this small."""
-    torch.set_num_threads(1)
-
-
 # The formulas
 
 

@@ -69,7 +69,7 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
         "distill.py",
         *DISTILL,
         "--outer-steps",
-        "400",
+        "100",
         *roots[:2],
         "--run-root",
         str(tmp_path),
@@ -81,12 +81,12 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
         [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     log = tmp_path / "digits" / "krr_st" / "seed0" / "log.jsonl"
-    deadline = time.time() + 120
+    deadline = time.time() + 1200
     while not (log.is_file() and log.read_text().count("\n") > 2):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=1800)
     assert (
         process.returncode == 130
         and "rerun the same command to resume" in errors
@@ -95,7 +95,7 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
     assert (log.parent / "checkpoint.pt").is_file() and not (log.parent / "distilled.pt").exists()
     command(*words)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
-        range(1, 401)
+        range(1, 101)
     )
     assert load_distilled(log.parent / "distilled.pt").images.isfinite().all()
 
