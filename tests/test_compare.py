@@ -160,6 +160,24 @@ def test_each_target_network_has_a_table_with_the_rows_that_need_none():
     assert next(row[1] for row in other if row[0] == "KRR-ST") == "3.00 ± 0.00 (+1.00)"
 
 
+def test_target_networks_are_rows_if_the_reference_row_names_one():
+    targets = TargetNetwork("small"), TargetNetwork("large")
+    source = Source("digits", targets=targets)
+    table = Table("toy", "A toy.", (source,), ("scratch", "krr_st"), against="krr_st.large")
+    lines = [
+        line("scratch", (None, 0), "cars", 1.0, source=None),
+        line("krr_st.small", (0, 0), "cars", 3.0),
+        line("krr_st.large", (0, 0), "cars", 5.0),
+    ]
+    heading, *rows = rows_of(compare.format_datasets(table, lines))
+    assert heading[0] == "digits: cars"
+    assert [row[:2] for row in rows] == [
+        ["no pre-training", "1.00 ± 0.00 (-4.00)"],
+        ["KRR-ST, target large", "5.00 ± 0.00"],
+        ["KRR-ST, target small", "3.00 ± 0.00 (-2.00)"],
+    ]
+
+
 def test_stored_results_give_the_same_tables_in_the_documents(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs"
     folder.mkdir()
