@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from data import augment
 from data.images import normalise, to_float
 from data.loading import Loader
-from data.subsets import held_out_subset
+from data.subsets import gaussian_images, held_out_subset
 from distillers import low_rank, method, reference
 from distillers.krr import LIMITS, ridge_predict
 from distillers.low_rank import LowRank, Plain
@@ -54,8 +54,9 @@ HELP = dict(
     "(D8 outer-augmentation)",
     random_targets="draw the initial Y_s from N(0, 1) instead of taking the target network's "
     "features, as in the paper's appendix E (D21 target-init)",
-    random_images="draw the initial X_s from N(0, 1) instead of taking real images; the initial "
-    "Y_s are the target network's features of real images (D22 image-init)",
+    random_images="draw the initial X_s from the normal distribution with the mean and covariance "
+    "of the source's images instead of taking real images; the initial Y_s are the target "
+    "network's features of real images (D22 image-init)",
     **low_rank.HELP,
 )
 
@@ -136,7 +137,7 @@ def distill(source, chosen, target, args, run, device):
     real = outer_step.batches(source, target, args, randomness, device)
     x_init = (source.raw if args.raw_init else source.normalised)(chosen, device)  # line 3
     if args.random_images:
-        x_init = torch.randn(x_init.shape, generator=randomness.device, device=device)
+        x_init = gaussian_images(source, len(chosen), randomness.cpu).to(device)
     y_init = target.features_at(source, chosen)  # line 4
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
@@ -215,6 +216,8 @@ def check_flags(args):
     """Raise UserError for flags that cannot be combined."""
     if args.reference and (args.precision != "fp32" or args.augment_outer):
         raise UserError("--reference requires --precision fp32 and excludes --augment-outer")
+    if args.random_images and args.raw_init:
+        raise UserError("--random-images cannot be combined with --raw-init")
     if args.pool_size % distributed.world_size():
         raise UserError(
             f"--pool-size {args.pool_size}: must be a multiple of the number of processes, "

@@ -6,6 +6,8 @@ import torch
 
 from utils.errors import UserError
 
+MOST = 5_000  # most images whose covariance `gaussian_images` uses
+
 
 def few_labels(images, per_class, fraction, generator):
     """Draw images of each class.
@@ -53,6 +55,27 @@ def random_subset(source, m, seed):
     if m > len(source):
         raise UserError(f"--num-images {m}: {source.name} has only {len(source)} images")
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:m]
+
+
+def gaussian_images(source, m, generator):
+    """Draw m images from the normal distribution with the mean and covariance of a source.
+
+    An image is the mean plus a sum over at most `MOST` random images i of the source,
+    w_i (x_i - mean) / sqrt(n), with weights w_i from N(0, 1). It shows none of them.
+
+    Args:
+        source: `ImageSet`.
+        m: number of images.
+        generator: CPU generator.
+
+    Returns:
+        Normalised images (m, 3, S, S) float32 on the CPU.
+    """
+    chosen = torch.randperm(len(source), generator=generator)[:MOST]
+    x = source.normalised(chosen, torch.device("cpu"))  # (n, 3, S, S)
+    mean = x.mean(0)
+    weights = torch.randn(m, len(x), generator=generator) / len(x) ** 0.5
+    return mean + torch.einsum("mn,nchw->mchw", weights, x - mean)
 
 
 def held_out_subset(source, m):

@@ -12,7 +12,7 @@ import distill
 import models
 from data.distilled import load_distilled
 from data.images import load_images
-from data.subsets import balanced_subset, random_subset
+from data.subsets import balanced_subset, gaussian_images, random_subset
 from models.target import load_target
 from tests.conftest import DISTILL, stopping_at
 from utils import files, run
@@ -166,10 +166,26 @@ def test_images_may_start_from_noise(toy, tmp_path):
         load_distilled(tmp_path / "digits" / name / "seed0" / "distilled.pt")
         for name in ("noise", "krr_st")
     )
-    assert abs(noise.images.mean()) < 0.02 and abs(noise.images.std() - 1) < 0.02  # N(0, 1)
+    assert 0.5 < noise.images.std() < 1.5
     torch.testing.assert_close(noise.targets, usual.targets)  # features of real images
     assert noise.meta["initial"] is None and "distance_from_initial" not in noise.meta
     assert usual.meta["initial"] is not None
+
+
+def test_noise_has_the_mean_and_covariance_of_the_source(data_root):
+    source = load_images("digits", "train", 32, data_root)
+    x = source.normalised(torch.arange(len(source)), torch.device("cpu")).flatten(1).double()
+    noise = gaussian_images(source, 4000, torch.Generator().manual_seed(0)).flatten(1).double()
+    mean, covariance = x.mean(0), torch.cov(x.T, correction=0)
+    assert (noise.mean(0) - mean).square().sum() < 0.01 * covariance.trace()
+    _, directions = torch.linalg.eigh(covariance)
+    expected = directions[:, -20:].T @ covariance @ directions[:, -20:]
+    found = directions[:, -20:].T @ torch.cov(noise.T) @ directions[:, -20:]
+    torch.testing.assert_close(found.diagonal(), expected.diagonal(), rtol=0.1, atol=0)
+    assert (found - expected).abs().max() < 0.1 * expected.max()
+    nearest = torch.cdist(noise[:100], x).min(1).values
+    own = torch.cdist(x[:100], x).topk(2, largest=False).values[:, 1]
+    assert nearest.min() > own.median()  # no image of the source
 
 
 def test_names_are_plain_words(toy, tmp_path):
