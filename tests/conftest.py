@@ -37,7 +37,7 @@ DISTILL = [
 PRETRAIN = ["--epochs", "3", "--width", "0.125"]
 
 
-LONG = {  # robustness, and the commands of docs/extending.md
+LONG = {  # modules; other long tests have the mark
     "test_distributed",
     "test_extending",
     "test_fuzz",

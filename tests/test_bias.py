@@ -188,6 +188,7 @@ def test_no_difference_at_all_is_no_bias():
     assert row["p"] == 1 and row["sd"] == 0 and abs(row["along"]) < 1e-12
 
 
+@pytest.mark.long
 def test_fast_run_finds_what_the_theorem_says(tmp_path):
     """Biased through each self-supervised inner problem; unbiased for the ordinary gradients and
     KRR-ST; the sampled bias is the summed one; the proof's terms close."""

@@ -317,6 +317,7 @@ def test_prepare_command_tells_counts_size_and_statistics(tmp_path, capsys):
         assert stop.value.code == 2 and shown.count("\n") == 1 and "error: " in shown
 
 
+@pytest.mark.long
 def test_two_processes_prepare_one_set_once(tmp_path):
     class_folders(tmp_path / "pets", per_class=40)
     words = [
@@ -389,6 +390,7 @@ def real_images(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "size", "mean_within", "std_within"),
     [

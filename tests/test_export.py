@@ -220,6 +220,7 @@ def test_load_py_repeats_the_pretraining_without_this_package(folder, weights, t
     assert all(torch.equal(trained[name], original[name]) for name in original)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["class", "soft"])
 def test_load_py_repeats_every_recipe(kind, tmp_path):
     """With augmentation, schedules and warm-up, and with a smaller last batch."""

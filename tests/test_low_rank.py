@@ -247,6 +247,7 @@ def made(roots, runs, tmp_path):
     return call
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("views", low_rank.VIEWS)
 def test_file_takes_the_room_and_gives_the_images_that_it_claims(made, views):
     set_ = made("--views", views)
@@ -290,6 +291,7 @@ def test_start_is_the_projection_of_random_images_and_their_targets(made, roots,
     assert set_.d.meta["distance_from_initial"] < 0.9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("views", low_rank.VIEWS)
 def test_stopped_run_resumes_to_the_same_file(made, monkeypatch, views):
     stops = [("initialise pool", 1), ("distil", 1), ("distil", 3), ("fit shifts", 50)]
@@ -309,6 +311,7 @@ def test_stopped_run_resumes_to_the_same_file(made, monkeypatch, views):
     )
 
 
+@pytest.mark.long
 def test_learning_lowers_the_outer_loss(made):
     flags = [
         "--outer-steps",
@@ -325,6 +328,7 @@ def test_learning_lowers_the_outer_loss(made):
     assert 0 < d.meta["shift_r2"] <= 1
 
 
+@pytest.mark.long
 def test_seeds(made):
     first, again, other = (made(seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a")))
     assert torch.equal(first.images, again.images)

@@ -10,6 +10,7 @@ from evaluation import results
 from tests.conftest import ROOT
 
 
+@pytest.mark.long
 def test_appending_by_several_processes_loses_nothing_and_writes_nothing_twice(tmp_path):
     code = (
         "import sys; from pathlib import Path; from evaluation import results\n"

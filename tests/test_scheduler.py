@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from evaluation import results
 from experiments import scheduler
 from experiments.scheduler import TaskList
@@ -146,6 +148,7 @@ cli.run(experiments.main)
 """
 
 
+@pytest.mark.long
 def test_a_toy_table_killed_and_started_again(roots, runs, tmp_path):
     """Two processes on one run root, with two jobs each; stopped, killed, and resumed."""
     shutil.copytree(runs / "target", tmp_path / "digits" / "target")  # done already

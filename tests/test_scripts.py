@@ -1,6 +1,7 @@
 """Every script as a user runs it, at toy size, each in a process of its own."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_finished_run_is_not_done_again_and_other_settings_are_refused(distilled
     assert distilled.stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs, tmp_path):
     words = [
         "distill.py",
@@ -228,7 +230,8 @@ def test_pretraining_by_kind_of_target(roots, runs, weights):
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["optimizer"] == "adamw"
 
 
-def test_finetuning_protocols_and_results(weights, roots):
+def test_finetuning_protocols_and_results(weights, roots, tmp_path):
+    weights = shutil.copy(weights, tmp_path / "model.pt")
     flags = ["--weights", weights, "--dataset", "digits", "--labels-per-class", "2", *roots]
     for protocol in ("linear", "knn"):
         assert "2 labels per class" in command("finetune.py", *flags, "--protocol", protocol).stdout

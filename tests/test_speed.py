@@ -110,6 +110,7 @@ def losses(roots, name, *flags):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("pool_lr", "tolerance"),
     [
@@ -160,6 +161,7 @@ def test_reference_is_plain(roots):
     assert not Path(roots[3], "digits", "refused").exists()
 
 
+@pytest.mark.long
 def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.jsonl")
     words = [

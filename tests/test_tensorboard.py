@@ -64,6 +64,7 @@ def test_a_run_that_went_on_shows_each_step_once(tmp_path):
     assert second["lr"] == logged(tmp_path, "second", "lr")
 
 
+@pytest.mark.long
 def test_the_flag_decides_nothing_about_the_result(distilled, weights, roots, tmp_path):
     pytest.importorskip("tensorboard")
     copy = tmp_path / "distilled.pt"
