@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format, the documentation's tables, and the tests. Makes .venv and installs the packages if
-# needed. The long tests run with --all only. Other arguments
-# go to pytest: bash scripts/test.sh tests/test_krr.py -k gradient
+# needed. The long tests run with --all only. Other arguments go to pytest:
+#     bash scripts/test.sh tests/test_krr.py -k gradient
 set -euo pipefail
 REQUIREMENTS=tests/requirements.txt
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
