@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from data.augment import diff_augment
 from data.distilled import DISTILLED_HELP, distilled_file, load_distilled
 from data.images import load_images
+from data.loading import gather
 from evaluation import probes, results, starting_weights
 from models import saved
 from models.sync_batch_norm import synchronised
@@ -81,7 +82,7 @@ def train_student(student, teacher, distilled, args, run, randomness, device):
     student.train()
     with synchronised(student, teacher):
         for step in run.steps("train student", args.epochs * batches.per_epoch):
-            x = x_syn[batches.next().to(device)]
+            x = gather(x_syn, batches.next())
             randomness.reseed_for_rank()
             if fresh_noise:
                 x = torch.randn(x.shape, generator=randomness.device, device=device)

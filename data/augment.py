@@ -21,6 +21,14 @@ def uniform(x, generator, low=0.0, high=1.0, size=None):
     )
 
 
+def cpu_generator(x, generator):
+    """Return a generator for draws that the CPU reads; None is torch's global generator.
+
+    Reading a draw on another device would wait for that device.
+    """
+    return generator if x.device.type == "cpu" else None
+
+
 def per_image(values):
     """Reshape (b,) to (b, 1, 1, 1)."""
     return values[:, None, None, None]
@@ -114,9 +122,8 @@ def random_resized_crop(x, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 def to_grey(x):
     """Return the luma (b, 1, S, S) of `x` (b, 3, S, S)."""
-    return (x * torch.tensor(GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(
-        1, keepdim=True
-    )
+    weights = torch.tensor(GREY, dtype=x.dtype).to(x.device, non_blocking=True)
+    return (x * weights[:, None, None]).sum(1, keepdim=True)
 
 
 def blend(x, y, factor):
@@ -136,9 +143,8 @@ def shift_hue(x, turn):
         torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
     )
     sixth = sixth + 6 * turn[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[
-        :, None, None
-    ]  # red, green, blue
+    # 5, 3, 1 for red, green, blue
+    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype)[:, None, None]
     k = (sixth[:, None] + offsets) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -149,7 +155,7 @@ def color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.2, hue
     Each image gets its own factors. The order of the operations is drawn once for the batch.
     """
     jittered = x
-    for operation in torch.randperm(4, generator=generator, device=x.device).tolist():
+    for operation in torch.randperm(4, generator=cpu_generator(x, generator)).tolist():
         if operation == 0:
             factor = uniform(x, generator, 1 - brightness, 1 + brightness)
             jittered = (jittered * per_image(factor)).clamp(0, 1)
@@ -230,7 +236,14 @@ def _rotate(x, u):
 DIFF_AUGMENTATIONS = (_color, _crop, _cutout, _flip, _scale, _rotate)
 
 
-def diff_augment(x, generator, siamese=False):
+def _draw(x, count, generator):
+    """Draw one of `DIFF_AUGMENTATIONS`, and `count` strengths (4, count) on the device of `x`."""
+    which = torch.randint(len(DIFF_AUGMENTATIONS), (1,), generator=cpu_generator(x, generator))
+    u = torch.rand(4, count, generator=generator, device=x.device).to(x.dtype)
+    return DIFF_AUGMENTATIONS[int(which)], u
+
+
+def diff_augment(x, generator):
     """Apply one of six augmentations, drawn for the batch, with its own strength for each image.
 
     Differentiable in `x`. Zhao and Bilen, "Dataset Condensation with Differentiable Siamese
@@ -239,21 +252,15 @@ def diff_augment(x, generator, siamese=False):
     Args:
         x: (b, 3, S, S) normalised images.
         generator: generator on the device of `x`.
-        siamese: use the same strength for all images, so that two batches augmented from equal
-            generator states undergo the same transformation.
     """
-    which = int(torch.randint(len(DIFF_AUGMENTATIONS), (1,), generator=generator, device=x.device))
-    u = torch.rand(4, 1 if siamese else len(x), generator=generator, device=x.device)
-    return DIFF_AUGMENTATIONS[which](x, u.to(x.dtype).expand(4, len(x)))
+    transform, u = _draw(x, len(x), generator)
+    return transform(x, u)
 
 
 def diff_augment_alike(generator, *batches):
-    """Augment several batches with the same siamese draw and return them as a list."""
-    state, augmented = generator.get_state(), []
-    for x in batches:
-        generator.set_state(state)
-        augmented.append(diff_augment(x, generator, siamese=True))
-    return augmented
+    """Augment several batches with the same draw, for all images of all batches; return a list."""
+    transform, u = _draw(batches[0], 1, generator)
+    return [transform(x, u.expand(4, len(x))) for x in batches]
 
 
 def barlow_twins_view(x, generator, settings, p_solarise):

@@ -57,7 +57,7 @@ class ImageSet:
 
     def raw(self, index, device):
         """Return pixels in [0, 1] at `index` (b,): (b, 3, S, S) float32, channels-last."""
-        return to_float(self.pixels[index].to(device))
+        return to_float(self.pixels[index].to(device, non_blocking=True))
 
     def normalised(self, index, device):
         """Return `raw` minus the mean, divided by the standard deviation."""
@@ -71,7 +71,8 @@ def to_float(pixels):
 
 def normalise(x, mean, std):
     """Normalise pixels (b, 3, S, S) in [0, 1] by a mean (3,) and standard deviation (3,)."""
-    return (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
+    mean, std = (each.to(x, non_blocking=True)[:, None, None] for each in (mean, std))
+    return (x - mean) / std
 
 
 def load_images(name, split, size, root, labels=False):

@@ -58,7 +58,7 @@ def gather(tensor, index, pin=False):
 
     With `pin`, rows of a CPU tensor are in page-locked memory, for asynchronous copies to a GPU.
     """
-    if tensor.is_cuda:
+    if tensor.device.type != "cpu":
         return tensor[index.to(tensor.device, non_blocking=True)]
     rows = tensor[index]
     return rows.pin_memory() if pin else rows

@@ -28,7 +28,7 @@ from utils.sampling import Randomness
 
 HELP = dict(
     arch="network, with instance norm",
-    width="multiplier of the hidden widths of the network",
+    width="factor on the network's hidden widths",
     outer_steps="updates of the distilled images",
     outer_lr="SGD learning rate of the images (momentum 0.5)",
     real_batch="real images per class and step",
@@ -83,7 +83,8 @@ def _features(network, parts, precision):
     device, counts = parts[0].device, torch.tensor([len(x) for x in parts])
     with autocast(device, precision), torch.set_grad_enabled(parts[0].requires_grad):
         features = network.embed(torch.cat(parts)).float()
-    return features, torch.arange(len(parts)).repeat_interleave(counts).to(device)
+    part = torch.arange(len(parts)).repeat_interleave(counts)
+    return features, part.to(device, non_blocking=True)
 
 
 def distill(source, chosen, target, args, run, device):

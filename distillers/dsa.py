@@ -33,7 +33,7 @@ from utils.sampling import Batches, Randomness
 
 HELP = dict(
     arch="network, with instance norm",
-    width="multiplier of the hidden widths of the network",
+    width="factor on the network's hidden widths",
     networks="networks, used one after the other",
     outer_loops="updates of the images per network; 0: depends on images per class",
     inner_epochs="epochs on the distilled set between updates; 0: depends on images per class",
@@ -113,7 +113,7 @@ def train(network, x_syn, y_syn, epochs, args, randomness):
     )
     batches = Batches(len(x_syn), args.inner_batch, randomness.cpu)
     for _ in range(epochs * batches.per_epoch):
-        index = batches.next().to(x_syn.device)
+        index = batches.next().to(x_syn.device, non_blocking=True)
         with autocast(x_syn.device, args.precision):
             predicted = network(diff_augment(x_syn[index], randomness.device))
         loss = F.cross_entropy(predicted.float(), y_syn[index])

@@ -40,7 +40,7 @@ from utils.sampling import Batches, Randomness
 
 HELP = dict(
     arch="network of the pool members",
-    width="multiplier of the hidden widths of the network",
+    width="factor on the network's hidden widths",
     outer_steps="updates of the distilled set",
     outer_lr="LAMB learning rate of images and labels, with cosine decay to a tenth",
     outer_batch="b, real images per mini-batch",
@@ -91,9 +91,8 @@ def distill(source, chosen, target, args, run, device):
 
     def batch_of(index):
         """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
-        return source.normalised(index, device), centred_one_hot(source.labels[index], classes).to(
-            device
-        )
+        labels = centred_one_hot(source.labels[index], classes)
+        return source.normalised(index, device), labels.to(device, non_blocking=True)
 
     order = Batches(len(source), args.outer_batch, randomness.cpu)
     x_init, y_init = batch_of(chosen)

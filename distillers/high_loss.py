@@ -25,7 +25,7 @@ from utils.run import Tensors
 
 HELP = experts.HELP | dict(
     arch="network that is fitted to the features",
-    width="multiplier of the hidden widths of the network",
+    width="factor on the network's hidden widths",
     experts="number of networks over which the error is averaged",
 )
 

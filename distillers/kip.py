@@ -88,9 +88,8 @@ def distill(source, chosen, target, args, run, device):
 
     def batch_of(index):
         """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
-        return source.normalised(index, device), centred_one_hot(
-            source.labels[index], len(source.classes)
-        ).to(device)
+        labels = centred_one_hot(source.labels[index], len(source.classes))
+        return source.normalised(index, device), labels.to(device, non_blocking=True)
 
     x_init, y_init = (each.double() for each in batch_of(chosen))
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_(args.learn_labels)

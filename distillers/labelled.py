@@ -43,4 +43,4 @@ def build_untrained(args, source, num_outputs, device):
             f"--arch {args.arch} has batch norm; this method needs instance norm: "
             f"choose one of {known}"
         )
-    return network.to(device)
+    return network.to(device, non_blocking=True)

@@ -28,7 +28,7 @@ from utils.sampling import Batches, Randomness
 
 HELP = experts.HELP | dict(
     arch="network, with instance norm",
-    width="multiplier of the hidden widths of the network",
+    width="factor on the network's hidden widths",
     outer_steps="updates of the distilled set",
     outer_lr="SGD learning rate of the images (momentum 0.5)",
     rate_lr="SGD learning rate of the learned learning rate (momentum 0.5)",

@@ -29,7 +29,7 @@ class Member:
         memory_format=torch.channels_last,
     ):
         self._build = lambda: models.build(arch, image_size, num_outputs, width).to(
-            device, memory_format=memory_format
+            device, memory_format=memory_format, non_blocking=True
         )
         self._optimizer = lambda network: optim.optimizer(
             optimizer, network.parameters(), lr, weight_decay

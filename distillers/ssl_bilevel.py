@@ -28,7 +28,7 @@ from torch.func import functional_call
 import models
 from data.augment import barlow_twins_view
 from data.images import normalise, to_float
-from data.loading import Loader
+from data.loading import Loader, gather
 from distillers import method
 from distillers.labelled import MEASUREMENT_SEED
 from distillers.method import Method
@@ -41,7 +41,7 @@ from utils.sampling import Batches, Randomness
 
 HELP = dict(
     arch="network of the inner problem",
-    width="multiplier of the hidden widths of the network",
+    width="factor on the network's hidden widths",
     outer_steps="updates of the distilled images",
     outer_lr="AdamW learning rate of the images, with linear decay",
     outer_batch="b, real images per mini-batch",
@@ -64,7 +64,7 @@ def two_views(x, source, generator, args):
 
     The augmentations are those of the target network's training.
     """
-    mean, std = (each.to(x)[:, None, None] for each in (source.mean, source.std))
+    mean, std = (each.to(x, non_blocking=True)[:, None, None] for each in (source.mean, source.std))
     pixels = x * std + mean
     return [
         normalise(barlow_twins_view(pixels, generator, args, p), source.mean, source.std)
@@ -130,11 +130,10 @@ class Draws:
         """
         args, generator = self.args, self.randomness.device
         network = models.build(args.arch, self.source.image_size, 0, args.width)
-        learner = nn.Sequential(network, projector(network.feature_dim, args.projector_dim)).to(
-            self.device
-        )
+        learner = nn.Sequential(network, projector(network.feature_dim, args.projector_dim))
+        learner = learner.to(self.device, non_blocking=True)
         inner = [
-            two_views(x_syn[self.order.next().to(self.device)], self.source, generator, args)
+            two_views(gather(x_syn, self.order.next()), self.source, generator, args)
             for _ in range(args.inner_steps)
         ]
         x_real = normalise(to_float(*self.loader.next()), self.source.mean, self.source.std)

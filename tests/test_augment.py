@@ -131,8 +131,7 @@ def seed_of(operation):
 @pytest.mark.parametrize("operation", augment.DIFF_AUGMENTATIONS, ids=lambda f: f.__name__)
 def test_siamese_draw_treats_batches_alike_and_gradients_flow(operation):
     x, seed = batch(5), seed_of(operation)
-    real = augment.diff_augment(torch.cat([x, x]), generator(seed), siamese=True)
-    synthetic = augment.diff_augment(x, generator(seed), siamese=True)
+    real, synthetic = augment.diff_augment_alike(generator(seed), torch.cat([x, x]), x)
     torch.testing.assert_close(real[:5], synthetic)
     torch.testing.assert_close(real[5:], synthetic)
     x.requires_grad_()
@@ -149,7 +148,7 @@ def test_batches_augmented_alike_share_the_transform_and_the_next_have_another(o
         again.append(augment.diff_augment_alike(g, x)[0])
     assert not all(torch.equal(each, synthetic) for each in again)
     expected = generator(seed_of(operation))
-    augment.diff_augment(x, expected, siamese=True)
+    augment.diff_augment_alike(expected, x)
     once = generator(seed_of(operation))
     augment.diff_augment_alike(once, x, x, x)
     assert torch.equal(once.get_state(), expected.get_state())  # as far on as one draw

@@ -25,7 +25,7 @@ from distillers.__main__ import main as distillers
 from evaluation import fid, results
 from models.saved import load_model
 from publishing import cards, dd_ranking, export, standalone
-from tests.conftest import command
+from tests.conftest import ROOT, command
 from tests.hub import Hub
 from utils import files
 from utils.errors import UserError
@@ -726,3 +726,15 @@ def test_a_distilled_file_is_what_the_command_line_names(folder, distilled):
         distilled_file(folder) == folder / "distilled.safetensors"
         and distilled_file(distilled) == distilled
     )
+
+
+def test_set_of_this_repository_is_whole_small_and_pretrains_a_network(tmp_path):
+    folder = ROOT / "sets" / "cifar10"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_000_000
+    d = load_distilled(distilled_file(str(folder)))
+    assert d.images.shape == (50, 3, 32, 32) and d.targets.shape == (50, 256)
+    assert d.target_kind == "feature" and d.meta["initial"] is None  # no real images
+    words = ["--distilled", str(folder), "--arch", "convnet3", "--width", "0.25"]
+    pretrain.main([*words, "--epochs", "2", "--run-root", str(tmp_path)])
+    model = load_model(tmp_path / "cifar10" / "cifar10" / "seed0/convnet3-x0.25/seed0/model.pt")
+    assert model["num_outputs"] == 256 and model["meta"]["settings"]["lr"] == 0.1
