@@ -167,7 +167,7 @@ def test_distillation(name, source):
     ("read", "error"),
     [
         (lambda loss: loss.item(), "cannot be called on meta"),
-        (lambda loss: loss if loss > 0 else loss, "cannot be called on meta"),
+        (lambda loss: loss if loss > 0 else -loss, "cannot be called on meta"),
         (lambda loss: loss.cpu(), "Cannot copy out of meta"),
         (lambda loss: loss + torch.ones(3).to(META), "copy from the CPU that blocks"),
         (lambda loss: torch.zeros(3, device=META)[torch.arange(2)], "index on the CPU"),
