@@ -2,13 +2,15 @@
 
 import importlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.utils import save_image
 
 from tests.conftest import DISTILL, TARGET, command
-from utils import cli, files
+from utils import cli, device, files
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -161,6 +163,24 @@ def test_more_labels_than_there_are(refused, weights):
 )
 def test_bad_flags(refused, flags, word):
     assert word in refused("distill", *flags)
+
+
+def test_nvidia_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: 470")
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old\nSecond line")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    args = SimpleNamespace(device="auto", precision="fp32", deterministic=False)
+    message = r"cannot use it \(The NVIDIA driver on your system is too old\); .* --device cpu"
+    with pytest.raises(UserError, match=message):
+        device.select_device(args)
+    args.device = "cpu"
+    assert device.select_device(args).type == "cpu"
 
 
 def test_device_that_is_not_there(refused):

@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 
 from utils import allocator, distributed
 from utils.errors import UserError
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # exists if the driver is loaded
 
 
 def add_device_flags(parser):
@@ -67,6 +70,11 @@ def select_device(args, multi_process=False):
     }
     name = args.device
     if name == "auto":
+        if not available["cuda"] and NVIDIA_DRIVER.exists():
+            raise UserError(
+                f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it "
+                f"({why_no_cuda()}); install a build of torch for its driver, or use --device cpu"
+            )
         name = next(kind for kind, usable in available.items() if usable)
     if not available[name]:
         raise UserError(
@@ -82,6 +90,15 @@ def select_device(args, multi_process=False):
         torch.use_deterministic_algorithms(True, warn_only=True)
     allocator.keep_freed_memory(name == "cpu")
     return distributed.initialise(name)
+
+
+def why_no_cuda():
+    """Return the first line of PyTorch's reason why CUDA is not available."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        return str(error).strip().splitlines()[0]
+    return "no device found"
 
 
 def autocast(device, precision):
