@@ -79,7 +79,7 @@ def test_data_set_is_prepared_distilled_and_evaluated(followed):
 def test_network_is_pretrained_and_evaluated(followed):
     root, output = followed
     assert (root / "runs/digits/blend/seed0/mlp-x0.25/seed0/model.pt").exists()
-    (accuracy,) = re.findall(r"mlp-x0.25 -> digits .*: ([\d.]+) %", output["A new network"])
+    (accuracy,) = re.findall(r"blend mlp -> digits .*: ([\d.]+) %", output["A new network"])
     assert float(accuracy) > 20  # of ten classes
 
 
