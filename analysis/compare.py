@@ -307,7 +307,7 @@ def parse_args(argv):
     parser.add_argument(
         "--collect", action="store_true", help="store the results of the folder in analysis/"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.collect and not args.folder:
         parser.error("--collect needs a folder")
     return args

@@ -184,7 +184,7 @@ def test_stored_results_give_the_same_tables_in_the_documents(tmp_path, monkeypa
     (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in LINES))
     monkeypatch.setattr(compare, "HERE", tmp_path)
     monkeypatch.setitem(TABLES, "toy", TABLE)
-    compare.main(["toy", str(folder), "--collect"])
+    compare.main(["toy", "--collect", str(folder)])
     first = capsys.readouterr().out
     compare.main(["toy"])
     assert first.endswith(capsys.readouterr().out) and "toy.jsonl: 11 results" in first
