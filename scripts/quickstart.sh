@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All stages on scikit-learn's handwritten digits: target network, distillation, pre-training,
 # linear probe, fine-tuning and knowledge distillation. Prints a table of accuracies and the path of
-# the distilled images. Takes at most 6 minutes on 2 CPU cores after installation. Rerun it to resume.
+# the distilled images. Takes 4 to 7 minutes on 2 CPU cores after installation. Rerun it to resume.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 digits=runs/digits arch=convnet3-x0.25 # as in the preset digits in utils/presets.py
