@@ -35,7 +35,7 @@ from data.subsets import few_labels
 from evaluation import probes, results, starting_weights
 from models import saved
 from models.sync_batch_norm import synchronised
-from models.target import load_target
+from models.target import default_path, load_target
 from utils import cli, distributed, optim
 from utils.device import autocast, resolve_precision, select_device
 from utils.errors import UserError
@@ -187,7 +187,7 @@ class Evaluation:
         network = saved.rebuild(self.start.saved).to(device)
         mean, std = (torch.tensor(each) for each in meta["normalisation"])
         predicted = probes.outputs(network, self.test, device, self.args.precision, mean, std)
-        features = self.target.test_features(self.train, self.args.data_root)
+        features = self.target.test_features(self.train, self.test, self.args.data_root)
         return probes.r2_percent(predicted, features.to(device))
 
 
@@ -220,7 +220,7 @@ def main(argv):
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
     missing, target = [], None
     if args.protocol == "r2":
-        path = args.target_network or args.run_root / train.name / "target" / "seed0" / "target.pt"
+        path = args.target_network or default_path(args.run_root, train)
         target = load_target(path, train, device, args.precision)
     for labels in label_choices(args):
         evaluation = Evaluation(args, start, train, test, *labels, target)

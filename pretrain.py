@@ -36,7 +36,7 @@ from distillers import registry
 from distillers.method import check_name
 from models import saved
 from models.sync_batch_norm import synchronised
-from models.target import load_target
+from models.target import default_path, load_target
 from utils import cli, distributed, files, optim
 from utils.device import autocast, resolve_precision, select_device
 from utils.errors import UserError
@@ -133,7 +133,7 @@ def data_from_source(args, device):
     source = load_images(args.source, "train", args.image_size, args.data_root)
     home = args.run_root / source.name
     target = load_target(
-        args.target_network or home / "target" / "seed0" / "target.pt",
+        args.target_network or default_path(args.run_root, source),
         source,
         device,
         args.precision,

@@ -18,7 +18,7 @@ from data.distilled import Distilled
 from data.images import load_images, normalise
 from data.subsets import random_subset
 from distillers import registry
-from models.target import load_target
+from models.target import default_path, load_target
 from utils import cli, distributed, files
 from utils.device import resolve_precision, select_device
 from utils.errors import UserError
@@ -67,7 +67,7 @@ def main(method, argv, prog=None):
     changed = source.deviations | deviations(preset_name(source.name), entry.stage, vars(args))
     if entry.target_network:
         target = load_target(
-            args.target_network or home / "target" / "seed0" / "target.pt",
+            args.target_network or default_path(args.run_root, source),
             source,
             device,
             args.precision,

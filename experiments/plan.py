@@ -255,11 +255,9 @@ class Plan:
         if protocol.name == "kd":
             for dataset in self.datasets:
                 self._distill_knowledge(run, protocol, dataset)
-        elif protocol.name == "head":
-            if registry.targets_of(run.name) in ("class", "soft"):
-                self._fine_tune(run, protocol, run.source.name)
-        elif protocol.name == "r2":
-            if registry.targets_of(run.name) == "feature":
+        elif protocol.name in ("head", "r2"):  # of networks with such targets, on their source
+            kinds = ("feature",) if protocol.name == "r2" else ("class", "soft")
+            if registry.targets_of(run.name) in kinds:
                 self._fine_tune(run, protocol, run.source.name)
         elif protocol.name != "fid":
             for dataset in self.datasets:

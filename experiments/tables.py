@@ -286,6 +286,10 @@ _SMALL_SCALE = Scale(
 _ENCODER = TargetNetwork(
     "encoder", dict(encoder="experiments/encoders.py:efficientnet_lite0", pca=256)
 )
+_100_LABELS = (
+    Protocol("linear", labels_per_class=(100,)),
+    Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
+)
 _BY_COMPONENTS = tuple(
     TargetNetwork(f"pca_{count or 'all'}", _ENCODER.settings | dict(pca=count))
     for count in (64, 256, 0)
@@ -460,10 +464,7 @@ TABLES = {
             methods=("scratch", "random_features", "krr_st"),
             datasets=("cifar10",),
             networks=("convnet3",),
-            protocols=(
-                Protocol("linear", labels_per_class=(100,)),
-                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
-            ),
+            protocols=_100_LABELS,
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             against="random_features",
@@ -478,10 +479,7 @@ TABLES = {
             methods=("krr_st",),
             datasets=("cifar10",),
             networks=("convnet3",),
-            protocols=(
-                Protocol("linear", labels_per_class=(100,)),
-                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
-            ),
+            protocols=_100_LABELS,
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             against="krr_st.pca_256",
@@ -496,10 +494,7 @@ TABLES = {
             methods=("scratch", "random", "random_features", "krr_st_from_noise"),
             datasets=("cifar10",),
             networks=("convnet3",),
-            protocols=(
-                Protocol("linear", labels_per_class=(100,)),
-                Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
-            ),
+            protocols=_100_LABELS,
             against="random_features",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare shipped {runs}",),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import models
-from data.images import load_images, normalise
+from data.images import normalise
 from data.originals import Originals, resize
 from models import saved as networks
 from models.encoders import load_encoder
@@ -58,16 +58,16 @@ class Target:
         """Return g_phi(X_t), (n, d_y) float32, of all images, mapped from disk."""
         raise NotImplementedError
 
-    def test_features(self, source, root):
+    def test_features(self, source, images, root):
         """Return the features of the source's test split, (n, d_y) float32, mapped from disk.
 
         The first call computes them and stores them beside target.pt.
 
         Args:
             source: `ImageSet` of the training images; their statistics normalise the test images.
+            images: `ImageSet` of the test images.
             root: path of the data root.
         """
-        images = load_images(source.place, "test", source.image_size, root)
         name = f"features-test-{self.digest}-{images.fingerprint}-{self.precision}.npy"
         return self._stored(
             self.path.parent / name, images, self._test_batches(source, images, root)
@@ -202,6 +202,11 @@ class FeatureTarget(Target):
                 )
             self._loaded = loaded
         return self._loaded
+
+
+def default_path(run_root, source):
+    """Return the path of the target.pt of an `ImageSet` that the later stages use by default."""
+    return run_root / source.name / "target" / "seed0" / "target.pt"
 
 
 def load_target(path, source, device, precision):

@@ -332,7 +332,8 @@ def test_features_of_test_images_are_those_of_their_raw_images(
     target_path, flags, photos, encoder_file, source
 ):
     target = load_target(target_path, source, CPU, "fp32")
-    stored = target.test_features(source, Path(flags[-3]))
+    root = Path(flags[-3])
+    stored = target.test_features(source, load_images(flags[1], "test", 32, root), root)
     paths = [photos / "test" / name / "0.png" for name in ("blue", "red")]
     pixels = np.stack([decode(path, 24) for path in paths])
     features = tiny(encoder_file)(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).double()

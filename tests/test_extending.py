@@ -20,7 +20,7 @@ LEFT_OUT = (".git", ".venv", ".*_cache", "__pycache__", "runs", "datasets", "ima
 
 
 def apply(root, section):
-    """Make the changes of a section; return the set of files that it names."""
+    """Make the changes of a section."""
     for name, language, block in FILE_BLOCK.findall(section):
         path = root / name
         if language == "diff":
@@ -33,7 +33,6 @@ def apply(root, section):
         else:
             assert not path.exists()
             path.write_text(block)
-    return {name for name, _, _ in FILE_BLOCK.findall(section)}
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,13 @@ class NoBlockingCopy(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [each for each in args if torch.is_tensor(each)]
         if function is aten._to_copy.default:
             target = torch.device(kwargs.get("device") or args[0].device)
             self._check(args[0], target, kwargs.get("non_blocking"))
         elif function is aten.copy_.default:
-            blocking = len(args) < 3 or not args[2]
-            self._check(args[1], args[0].device, kwargs.get("non_blocking") or not blocking)
-        elif function in (aten.index.Tensor, aten.index_put_.default) and tensors:
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+            self._check(args[1], args[0].device, non_blocking)
+        elif function in (aten.index.Tensor, aten.index_put_.default):
             for index in args[1]:
                 assert index is None or index.device == args[0].device, "an index on the CPU"
         return function(*args, **kwargs)

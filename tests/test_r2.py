@@ -45,7 +45,7 @@ def test_command_compares_the_head_with_the_target_on_test_images(
     residual = ((predicted - features) ** 2).sum()
     expected = 100 * (1 - residual / ((features - features.mean(0)) ** 2).sum())
     assert line["accuracy"] == pytest.approx(expected.item(), abs=0.01)
-    stored = target.test_features(train, data_root)
+    stored = target.test_features(train, test, data_root)
     torch.testing.assert_close(stored, features, rtol=1e-4, atol=1e-4)
 
     before = len(lines)
