@@ -1,5 +1,4 @@
-"""The ridge head against its primal solution, and the meta-gradient against central deviations
-(float64)."""
+"""The ridge head and its gradient against the primal solution and central differences."""
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ import models
 from distillers.krr import ridge_predict, with_bias
 
 
-def features(generator, *shape):
+def draw_features(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
@@ -17,7 +16,7 @@ def features(generator, *shape):
 @pytest.mark.parametrize(("m", "d_h"), [(6, 20), (20, 6)])
 def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias):
     g = torch.Generator().manual_seed(0)
-    f_real, f_syn, y = features(g, 9, d_h), features(g, m, d_h), features(g, m, 4)
+    f_real, f_syn, y = draw_features(g, 9, d_h), draw_features(g, m, d_h), draw_features(g, m, 4)
     ours = ridge_predict(f_real, f_syn, y, 1e-3, per_image, bias)
     if bias:
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
@@ -34,8 +33,8 @@ def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias
 def test_bias_column_predicts_a_constant_that_features_alone_cannot():
     g = torch.Generator().manual_seed(1)
     f_real, f_syn, y = (
-        features(g, 5, 3),
-        features(g, 40, 3),
+        draw_features(g, 5, 3),
+        draw_features(g, 40, 3),
         torch.full((40, 2), 7.0, dtype=torch.float64),
     )
     torch.testing.assert_close(ridge_predict(f_real, f_syn, y, 1e-12), torch.full_like(y[:5], 7.0))
@@ -43,13 +42,12 @@ def test_bias_column_predicts_a_constant_that_features_alone_cannot():
 
 
 def test_meta_gradients_agree_with_central_differences():
-    """d loss / d X_s and d loss / d Y_s through a ConvNet in eval mode, with the trace of the ridge
-    held constant."""
+    """Check d loss / d X_s and d loss / d Y_s through a ConvNet, with a constant ridge."""
     torch.manual_seed(0)
     network = models.build("convnet3", 32, 4, width=0.03).double()
     network(
         torch.randn(16, 3, 32, 32, dtype=torch.float64)
-    )  # running statistics that are not 0 and 1
+    )  # running statistics other than 0 and 1
     network.eval().requires_grad_(False)
     x_real, y_real = (
         torch.randn(12, 3, 32, 32, dtype=torch.float64),
@@ -85,12 +83,12 @@ def test_meta_gradients_agree_with_central_differences():
             )
 
 
-def test_float32_prediction_is_near_float64_at_the_default_ridge():
+def test_float32_prediction_is_close_to_float64_at_the_default_ridge():
     g = torch.Generator().manual_seed(2)
     f_real, f_syn, y = (
-        features(g, 50, 400).relu(),
-        features(g, 200, 400).relu(),
-        features(g, 200, 16),
+        draw_features(g, 50, 400).relu(),
+        draw_features(g, 200, 400).relu(),
+        draw_features(g, 200, 16),
     )
     exact = ridge_predict(f_real, f_syn, y, 1e-6)
     ours = ridge_predict(f_real.float(), f_syn.float(), y.float(), 1e-6)
