@@ -114,7 +114,8 @@ def test_there_is_a_table_per_data_set_and_one_of_means():
         make_line("krr_st", (0, None), f"{name} images", accuracy, compare.LOSS)
         for name, accuracy in (("initial", 40.0), ("distilled", 20.0))
     ]
-    [heading, krr_st, _] = parse_rows(compare.format_means(TABLE, LINES + loss))
+    loss.append(make_line("krr_st_d5", (0, None), "distilled images", 30.0, compare.LOSS))
+    [heading, krr_st, d5] = parse_rows(compare.format_means(TABLE, LINES + loss))
     assert heading == [
         "digits, mean over data sets",
         "linear, 20 % of labels",
@@ -123,6 +124,9 @@ def test_there_is_a_table_per_data_set_and_one_of_means():
         "n",
     ]
     assert krr_st == ["KRR-ST", "26.50 ± 1.50", "5.00 ± 0.00", "20.00 ± 0.00", "2 x 1"]
+    assert d5[3] == "30.00 ± 0.00 (+10.00)"
+    [heading, _] = parse_rows(compare.format_means(TABLE, [LINES[0], *loss[:2]]))
+    assert heading == ["digits, evaluated on cars", "linear, 20 % of labels", "n"]
     assert (
         compare.format_means(TABLE, []) == compare.format_datasets(TABLE, []) == "No results yet."
     )
