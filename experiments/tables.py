@@ -510,14 +510,13 @@ TABLES = {
             "encoder",
             "100 images distilled from ImageNette at 32 px with the features of an encoder trained "
             "on ImageNet as targets, beside the random images that they start from. Three "
-            "distillations, each with its own pre-training.",
+            "distillations with three pre-trainings each.",
             sources=(Source("imagenette", targets=(_ENCODER,)),),
             methods=("scratch", "random_features", "krr_st"),
             datasets=("cifar10",),
             networks=("convnet3",),
             protocols=_100_LABELS,
             distill_seeds=(0, 1, 2),
-            paired_seeds=True,
             against="random_features",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare encoder {runs}",),
