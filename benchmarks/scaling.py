@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import speed
-from benchmarks.step import Step, machine_name, make_inputs, peak_memory, time_parts
+from benchmarks.step import Step, make_inputs, time_parts
+from benchmarks.timing import machine_name, peak_memory
 from models import label
 from utils import cli, files, progress
 from utils.device import add_device_flags, resolve_precision, select_device
