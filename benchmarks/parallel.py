@@ -9,14 +9,12 @@ of the exchange. On a GPU, each time is the mean of 20 steps after as many steps
 """
 
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 import models
-from benchmarks.step import Step, make_inputs, num_source_images
+from benchmarks.step import make_step
 from benchmarks.timing import GPU_STEPS, format_median, machine_name, peak_memory, synchronize
 from utils import distributed, progress
 
@@ -43,38 +41,35 @@ def slowest(took):
 
 def measure(args, device):
     """Return the measurements as a dict of plain values for `markdown`."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = Step(
-            False, *make_inputs(args, num_source_images(args), device, Path(folder)), args, device
-        )
+    step = make_step(False, args, device)
 
-        def single():
-            step(exchange=False)
+    def single():
+        step(exchange=False)
 
-        single()
-        rounds = []
-        for _ in progress.bar(range(args.pairs), desc="rounds"):
-            distributed.all_reduce_max(0)  # synchronises all processes
-            alone = time_steps(single, device) if distributed.is_main_process() else 0.0
-            took = dict(alone=slowest(alone))
-            took["beside"] = slowest(time_steps(single, device))
-            took["together"] = slowest(time_steps(step, device))
-            shared = step.exchanged(torch.zeros((), device=device))
-            took["exchange"] = slowest(
-                time_steps(lambda shared=shared: distributed.all_reduce_mean(shared), device)
-            )
-            rounds.append(took)
-        names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
-        return dict(
-            preset=args.preset,
-            **{name: getattr(args, name) for name in names},
-            machine=machine_name(device),
-            ranks=distributed.world_size(),
-            torch=str(torch.__version__),
-            memory_gib=peak_memory(device),
-            rounds=rounds,
-            bytes={"images": step.x_syn.nbytes, "targets": step.y_syn.nbytes},
+    single()
+    rounds = []
+    for _ in progress.bar(range(args.pairs), desc="rounds"):
+        distributed.all_reduce_max(0)  # synchronises all processes
+        alone = time_steps(single, device) if distributed.is_main_process() else 0.0
+        took = dict(alone=slowest(alone))
+        took["beside"] = slowest(time_steps(single, device))
+        took["together"] = slowest(time_steps(step, device))
+        shared = step.exchanged(torch.zeros((), device=device))
+        took["exchange"] = slowest(
+            time_steps(lambda shared=shared: distributed.all_reduce_mean(shared), device)
         )
+        rounds.append(took)
+    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
+    return dict(
+        preset=args.preset,
+        **{name: getattr(args, name) for name in names},
+        machine=machine_name(device),
+        ranks=distributed.world_size(),
+        torch=str(torch.__version__),
+        memory_gib=peak_memory(device),
+        rounds=rounds,
+        bytes={"images": step.x_syn.nbytes, "targets": step.y_syn.nbytes},
+    )
 
 
 def markdown(result):

@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -71,14 +70,13 @@ def measure(setting, args):
         words += ["--" + name.replace("_", "-"), str(setting[name])]
     taken, _ = speed.parse_args(words)
     device = select_device(taken)
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = make_inputs(taken, setting["source"], device, Path(folder))
-        step = Step(False, source, target, taken, device)
-        threading.Thread(target=watch, daemon=True).start()
-        step()
-        done.set()
-        used = peak_memory(device) if device.type == "cuda" else most / 2**30
-        pieces = time_parts(step)
+    source, target = make_inputs(taken, setting["source"], device)
+    step = Step(False, source, target, taken, device)
+    threading.Thread(target=watch, daemon=True).start()
+    step()
+    done.set()
+    used = peak_memory(device) if device.type == "cuda" else most / 2**30
+    pieces = time_parts(step)
     return setting | dict(
         width=args.width,
         precision=args.precision,

@@ -228,8 +228,8 @@ def markdown(result):
         "|---|---:|---:|---:|---:|",
         *rows,
         "",
-        f"- {result['preset']}, {where}, n = {len(rounds)} pairs: **{ratio} times as fast as the plain "
-        f"step in fp32**, {share} % of the limit",
+        f"- {result['preset']}, {where}, n = {len(rounds)} pairs: **{ratio} times as fast as the "
+        f"plain step in fp32**, {share} % of the limit",
         f"- fast step: {texts['ours']} {unit}, {result['flop'] / 1e12:.2f} TFLOP, "
         f"{memory['ours']:.2f} GiB; plain step: {texts['plain']} {unit}, "
         f"{result['plain_flop'] / 1e12:.2f} TFLOP, {memory['plain']:.2f} GiB",

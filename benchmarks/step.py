@@ -24,10 +24,10 @@ from utils import distributed, optim
 from utils.sampling import Randomness
 
 
-def sparse_tensor(path, shape, dtype):
-    """Return a tensor of zeros, memory-mapped from a sparse .npy file without disk usage."""
-    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+def sparse_tensor(shape, dtype):
+    """Return a tensor of zeros, memory-mapped from a deleted sparse file without disk usage."""
+    with tempfile.NamedTemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file.name, dtype, "w+", shape=shape))
 
 
 class UntrainedTarget(NetworkTarget):
@@ -37,7 +37,7 @@ class UntrainedTarget(NetworkTarget):
         return self.table
 
 
-def make_inputs(args, images, device, folder):
+def make_inputs(args, images, device):
     """Return (source, target) with `images` images.
 
     Images are noise if they fit in half a gigabyte, and zeros in a sparse file otherwise.
@@ -57,10 +57,8 @@ def make_inputs(args, images, device, folder):
             images, target.feature_dim, generator=torch.Generator().manual_seed(1)
         )
     else:
-        pixels = sparse_tensor(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse_tensor(
-            folder / "features.npy", (images, target.feature_dim), np.float32
-        )
+        pixels = sparse_tensor(shape, np.uint8)
+        target.table = sparse_tensor((images, target.feature_dim), np.float32)
     half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
     return ImageSet("made", pixels, None, [], half, quarter, "made"), target
 
@@ -125,9 +123,7 @@ def make_step(plain, args, device):
 
     On the device meta, the operations of a step can be counted without computing them.
     """
-    with tempfile.TemporaryDirectory() as folder:  # open files outlive it
-        inputs = make_inputs(args, num_source_images(args), device, Path(folder))
-        return Step(plain, *inputs, args, device)
+    return Step(plain, *make_inputs(args, num_source_images(args), device), args, device)
 
 
 def without_values(step):
