@@ -145,7 +145,7 @@ def parse_args(argv):
         help="passes over the source in training the target (default: 20)",
     )
     run.add_argument(
-        "--minutes", type=cli.positive_int, default=4, help="length of a piece (default: 4)"
+        "--minutes", type=cli.non_negative_float, default=4, help="length of a piece (default: 4)"
     )
     parser.set_defaults(run_root=Path("runs/gpu"), precision="auto", deterministic=False)
     args, others = parser.parse_known_args(argv)

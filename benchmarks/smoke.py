@@ -122,7 +122,7 @@ def evaluation(name, method, text, folder=""):
 
 def all_commands():
     """Return all `Command`s in an order in which each finds its files."""
-    target = f"pretrain_target --source digits {WIDTH} --epochs 1 --warmup-epochs 0 --lr 0.01"
+    target = "pretrain_target --source digits --width 0.0625 --epochs 1 --warmup-epochs 0 --lr 0.01"
     teacher = "scratch/convnet3-x0.125_32px/digits_full_seed0"
     kd = f"kd --distilled RUNS/digits/krr_st/seed0/distilled.pt --teacher RUNS/{teacher}/model.pt"
     kd += " --epochs 5"
