@@ -17,7 +17,8 @@ marks an interval that excludes zero. By chance alone, one in twenty cells has a
 the number of distillations and of pre-trainings per distillation.
 
 The last table is the loss that distill.py minimises, times 100, under the final pool and for random
-images of the source. Variants with a different kind of pool are not comparable in this loss.
+images of the source, or for images that --source-images left out. Variants with a different kind of
+pool are not comparable in this loss.
 """
 
 import json
@@ -57,6 +58,11 @@ KEPT = (
     "seconds",
 )
 LOSS = "outer loss x 100"
+LOSSES = {  # meta of a distilled set -> column
+    "outer_loss_initial": "initial images",
+    "outer_loss_distilled": "distilled images",
+    "outer_loss_distilled_others": "distilled images, on other images",
+}
 MEAN = "mean over data sets"
 
 
@@ -69,16 +75,16 @@ def read_losses(folder):
     """Yield a line for each distilled.pt in a run root that stores its outer loss."""
     for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
         meta = load_distilled(path).meta
-        for dataset in ("initial", "distilled"):
-            if (loss := meta.get(f"outer_loss_{dataset}")) is not None:
+        for name, dataset in LOSSES.items():
+            if (loss := meta.get(name)) is not None:
                 yield dict(
                     method=meta["method"],
                     source=meta["source"],
                     distilled_seed=meta["seed"],
                     protocol=LOSS,
-                    dataset=f"{dataset} images",
+                    dataset=dataset,
                     accuracy=round(100 * loss, 4),
-                    digest=f"{files.digest(path)} outer_loss_{dataset}",
+                    digest=f"{files.digest(path)} {name}",
                     deviations=meta["deviations"],
                 )
 
