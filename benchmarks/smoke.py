@@ -60,7 +60,14 @@ VARIANTS = {  # of KRR-ST
 TRAINED_BEFORE = {"mtt", "mkdt", "frepo", "krr_st", *VARIANTS}  # experts or a pool
 WIDTH = "--width 0.125"
 STUDENT = "convnet3-x0.125/seed0"
-TRAINING = ("target", "krr_st", "pre-training, feature", "fine-tuning", "distillation of a teacher")
+TRAINING = (  # commands that run twice
+    "target",
+    "krr_st",
+    "pre-training, feature",
+    "fine-tuning",
+    "teacher",
+    "distillation of a teacher",
+)
 
 
 @dataclass
@@ -182,11 +189,11 @@ def check_agreement(command, folder, device):
 
 def check_determinism(command, folder, device):
     """Run a command twice with --deterministic, print a line, and return whether losses agree."""
-    runs, losses = folder / "found", []
-    for _ in range(2):
-        shutil.rmtree(next(runs.glob(command.folder)))
-        losses.append(command.run(runs, "--device", device, "--deterministic"))
-    passed = losses[0] == losses[1] != []
+    first, second = (
+        command.run(folder / runs, "--device", device, "--deterministic")
+        for runs in ("first", "second")
+    )
+    passed = first == second != []
     print(f"{command.name}, twice: {'equal' if passed else 'FAILED'}", flush=True)
     return passed
 
