@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import agreement, distillation, interruption, smoke, speed, stages, timing
+from benchmarks import agreement, distillation, interruption, smoke, speed, stages, step, timing
 from distillers import registry
 from tests.conftest import ROOT, command
 from utils.errors import UserError
@@ -105,13 +105,26 @@ def test_share_of_the_limit_and_ratio():
     assert "5 GFLOP/s, the higher one of matrix product 4, convolution 5" in text
 
 
+@pytest.mark.parametrize(("plain", "chunk"), [(False, "0"), (False, "4"), (True, "0")])
+def test_operations_are_counted_without_computing(plain, chunk):
+    words = ["--width", "0.05", "--num-images", "10", "--outer-batch", "12", "--chunk", chunk]
+    args, _ = speed.parse_args([*words, "--device", "cpu", "--precision", "fp32"])
+    whole = step.make_step(plain, args, CPU)
+    operations = timing.count_flop(whole)
+    counted = step.without_values(whole)
+    assert counted.x_syn.is_meta and timing.count_flop(counted) == operations
+    if not plain:
+        of_parts = sum(timing.count_flop(part) for part in step.parts(counted).values())
+        assert of_parts == operations
+
+
 def test_steps_are_counted_and_timed_in_a_loop():
     run, x, steps = stages.TimedRun(CPU), torch.randn(8, 8), 0
     run.watch.seconds = 0.01
     assert [*run.steps("initialise pool", 100)] == [0, 1, 2]
     with pytest.raises(stages.Finished):
-        for step in run.steps("train", 1):
-            run.log(step, loss=(x @ x).sum())
+        for number in run.steps("train", 1):
+            run.log(number, loss=(x @ x).sum())
             steps += 1
     assert run.flop == 2 * 8**3
     assert steps == run.watch.num_steps + 2 and run.watch.seconds_per_step > 0
