@@ -52,7 +52,7 @@ METHODS = {  # name in the registry: flags
 }
 NETWORKS = {*METHODS} - {"gaussian", "random", "random_features", "kmeans", "kip"}
 VARIANTS = {  # of KRR-ST
-    "krr_st_low_rank": "--num-images 6 --bases 12 --target-bases 10 --base-size 8 "
+    "krr_st_low_rank": "--num-images 4 --bases 50 --target-bases 10 --base-size 8 "
     "--views rotations",
     "krr_st_d8": "--augment-outer",
     "krr_st_random_targets": "--random-targets",
