@@ -57,7 +57,7 @@ VARIANTS = {  # of KRR-ST
     "krr_st_d8": "--augment-outer",
     "krr_st_random_targets": "--random-targets",
 }
-TRAINED_BEFORE = {"mtt", "mkdt", "frepo", "krr_st", *VARIANTS}  # experts or a pool
+TRAINED_BEFORE = {"mtt", "mkdt", "frepo", "ssl_bilevel", "krr_st", *VARIANTS}
 WIDTH = "--width 0.125"
 STUDENT = "convnet3-x0.125/seed0"
 TRAINING = (  # commands that run twice
@@ -77,7 +77,7 @@ class Command:
     Args:
         name: name in the output.
         text: script and flags; RUNS stands for the run root.
-        folder: folder of the run in the run root; may contain *.
+        folder: folder of the run in the run root, which may contain *; empty for a probe.
         artefact: file in it that later commands read.
     """
 
@@ -101,7 +101,7 @@ class Command:
         words += ["--data-root", str(runs.parent / "data"), "--run-root", str(runs), *flags]
         with contextlib.redirect_stdout(io.StringIO()):
             module.main([*words[1:], "--log-every", "1"])
-        folder = next(runs.glob(self.folder))
+        folder = next(runs.glob(self.folder)) if self.folder else runs
         return [line["loss"] for line in read_log(folder) if "loss" in line]
 
 
@@ -121,10 +121,13 @@ def pretraining(kind, method, recipe):
 
 
 def evaluation(name, method, text, folder=""):
-    """Return the `Command` of a script on the network pre-trained on the set of a method."""
+    """Return the `Command` of a script on the network pre-trained on the set of a method.
+
+    `folder` is that of the run, in the folder of the network; empty for a probe.
+    """
     network = f"digits/{method}/seed0/{STUDENT}"
     text = f"{text} --weights RUNS/{network}/model.pt --dataset digits"
-    return Command(name, text, f"{network}{folder}")
+    return Command(name, text, f"{network}/{folder}" if folder else "")
 
 
 def all_commands():
@@ -146,7 +149,7 @@ def all_commands():
             f"digits/full/seed0/{STUDENT}",
             "model.pt",
         ),
-        evaluation("fine-tuning", "krr_st", "finetune --steps 5", "/digits_full_seed0"),
+        evaluation("fine-tuning", "krr_st", "finetune --steps 5", "digits_full_seed0"),
         evaluation("linear probe", "krr_st", "finetune --protocol linear"),
         evaluation("nearest neighbours", "krr_st", "finetune --protocol knn"),
         evaluation("head", "random", "finetune --protocol head"),
@@ -157,7 +160,7 @@ def all_commands():
             teacher,
             "model.pt",
         ),
-        evaluation("distillation of a teacher", "krr_st", kd, "/digits_kd_*"),
+        evaluation("distillation of a teacher", "krr_st", kd, "digits_kd_*"),
     ]
 
 
