@@ -5,8 +5,9 @@
     python -m analysis.compare departures                              # stored results
     python -m analysis.compare small --against krr_st
 
-The first argument is a table of experiments/tables.py. There is a table for each source and target
-network, with a row for each method. The columns are protocols, first averaged over the data sets
+The first argument is a table of experiments/tables.py. Results of other tables in the same run root
+are left out. There is a table for each source, target network and pre-trained network, with a row
+for each method. The columns are protocols, first averaged over the data sets
 and then for each data set. Rows without a source or target network (no pre-training, random images
 with labels) appear in every table to which they belong.
 
@@ -89,13 +90,34 @@ def read_losses(folder):
                 )
 
 
-def split_blocks(table, lines):
-    """Return [(heading, lines)] for each source and target network of a `Table`.
+def describes(table, line):
+    """Return whether a `Table` describes the row and the column of a result line."""
+    if registry.base(line["method"]) not in {*table.methods, "full"}:
+        return False
+    if line["protocol"] == LOSS:
+        return True
+    if table.networks and line["arch"] not in table.networks:
+        return False
+    return any(protocol.made(line) for protocol in table.protocols)
 
-    If the row that others are compared with names a target network, there is one block per source.
+
+def split_blocks(table, lines):
+    """Return [(heading, lines)] for each source, target network and network of a `Table`.
+
+    If the row that others are compared with names a target network, there is no block for each
+    target network.
     """
-    names = {*table.methods, "full"}
-    lines = [line for line in lines if registry.base(line["method"]) in names]
+    if len(table.networks) < 2:
+        return _split_by_target(table, lines)
+    return [
+        (f"{heading}, {arch}", [line for line in part if line.get("arch") in (arch, None)])
+        for heading, part in _split_by_target(table, lines)
+        for arch in table.networks
+    ]
+
+
+def _split_by_target(table, lines):
+    lines = [line for line in lines if describes(table, line)]
     described = {source.name: source for source in table.sources}
     found = {line["source"] for line in lines} - {None}
     order = [*(name for name in described if name in found), *sorted(found - described.keys())]

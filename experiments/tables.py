@@ -67,6 +67,13 @@ class Protocol:
         few += [(f"_{n}perclass", ("--labels-per-class", n)) for n in self.labels_per_class]
         return few or [("", ())]
 
+    def made(self, line):
+        """Return whether a result line comes from this protocol."""
+        few = [(n, 0) for n in self.labels_per_class]
+        few += [(0, 0 if share == 1 else share) for share in self.label_fractions]
+        labels = line.get("labels_per_class") or 0, line.get("label_fraction") or 0
+        return line["protocol"] == self.name and labels in (few or [(0, 0)])
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -503,17 +510,31 @@ TABLES = {
             "encoder",
             "100 images distilled from ImageNette at 32 px with the features of an encoder trained "
             "on ImageNet as targets, beside the random images that they start from. Three "
-            "distillations, each with its own pre-training.",
+            "distillations with three pre-trainings each.",
             sources=(Source("imagenette", targets=(_ENCODER,)),),
             methods=("scratch", "random_features", "krr_st"),
             datasets=("cifar10",),
             networks=("convnet3",),
             protocols=_100_LABELS,
             distill_seeds=(0, 1, 2),
-            paired_seeds=True,
             against="random_features",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare encoder {runs}",),
+        ),
+        Table(
+            "encoder_architectures",
+            "VGG11, ResNet10 and MobileNet, pre-trained on the sets of the table `encoder`, which "
+            "were distilled with a ConvNet3.",
+            sources=(Source("imagenette", targets=(_ENCODER,)),),
+            methods=("scratch", "random_features", "krr_st"),
+            datasets=("cifar10", "imagenette"),
+            networks=("vgg11", "resnet10", "mobilenet"),
+            protocols=(Protocol("linear", labels_per_class=(100,)),),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            scale=_SMALL_SCALE,
+            last=("-m analysis.compare encoder_architectures {runs}",),
         ),
         Table(
             "pca",
@@ -544,7 +565,7 @@ TABLES = {
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             against="random_features",
-            scale=_SHORT_SCALE,
+            scale=replace(_SHORT_SCALE, folder="targets"),
             last=("-m analysis.compare targets {runs}",),
         ),
         Table(
