@@ -1,7 +1,6 @@
 """The commands of each table: every command is accepted by its parser."""
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -42,8 +41,7 @@ def parse(words, monkeypatch):
     reduced = made.startswith(("runs/quick/", "runs/departures/"))
     name = f"quick-{made.split('/')[2]}" if reduced else [*made.split("/"), ""][1]
     folder = Path(made).parts[-3] if "/" in made else ""
-    of_gpu = folder.startswith(("cpu_", "cuda_"))  # a set of benchmarks/gpu.sh
-    kind = "class" if not folder else "feature" if of_gpu else registry.targets_of(folder)
+    kind = registry.targets_of(folder) if folder else "class"
     stand_in = SimpleNamespace(meta=dict(preset=name), target_kind=kind)
     monkeypatch.setattr("pretrain.load_distilled", lambda path: stand_in)
     if words[0] == "-m" and words[1] == "distillers":
@@ -300,49 +298,3 @@ def test_methods_of_all_tables_are_in_the_registry():
         assert {*table.methods} <= registry.TITLES.keys()
         assert registry.base(table.against) in registry.TITLES or table.name == "figures"
         assert len({*table.methods}) == len(table.methods)
-
-
-def test_gpu_script_lists_commands_that_are_accepted_and_compares_their_losses(
-    tmp_path, monkeypatch
-):
-    listing, stand_in = tmp_path / "listing", tmp_path / "python"
-    stand_in.write_text(f"""#!/usr/bin/env bash
-if [ "$1" = - ]; then exec {sys.executable} "$@"; fi
-echo "$*" >> {listing}
-case $* in *benchmarks.speed*) echo "Preset of $4";; esac
-""")
-    stand_in.chmod(0o755)
-    losses = dict(cpu_fp32=[2.0, 1.0] * 5, cuda_fp32=[2.0] * 9 + [1.5], cuda_bf16=[2.0, 1.1] * 5)
-    for name, each in losses.items():
-        folder = tmp_path / "runs" / "digits" / name / "seed0"
-        (folder / "convnet3-x0.25" / "seed0").mkdir(parents=True)
-        log = [dict(phase="distil", step=i, loss=loss) for i, loss in enumerate(each)]
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        found = json.dumps(dict(digest=name, accuracy=90.125)) + "\n"
-        (folder / "convnet3-x0.25" / "seed0" / "results.jsonl").write_text(found)
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", tmp_path / "runs"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=dict(os.environ, PYTHON=str(stand_in)),
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    commands = [
-        line.replace(str(tmp_path / "runs"), "runs").split()
-        for line in listing.read_text().splitlines()
-    ]
-    assert len(commands) == 15
-    for words in commands:
-        parse(words, monkeypatch)
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("cpu_", "cuda_"))]
-    assert [[row[4].strip(","), row[6].strip(";")] for row in rows] == [
-        ["0.0e+00", "0.0e+00"],
-        ["1.0e+00", "1.0e+00"],
-        ["1.0e-01", "1.0e-01"],
-    ]
-    assert [row[9].strip(",") for row in rows] == ["1.5000", "1.9500", "1.5500"] and rows[0][
-        -2
-    ] == "90.12"
-    assert done.stdout.endswith("Preset of cifar100\n" * 2 + "Preset of tinyimagenet\n" * 2)
