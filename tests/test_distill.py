@@ -149,7 +149,7 @@ def test_each_departure_changes_the_result(toy, tmp_path, flag):
 
 
 def test_source_images_limits_the_run_to_a_subset(toy, roots, tmp_path, monkeypatch):
-    """Features that are not finite, of images outside the subset, do not matter."""
+    """Check that features of images outside the subset are not used: they are NaN here."""
     source = load_images("digits", "train", 32, roots[1])
     used = used_subset(source, 100, 0)
     assert torch.equal(used[:20], random_subset(source, 20, 0)) and len(used.unique()) == 100
