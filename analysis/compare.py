@@ -344,7 +344,7 @@ def parse_args(argv):
     )
     args = parser.parse_intermixed_args(argv)
     if args.collect and not args.folder:
-        parser.error("--collect needs a folder")
+        parser.error("--collect requires a folder")
     return args
 
 

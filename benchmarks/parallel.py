@@ -109,7 +109,8 @@ def markdown(result):
             "",
             f"A step exchanges {images / 1e6:.1f} MB for the images and {targets / 1e6:.1f} MB for "
             "the targets. This depends on neither the batch, the network nor the number of "
-            "processes. In a ring of R processes, each sends 2 (R - 1) / R of that. The table has "
+            "processes. In a ring of R processes, each process sends 2 (R - 1) / R times this "
+            "amount. The table has "
             f"the calculated time, and in brackets its ratio to the {step:.3g} s above:",
             "",
             "| R | MB per step | " + " | ".join(f"at {name}" for name in LINKS) + " |",

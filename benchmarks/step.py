@@ -1,7 +1,7 @@
 """An outer step of distill.py for timing, with one pool member and noise images.
 
-The target network is untrained. Neither changes the time of a step. The speed benchmarks share this
-module.
+The target network is untrained. Neither simplification changes the time of a step. The speed
+benchmarks share this module.
 """
 
 import argparse

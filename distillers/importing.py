@@ -266,7 +266,7 @@ def build_distilled(args):
     if x.dtype == torch.uint8:
         if args.normalised not in (None, "none"):
             raise UserError(
-                f"{args.images}: bytes are pixels: give --normalised none or --normalise STATS"
+                f"{args.images}: bytes are pixels: use --normalised none or --normalise STATS"
             )
         x = x.float() / 255
     if kind != "none":

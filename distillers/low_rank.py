@@ -92,7 +92,7 @@ class LowRank:
         n, d_y, self.size = len(source), features.shape[1], source.image_size
         v = args.target_bases or min(args.bases, d_y)
         m = count_images(args, n, self.size, d_y, v)
-        print(f"the room of {args.num_images:,} plain images holds {m:,} images in factors")
+        print(f"the storage of {args.num_images:,} plain images holds {m:,} images as factors")
         rows = random_subset(source, min(max(m, MOST_ROWS), n), args.seed)
         self.initial = rows[:m]  # those of a plain set of m images
 

@@ -67,7 +67,7 @@ class Entry:
 
 
 def distiller(name, title, **facts):
-    """The `Entry` of a method that `python -m distillers NAME` runs."""
+    """Return the `Entry` of a method that `python -m distillers NAME` runs."""
     return Entry(
         name, title, command=f"python -m distillers {name}", module=f"distillers.{name}", **facts
     )
@@ -204,8 +204,8 @@ ENTRIES = (  # in the order of rows in tables
     distiller(
         "ssl_bilevel",
         "bilevel SSL",
-        summary="equation 1 directly: unrolled Barlow Twins training on the images minimises the "
-        "Barlow Twins loss on real ones; the approach that the paper argues against",
+        summary="solves equation 1 directly: unrolled Barlow Twins training on the images "
+        "minimises the Barlow Twins loss on real ones; the approach that the paper argues against",
         origin="the paper",
         cost="about 2 K forward and backward passes per step, a third of them twice",
         stage="ssl_bilevel",

@@ -13,7 +13,7 @@ from torch import nn
 
 
 class MeanFeatures(nn.Module):
-    """Pixels (b, 3, S, S) in [0, 1] -> the last layer's features, mean over space: (b, 1280)."""
+    """Map pixels (b, 3, S, S) in [0, 1] to the spatial mean of the last features, (b, 1280)."""
 
     image_size = 192
 

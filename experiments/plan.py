@@ -88,7 +88,7 @@ class Plan:
         more = dict(oracle=choice.oracle, probes=choice.probes, head=choice.head)
         if any(more.values()) and not any(each.name == "full" for each in table.protocols):
             named = " ".join(f"--{name}" for name, wanted in more.items() if wanted)
-            raise UserError(f"{named}: nothing to add to {table.name}")
+            raise UserError(f"{named}: not available for {table.name}")
         self.protocols += PROBES if choice.probes else ()
         self.protocols += [Protocol("head")] if choice.head else []
         self._list = TaskList()

@@ -438,8 +438,9 @@ TABLES = {
         Table(
             "departures",
             "The departures from the paper, one at a time and together, compared with KRR-ST as "
-            "in the paper. Also random Y_s, a pool of one member, other T and m, and bf16 from "
-            "distillation onwards. TinyImageNet at 32 px and small networks; takes hours on a CPU. "
+            "in the paper. It also compares random Y_s, a pool of one member, other T and m, and "
+            "bf16 from distillation onwards. TinyImageNet at 32 px and small networks; takes hours "
+            "on a CPU. "
             "Three distillations per row, paired by seed. A pool member is drawn about 120 times, "
             "so it is reinitialised five times. docs/findings.md has the results.",
             sources=(Source("tinyimagenet"),),

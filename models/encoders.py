@@ -212,7 +212,7 @@ def _from_file(what, weights, size):
         network = getattr(source, name)()
     except Exception as error:  # the user's code can raise any exception
         where = f"{type(error).__name__}: {_reason(error)}"
-        raise UserError(f"--encoder {what}: fails ({where})") from error
+        raise UserError(f"--encoder {what}: its code raised an error ({where})") from error
     if not isinstance(network, nn.Module):
         found = type(network).__name__
         raise UserError(f"--encoder {what}: must return a torch.nn.Module, not {found}")

@@ -89,7 +89,7 @@ class Target:
                     files.write_json(record, {"name": path.name, "features": files.checksums(path)})
         content = files.read_json(record, "record of features")
         if content.get("name") != path.name:
-            raise UserError(f"{record}: not the record of {path.name}; delete it to recreate it")
+            raise UserError(f"{record}: the record of another file; delete it to recreate it")
         return torch.from_numpy(files.open_array(path, content["features"]))
 
     def _write(self, path, images, batches):

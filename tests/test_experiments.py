@@ -139,7 +139,7 @@ def test_oracle_probes_and_head_add_commands(monkeypatch):
     head = more("--head")
     assert len(head) == 2
     assert all("/random/" in each and "--dataset tinyimagenet" in each for each in head)
-    with pytest.raises(UserError, match="--oracle --probes --head: nothing to add to table4"):
+    with pytest.raises(UserError, match="--oracle --probes --head: not available for table4"):
         list_commands("table4", *MORE)
 
 
