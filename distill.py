@@ -82,7 +82,14 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
         f_real = member.embed(x_real, args.chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, args.chunk)  # (m, d_h)
     predicted = ridge_predict(  # (b, d_y)
-        f_real, f_syn, y_syn, args.ridge, args.ridge_per_image, args.bias_column, fallbacks
+        f_real,
+        f_syn,
+        y_syn,
+        args.ridge,
+        args.ridge_per_image,
+        args.bias_column,
+        fallbacks,
+        member.precision,
     )
     return F.mse_loss(predicted, y_real)
 
