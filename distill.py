@@ -29,6 +29,7 @@ from distillers.method import Method
 from distillers.pool import Pool
 from distillers.reference import Step
 from utils import cli, distributed, optim
+from utils.device import should_compile
 from utils.errors import UserError
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
@@ -167,6 +168,7 @@ def distill(source, chosen, target, args, run, device):
         weight_decay=args.pool_weight_decay,
         precision=args.precision,
         memory_format=outer_step.memory_format,
+        compiled=not args.reference and should_compile(args.compile, device),
     )
     adamw = optim.optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", steps)
@@ -221,8 +223,10 @@ def distill(source, chosen, target, args, run, device):
 
 def check_flags(args):
     """Raise UserError for flags that cannot be combined."""
-    if args.reference and (args.precision != "fp32" or args.augment_outer):
-        raise UserError("--reference requires --precision fp32 and excludes --augment-outer")
+    if args.reference and (args.precision != "fp32" or args.augment_outer or args.compile == "on"):
+        raise UserError(
+            "--reference requires --precision fp32 and excludes --augment-outer and --compile on"
+        )
     if args.random_images and args.raw_init:
         raise UserError("--random-images cannot be combined with --raw-init")
     if args.pool_size % distributed.world_size():
@@ -234,6 +238,7 @@ def check_flags(args):
 
 def add_flags(parser):
     cli.add_chunk_flag(parser)
+    cli.add_compile_flag(parser)
     parser.groups["method"].add_argument(
         "--steps-equal-samples",
         action="store_true",

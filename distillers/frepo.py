@@ -37,6 +37,7 @@ from distillers.krr import LIMITS, centred_one_hot, ridge_predict
 from distillers.method import Method, make_distilled
 from distillers.pool import Pool
 from utils import cli, optim
+from utils.device import should_compile
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -123,6 +124,7 @@ def distill(source, chosen, target, args, run, device):
         weight_decay=0.0,
         precision=args.precision,
         optimizer="adam",
+        compiled=should_compile(args.compile, device),
     )
     lamb = optim.optimizer("lamb", [x_syn, y_syn], args.outer_lr)
     scheduler = optim.schedule(lamb, "cosine_to_tenth", args.outer_steps)
@@ -186,11 +188,16 @@ def distill(source, chosen, target, args, run, device):
     )
 
 
+def add_flags(parser):
+    cli.add_chunk_flag(parser)
+    cli.add_compile_flag(parser)
+
+
 METHOD = Method(
     "frepo",
     distill,
     HELP,
     doc=__doc__,
     choose=balanced_subset,
-    add_flags=cli.add_chunk_flag,
+    add_flags=add_flags,
 )

@@ -10,7 +10,7 @@ import torch
 
 import models
 from benchmarks import scaling, speed
-from models.frozen import Frozen
+from models.frozen import Frozen, Skeleton
 from tests.conftest import DISTILL, command
 from utils import allocator
 from utils.run import read_log
@@ -54,7 +54,7 @@ def test_every_batch_norm_is_folded():
     for arch in ALL:
         network = models.build(arch, 32, 0, width=0.05)
         norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-        assert len(Frozen(network).pairs) == norms
+        assert len(Skeleton(network).pairs) == norms
 
 
 def test_frozen_features_follow_the_weights():

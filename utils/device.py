@@ -1,6 +1,7 @@
 """Device and precision of a run, and the settings of PyTorch that depend on them."""
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -61,6 +62,30 @@ def computes_in_bf16(name):
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of x86
     return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def should_compile(choice, device):
+    """Return whether the value `choice` of --compile means to compile on `device`.
+
+    Raises:
+        UserError: if the choice is on, and torch.compile does not work on this machine.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return False
+    fault = find_compiler_fault(device)
+    if fault and choice == "on":
+        raise UserError(f"--compile on: torch.compile does not work here ({fault}); use off")
+    return fault is None
+
+
+@functools.cache
+def find_compiler_fault(device):
+    """Return why torch.compile does not work on `device`, in one line, or None if it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # each compiler has its own
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return None
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ UNTRACKED_SETTINGS = {
     "tensorboard",
     "image_every",
     "chunk",
+    "compile",
     "name",
 }
 
