@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from data import augment
 from data.images import normalise, to_float
 from data.loading import Loader
-from data.subsets import gaussian_images, held_out_subset
+from data.subsets import gaussian_images, measured_subsets, used_subset
 from distillers import low_rank, method, reference
 from distillers.krr import LIMITS, ridge_predict
 from distillers.low_rank import LowRank, Plain
@@ -53,6 +53,8 @@ HELP = dict(
     "(D7 normalised-init)",
     augment_outer="randomly crop and flip the real images, as the released code does "
     "(D8 outer-augmentation)",
+    source_images="number of random images of the source to use, 0 for all; if not all, the outer "
+    "loss on the others is measured too",
     random_targets="draw the initial Y_s from N(0, 1) instead of taking the target network's "
     "features, as in the paper's appendix E (D21 target-init)",
     random_images="draw the initial X_s from the normal distribution with the mean and covariance "
@@ -98,17 +100,20 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
 class RealBatches:
     """Mini-batches of the source with their target features.
 
-    The features are computed once. With augmentation they are computed for each batch.
+    The features are computed once. With augmentation they are computed for each batch. `used` (n,)
+    are the indices of the images to use, by default all.
     """
 
-    def __init__(self, source, target, args, randomness, device):
+    def __init__(self, source, target, args, randomness, device, used=None):
         self.source, self.target = source, target
         self.generator = randomness.device if args.augment_outer else None
         if args.augment_outer:
             target.require_network()
-        self.order = Batches(len(source), args.outer_batch, randomness.cpu)
-        features = [] if args.augment_outer else [target.features_of(source)]
-        self.loader = Loader([source.pixels, *features], self.order, device)
+        tensors = [source.pixels] + ([] if args.augment_outer else [target.features_of(source)])
+        if used is not None and len(used) < len(source):
+            tensors = [each[used] for each in tensors]
+        self.order = Batches(len(tensors[0]), args.outer_batch, randomness.cpu)
+        self.loader = Loader(tensors, self.order, device)
 
     def next(self):
         """Return the next batch: x_real (b, 3, S, S), normalised, and y_real (b, d_y)."""
@@ -142,7 +147,8 @@ def distill(source, chosen, target, args, run, device):
     world_size = distributed.world_size()
     steps = args.outer_steps // (world_size if args.steps_equal_samples else 1)
     randomness = Randomness(args.seed, device, per_rank=True)
-    real = outer_step.batches(source, target, args, randomness, device)
+    used = used_subset(source, args.source_images, args.seed)
+    real = outer_step.batches(source, target, args, randomness, device, used)
     x_init = (source.raw if args.raw_init else source.normalised)(chosen, device)  # line 3
     if args.random_images:
         x_init = gaussian_images(source, len(chosen), randomness.cpu).to(device)
@@ -208,17 +214,22 @@ def distill(source, chosen, target, args, run, device):
         method.update_picture(run, args, step, to_set)
 
     facts = syn.finish(run)
-    held = held_out_subset(source, args.outer_batch)
-    x_held, y_held = source.normalised(held, device), target.features_at(source, held)
-    before, after = pool.mean_losses(
-        lambda member, x, y: outer_step.loss(member, x_held, y_held, x, y, args),
-        (x_init, y_init),
-        syn.compose(),
-    )
-    print(f"outer loss under the final pool: initial images {before:.4f}, distilled {after:.4f}")
+    for name, index in measured_subsets(source, used, args.outer_batch).items():
+        x, y = source.normalised(index, device), target.features_at(source, index)
+        before, after = pool.mean_losses(
+            lambda member, *pair, x=x, y=y: outer_step.loss(member, x, y, *pair, args),
+            (x_init, y_init),
+            syn.compose(),
+        )
+        print(
+            f"outer loss under the final pool, {name}: initial set {before:.4f}, "
+            f"distilled set {after:.4f}"
+        )
+        suffix = "_others" if name == "other images" else ""
+        facts |= {f"outer_loss_initial{suffix}": before, f"outer_loss_distilled{suffix}": after}
     if args.random_images:
         facts["initial"] = None
-    return to_set(outer_loss_initial=before, outer_loss_distilled=after, **facts)
+    return to_set(**facts)
 
 
 def check_flags(args):
@@ -226,6 +237,12 @@ def check_flags(args):
     if args.reference and (args.precision != "fp32" or args.augment_outer or args.compile == "on"):
         raise UserError(
             "--reference requires --precision fp32 and excludes --augment-outer and --compile on"
+        )
+    if args.reference and args.source_images:
+        raise UserError("--reference excludes --source-images")
+    if args.source_images and args.source_images < args.num_images:
+        raise UserError(
+            f"--source-images {args.source_images}: fewer than --num-images {args.num_images}"
         )
     if args.random_images and args.raw_init:
         raise UserError("--random-images cannot be combined with --raw-init")

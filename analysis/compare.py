@@ -5,8 +5,9 @@
     python -m analysis.compare departures                              # stored results
     python -m analysis.compare small --against krr_st
 
-The first argument is a table of experiments/tables.py. There is a table for each source and target
-network, with a row for each method. The columns are protocols, first averaged over the data sets
+The first argument is a table of experiments/tables.py. Results of other tables in the same run root
+are left out. There is a table for each source, target network and pre-trained network, with a row
+for each method. The columns are protocols, first averaged over the data sets
 and then for each data set. Rows without a source or target network (no pre-training, random images
 with labels) appear in every table to which they belong.
 
@@ -17,7 +18,8 @@ marks an interval that excludes zero. By chance alone, one in twenty cells has a
 the number of distillations and of pre-trainings per distillation.
 
 The last table is the loss that distill.py minimises, times 100, under the final pool and for random
-images of the source. Variants with a different kind of pool are not comparable in this loss.
+images of the source, or for images that --source-images left out. Variants with a different kind of
+pool are not comparable in this loss.
 """
 
 import json
@@ -57,6 +59,11 @@ KEPT = (
     "seconds",
 )
 LOSS = "outer loss x 100"
+LOSSES = {  # meta of a distilled set -> column
+    "outer_loss_initial": "initial images",
+    "outer_loss_distilled": "distilled images",
+    "outer_loss_distilled_others": "distilled images, on other images",
+}
 MEAN = "mean over data sets"
 
 
@@ -69,27 +76,48 @@ def read_losses(folder):
     """Yield a line for each distilled.pt in a run root that stores its outer loss."""
     for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
         meta = load_distilled(path).meta
-        for dataset in ("initial", "distilled"):
-            if (loss := meta.get(f"outer_loss_{dataset}")) is not None:
+        for name, dataset in LOSSES.items():
+            if (loss := meta.get(name)) is not None:
                 yield dict(
                     method=meta["method"],
                     source=meta["source"],
                     distilled_seed=meta["seed"],
                     protocol=LOSS,
-                    dataset=f"{dataset} images",
+                    dataset=dataset,
                     accuracy=round(100 * loss, 4),
-                    digest=f"{files.digest(path)} outer_loss_{dataset}",
+                    digest=f"{files.digest(path)} {name}",
                     deviations=meta["deviations"],
                 )
 
 
-def split_blocks(table, lines):
-    """Return [(heading, lines)] for each source and target network of a `Table`.
+def describes(table, line):
+    """Return whether a `Table` describes the row and the column of a result line."""
+    if registry.base(line["method"]) not in {*table.methods, "full"}:
+        return False
+    if line["protocol"] == LOSS:
+        return True
+    if table.networks and line["arch"] not in table.networks:
+        return False
+    return any(protocol.made(line) for protocol in table.protocols)
 
-    If the row that others are compared with names a target network, there is one block per source.
+
+def split_blocks(table, lines):
+    """Return [(heading, lines)] for each source, target network and network of a `Table`.
+
+    If the row that others are compared with names a target network, there is no block for each
+    target network.
     """
-    names = {*table.methods, "full"}
-    lines = [line for line in lines if registry.base(line["method"]) in names]
+    if len(table.networks) < 2:
+        return _split_by_target(table, lines)
+    return [
+        (f"{heading}, {arch}", [line for line in part if line.get("arch") in (arch, None)])
+        for heading, part in _split_by_target(table, lines)
+        for arch in table.networks
+    ]
+
+
+def _split_by_target(table, lines):
+    lines = [line for line in lines if describes(table, line)]
     described = {source.name: source for source in table.sources}
     found = {line["source"] for line in lines} - {None}
     order = [*(name for name in described if name in found), *sorted(found - described.keys())]

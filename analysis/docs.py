@@ -6,13 +6,13 @@
 A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is one of:
 - a table or data set of `analysis.tables`;
 - a table of `analysis.compare` with stored results, or NAME.datasets of such a table;
-- methods, speed, parallel or scaling.
+- methods, speed, parallel, scaling, protocols or protocol_factors.
 """
 
 import re
 from pathlib import Path
 
-from analysis import compare, tables
+from analysis import compare, protocols, tables
 from benchmarks import scaling, speed
 from distillers import registry
 from evaluation import results
@@ -27,7 +27,7 @@ def update_tables(text, lines):
     made = tables.document(lines) | speed.collected_tables()
     made["methods"] = registry.markdown()
     made["scaling"] = scaling.collected_tables()
-    made |= compare.collected_tables()
+    made |= compare.collected_tables() | protocols.collected_tables()
     return MARK.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No results yet.')}\n\n{m[3]}", text)
 
 

@@ -7,10 +7,13 @@
     python -m analysis.figures curves --out curves.png runs/cifar100/krr_st/seed0 ...
     python -m analysis.figures bars   --out bars.png runs     # Figure 3 of the paper
     python -m analysis.figures count  --out count.png runs    # accuracy by m
+    python -m analysis.figures gain   --out gain.png runs/small
 
 images: initial and distilled images (Figures 2 and 4 to 6). tsne: g_phi(X_s), Y_s and g_phi(X_t) in
-two dimensions (Figure 2; van der Maaten and Hinton, 2008). Without folders, bars and count use the
-results in analysis/results.jsonl. The colours are those of Okabe and Ito; markers, dashes and
+two dimensions (Figure 2; van der Maaten and Hinton, 2008). gain: the gain of KRR-ST over random
+images with the target's features against the gain of all images of the source, with a point for
+each target network of scripts/run_targets.sh. Without folders, bars, count and gain use the results
+in analysis/. The colours are those of Okabe and Ito; markers, dashes and
 hatches distinguish the series without colour.
 """
 
@@ -23,11 +26,13 @@ import torch
 from matplotlib import pyplot as plt
 from torchvision.utils import make_grid
 
-from analysis import tables
+from analysis import compare, tables
+from analysis.tables import ORACLE
 from data.distilled import DISTILLED_HELP, distilled_file, load_distilled
 from data.images import load_images, normalise, to_float
 from distillers import registry
 from evaluation import results
+from experiments.tables import TABLES
 from models.target import load_target
 from utils import cli
 from utils.errors import UserError
@@ -276,8 +281,8 @@ def count(args):
         panel = (line["dataset"], tables.other_column(line), network)
         if line["method"] == "scratch":
             levels[panel]["scratch"].append(line["accuracy"])
-        elif line["method"] == tables.ORACLE:
-            levels[(line["source"], *panel)][tables.ORACLE].append(line["accuracy"])
+        elif line["method"] == ORACLE:
+            levels[(line["source"], *panel)][ORACLE].append(line["accuracy"])
         elif line["num_images"]:
             found[(line["source"], *panel)][line["method"]][line["num_images"]].append(
                 line["accuracy"]
@@ -304,7 +309,7 @@ def count(args):
                 linestyle=DASHES[look % len(DASHES)],
                 label=registry.title(method),
             )
-        for method, gap in (("scratch", 3), (tables.ORACLE, 1)):
+        for method, gap in (("scratch", 3), (ORACLE, 1)):
             if level := levels[key[1:]][method] or levels[key][method]:
                 axis.axhline(
                     statistics.mean(level),
@@ -328,9 +333,75 @@ def count(args):
     save_figure(figure, args.out)
 
 
+def read_gains(lines, source):
+    """Return {target network: {method: gains}} of a `Source`.
+
+    The gains are the differences of accuracy from random images with the target's features, means
+    over data sets, for each distillation of krr_st and for each pre-training of full.
+    """
+    probed = [line for line in lines if line["protocol"] == "linear"]
+    found = compare.group_by_seeds(probed, by_target=True)
+    means = {
+        method: values
+        for method, columns in found.items()
+        for (_, dataset), values in columns.items()
+        if dataset == compare.MEAN
+    }
+    gains = {}
+    for target in source.targets:
+        base = means.get(f"random_features.{target.name}", {})
+        each = {
+            method: compare.paired_differences(means.get(f"{method}.{target.name}", {}), base)
+            for method in ("krr_st", ORACLE)
+        }
+        if all(each.values()):
+            gains[target.name] = each
+    return gains
+
+
+def half_width(values):
+    """Return half the width of the 95 % interval of the mean; 0 for one value."""
+    low, high = compare.interval(values) or (0.0, 0.0)
+    return (high - low) / 2
+
+
+def gain(args):
+    """Draw the gain of KRR-ST over random images against that of all images of the source."""
+    (source,) = TABLES["targets"].sources
+    stored = compare.results_file("targets")
+    lines = tables.gather_results(args.folders) if args.folders else results.read(stored)
+    gains = read_gains([line for line in lines if line["source"] == source.name], source)
+    if not gains:
+        raise UserError("no results yet; see scripts/run_targets.sh")
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for i, (name, each) in enumerate(gains.items()):
+        means = [statistics.mean(each[method]) for method in (ORACLE, "krr_st")]
+        errors = [half_width(each[method]) for method in (ORACLE, "krr_st")]
+        axis.errorbar(
+            means[0],
+            means[1],
+            xerr=errors[0],
+            yerr=errors[1],
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="",
+            capsize=2,
+            label=escape(name.replace("_", " ")),
+        )
+    axis.axhline(0, color=INK, linewidth=0.8)
+    label_axis(
+        axis,
+        "linear probe, difference from random images with features",
+        "all images of the source, in points",
+        "KRR-ST, in points",
+    )
+    draw_legend(figure, [axis])
+    save_figure(figure, args.out)
+
+
 def main(argv):
     args = parse_args(argv)
-    {"images": images, "tsne": tsne, "curves": curves, "bars": bars, "count": count}[args.figure](
+    dict(images=images, tsne=tsne, curves=curves, bars=bars, count=count, gain=gain)[args.figure](
         args
     )
 
@@ -367,7 +438,7 @@ def parse_args(argv):
                 default=2000,
                 help="number of real images (default: 2000)",
             )
-    for name in ("curves", "bars", "count"):
+    for name in ("curves", "bars", "count", "gain"):
         one = commands.add_parser(name)
         one.add_argument("folders", nargs="+" if name == "curves" else "*", type=Path)
         if name == "bars":

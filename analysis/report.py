@@ -61,6 +61,9 @@ MEASURED = {
     "standard deviations of the source)",
     "outer_loss_initial": "outer loss of the initial images",
     "outer_loss_distilled": "outer loss of the distilled images",
+    "outer_loss_initial_others": "outer loss of the initial images on images that were left out",
+    "outer_loss_distilled_others": "outer loss of the distilled images on images that were left "
+    "out",
     "objective_initial": "objective of the initial images",
     "objective_distilled": "objective of the distilled images",
 }

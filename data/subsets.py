@@ -57,6 +57,27 @@ def random_subset(source, m, seed):
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:m]
 
 
+def used_subset(source, count, seed):
+    """Draw the images of the source that a run uses, starting with those of `random_subset`.
+
+    Args:
+        source: `ImageSet`.
+        count: number of images; 0 for all images, in order.
+        seed: random seed.
+
+    Returns:
+        Indices (count,) int64.
+
+    Raises:
+        UserError: if the source has fewer than `count` images.
+    """
+    if not count:
+        return torch.arange(len(source))
+    if count > len(source):
+        raise UserError(f"--source-images {count}: {source.name} has only {len(source)} images")
+    return random_subset(source, count, seed)
+
+
 def gaussian_images(source, m, generator):
     """Draw m images from the normal distribution with the mean and covariance of a source.
 
@@ -83,10 +104,32 @@ def held_out_subset(source, m):
 
     The seed is -1, which no run uses, so the draw is independent of a run's initial images.
 
+    Args:
+        source: sequence of images, or of their indices.
+        m: number of images.
+
     Returns:
-        Indices (k,) int64.
+        Positions (k,) int64 in `source`.
     """
-    return random_subset(source, min(m, len(source)), seed=-1)
+    generator = torch.Generator().manual_seed(-1)
+    return torch.randperm(len(source), generator=generator)[:m]
+
+
+def measured_subsets(source, used, m):
+    """Draw images for measuring an objective on the source, and on images that a run does not use.
+
+    Args:
+        source: `ImageSet`.
+        used: indices (n,) of the images that the run uses.
+        m: number of images to draw from each part.
+
+    Returns:
+        {"source images": indices (k,) int64}, with "other images" if there are any.
+    """
+    unused = torch.ones(len(source), dtype=torch.bool)
+    unused[used] = False
+    parts = {"source images": used, "other images": unused.nonzero()[:, 0]}
+    return {name: part[held_out_subset(part, m)] for name, part in parts.items() if len(part)}
 
 
 def balanced_subset(source, m, seed):

@@ -52,9 +52,9 @@ class _Images(Dataset):
 
 
 class RealBatches:
-    """Real batches in the order of distill.py's, for the same generator."""
+    """Real batches in the order of distill.py's, for the same generator, of all images."""
 
-    def __init__(self, source, target, args, randomness, device):
+    def __init__(self, source, target, args, randomness, device, used=None):
         if not isinstance(target, NetworkTarget):
             raise UserError(
                 "--reference needs a target network, not the stored features of an encoder"

@@ -267,6 +267,22 @@ ENTRIES = (  # in the order of rows in tables
             Variant("krr_st_m_50", "KRR-ST, m = 50", settings=dict(num_images=50)),
             Variant("krr_st_m_200", "KRR-ST, m = 200", settings=dict(num_images=200)),
             Variant(
+                "krr_st_n_1000", "KRR-ST, 1,000 source images", settings=dict(source_images=1000)
+            ),
+            Variant(
+                "krr_st_n_1000_d8",
+                "KRR-ST, 1,000 source images, D8: augmented outer batch",
+                settings=dict(source_images=1000, augment_outer=True),
+            ),
+            Variant(
+                "krr_st_n_3000", "KRR-ST, 3,000 source images", settings=dict(source_images=3000)
+            ),
+            Variant(
+                "krr_st_n_10000",
+                "KRR-ST, 10,000 source images",
+                settings=dict(source_images=10_000),
+            ),
+            Variant(
                 "krr_st_low_rank",
                 "KRR-ST, low-rank with rotations",
                 settings=dict(bases=200, views="rotations"),

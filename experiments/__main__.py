@@ -63,6 +63,8 @@ def parse_args(table, argv):
     method.add_argument("--methods", nargs="+", metavar="M", help=" ".join(table.methods))
     archs = " ".join(table.networks) or "that of the source"
     method.add_argument("--archs", nargs="+", metavar="A", help=f"networks: {archs}")
+    keys = " ".join(protocol.key for protocol in table.protocols)
+    method.add_argument("--protocols", nargs="+", metavar="P", help=f"evaluations: {keys}")
     method.add_argument(
         "--oracle",
         action="store_true",
@@ -100,7 +102,7 @@ def parse_args(table, argv):
     )
     parser.epilog = "Flags after -- are passed to every stage: -- --device cuda"
     args = parser.parse_args(argv)
-    for name in ("sources", "datasets", "methods", "archs", "seeds", "distill_seeds"):
+    for name in ("sources", "datasets", "methods", "archs", "protocols", "seeds", "distill_seeds"):
         if (values := getattr(args, name)) is not None:
             words = [
                 word for value in values for word in value.split()

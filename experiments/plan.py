@@ -21,6 +21,7 @@ class Choice:
     methods: list | None = None
     datasets: list | None = None
     archs: list | None = None
+    protocols: list | None = None
     oracle: bool = False
     probes: bool = False
     head: bool = False
@@ -81,9 +82,11 @@ class Plan:
             )
         usual = self.seeds if table.paired_seeds else table.distill_seeds
         self.distill_seeds = usual if choice.distill_seeds is None else choice.distill_seeds
-        self.protocols = [*table.protocols]
+        named = {protocol.key: protocol for protocol in table.protocols}
+        keys = narrow("--protocols", choice.protocols, [*named])
+        self.protocols = [named[key] for key in keys]
         more = dict(oracle=choice.oracle, probes=choice.probes, head=choice.head)
-        if any(more.values()) and not any(each.name == "full" for each in self.protocols):
+        if any(more.values()) and not any(each.name == "full" for each in table.protocols):
             named = " ".join(f"--{name}" for name, wanted in more.items() if wanted)
             raise UserError(f"{named}: nothing to add to {table.name}")
         self.protocols += PROBES if choice.probes else ()

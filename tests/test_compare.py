@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -10,7 +11,7 @@ from scipy import stats
 from analysis import compare, docs
 from data.distilled import load_distilled
 from evaluation import results
-from experiments.tables import TABLES, Source, Table, TargetNetwork
+from experiments.tables import TABLES, Protocol, Source, Table, TargetNetwork
 from tests.conftest import command
 from utils.errors import UserError
 
@@ -37,8 +38,13 @@ def line(method, seeds, dataset, accuracy, protocol="linear", source="digits"):
     )
 
 
+PROTOCOLS = Protocol("linear", label_fractions=(0.2,)), Protocol("full", labels_per_class=(20,))
 TABLE = Table(
-    "toy", "A toy.", sources=(Source("digits"),), methods=("scratch", "krr_st", "krr_st_d5")
+    "toy",
+    "A toy.",
+    sources=(Source("digits"),),
+    methods=("scratch", "krr_st", "krr_st_d5"),
+    protocols=PROTOCOLS,
 )
 LINES = [
     line("krr_st", (0, 0), "cars", 10.0),
@@ -135,6 +141,7 @@ def test_each_target_network_has_a_table_with_the_rows_that_need_none():
         "A toy.",
         sources=(Source("digits", targets=targets), Source("photos")),
         methods=("scratch", "random", "krr_st"),
+        protocols=PROTOCOLS,
         against="scratch",
     )
     lines = [
@@ -163,7 +170,7 @@ def test_each_target_network_has_a_table_with_the_rows_that_need_none():
 def test_target_networks_are_rows_if_the_reference_row_names_one():
     targets = TargetNetwork("small"), TargetNetwork("large")
     source = Source("digits", targets=targets)
-    table = Table("toy", "A toy.", (source,), ("scratch", "krr_st"), against="krr_st.large")
+    table = replace(TABLE, sources=(source,), methods=("scratch", "krr_st"), against="krr_st.large")
     lines = [
         line("scratch", (None, 0), "cars", 1.0, source=None),
         line("krr_st.small", (0, 0), "cars", 3.0),
@@ -176,6 +183,44 @@ def test_target_networks_are_rows_if_the_reference_row_names_one():
         ["KRR-ST, target large", "5.00 ± 0.00"],
         ["KRR-ST, target small", "3.00 ± 0.00 (-2.00)"],
     ]
+
+
+def test_each_network_has_a_table_without_the_results_of_other_tables():
+    table = replace(TABLE, networks=("vgg11", "convnet3"))
+    lines = [
+        line("krr_st", (0, 0), "cars", 1.0),
+        line("krr_st", (0, 0), "cars", 2.0) | dict(arch="vgg11"),
+        line("krr_st", (0, 0), "cars", 3.0) | dict(arch="resnet10"),
+        line("krr_st", (0, 0), "cars", 4.0, "full") | dict(labels_per_class=100),
+        line("krr_st", (0, 0), "cars", 5.0) | dict(label_fraction=0.0),
+        line("krr_st", (0, 0), "cars", 6.0, "knn"),
+    ]
+    rows = rows_of(compare.format_datasets(table, lines))
+    assert [row[:2] for row in rows if row[0] == "KRR-ST"] == [
+        ["KRR-ST", "2.00 ± 0.00"],
+        ["KRR-ST", "1.00 ± 0.00"],
+    ]
+    assert [row[0] for row in rows if "digits" in row[0]] == [
+        "digits, vgg11: cars",
+        "digits, convnet3: cars",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "labels", "made"),
+    [
+        (Protocol("full"), (0, 0.0), True),
+        (Protocol("full"), (15, 0.0), False),
+        (Protocol("full", label_fractions=(0.1, 1)), (0, 0.0), True),
+        (Protocol("full", label_fractions=(0.1, 1)), (0, 0.1), True),
+        (Protocol("full", label_fractions=(0.1,)), (0, 0.0), False),
+        (Protocol("full", labels_per_class=(15, 20)), (20, 0.0), True),
+        (Protocol("linear"), (0, 0.0), False),
+    ],
+)
+def test_results_of_a_protocol(protocol, labels, made):
+    found = dict(protocol="full", labels_per_class=labels[0], label_fraction=labels[1])
+    assert protocol.made(found) == made
 
 
 def test_stored_results_give_the_same_tables_in_the_documents(tmp_path, monkeypatch, capsys):

@@ -12,8 +12,15 @@ import distill
 import models
 from data.distilled import load_distilled
 from data.images import load_images
-from data.subsets import balanced_subset, gaussian_images, random_subset
-from models.target import load_target
+from data.subsets import (
+    balanced_subset,
+    gaussian_images,
+    held_out_subset,
+    measured_subsets,
+    random_subset,
+    used_subset,
+)
+from models.target import NetworkTarget, load_target
 from tests.conftest import DISTILL, stopping_at
 from utils import files, run
 from utils.errors import UserError
@@ -139,6 +146,46 @@ def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, f
         assert other.mean.tolist() == [0, 0, 0] and other.std.tolist() == [1, 1, 1]
         assert (other.images - other.pixels()).abs().mean() < 0.05
         torch.testing.assert_close(usual.pixels(), other.pixels(), rtol=0, atol=0.2)
+
+
+def test_source_images_limits_the_run_to_a_subset(toy, roots, tmp_path, monkeypatch):
+    """Features that are not finite, of images outside the subset, do not matter."""
+    source = load_images("digits", "train", 32, roots[1])
+    used = used_subset(source, 100, 0)
+    assert torch.equal(used[:20], random_subset(source, 20, 0)) and len(used.unique()) == 100
+    features_of = NetworkTarget.features_of
+
+    def spoiled(self, images):
+        features = torch.full((len(images), self.feature_dim), float("nan"))
+        features[used] = features_of(self, images)[used]
+        return features
+
+    monkeypatch.setattr(NetworkTarget, "features_of", spoiled)
+    learned, log = main(tmp_path, *toy, "--source-images", "100")
+    assert learned.images.isfinite().all() and len(log) == 4
+    assert {*learned.meta["initial"]} <= {*used.tolist()}
+    assert learned.meta["deviations"]["distill.source_images"] == [100, 0]
+    losses = [name for name in learned.meta if name.startswith("outer_loss")]
+    assert len(losses) == 4 and all(learned.meta[name] > 0 for name in losses)
+    parts = measured_subsets(source, used, 64)
+    assert {*parts["source images"].tolist()} <= {*used.tolist()}
+    assert not {*parts["other images"].tolist()} & {*used.tolist()}
+    assert [len(part.unique()) for part in parts.values()] == [64, 64]
+    with pytest.raises(UserError, match="digits has only 1437 images"):
+        main(tmp_path / "more", *toy, "--source-images", "2000")
+    with pytest.raises(UserError, match="fewer than --num-images 20"):
+        main(tmp_path / "fewer", *toy, "--source-images", "19")
+    with pytest.raises(UserError, match="--reference excludes --source-images"):
+        main(tmp_path / "slow", *toy, "--source-images", "100", "--reference")
+
+
+def test_all_source_images_leave_no_others(data_root):
+    source = load_images("digits", "train", 32, data_root)
+    used = used_subset(source, 0, 3)
+    assert torch.equal(used, torch.arange(len(source)))
+    parts = measured_subsets(source, used, 64)
+    assert [*parts] == ["source images"]
+    assert torch.equal(parts["source images"], held_out_subset(source, 64))
 
 
 def test_targets_may_start_at_random_under_another_name(toy, tmp_path):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis import figures, tables
+from analysis import compare, figures, tables
 from data.distilled import load_distilled
 from data.images import load_images
 from distillers import registry
 from evaluation import results
+from experiments.tables import TABLES
 from tests.test_tables import SCRATCH, line
 from utils.errors import UserError
 
@@ -97,6 +98,36 @@ def test_bars_and_accuracy_by_number_of_images(tmp_path, monkeypatch):
     for name, word in (("bars", "no results for table5"), ("count", "two numbers of images")):
         with pytest.raises(UserError, match=word):
             figures.main([name, "--out", str(tmp_path / "x.png"), str(tmp_path / "none")])
+
+
+def gain_lines():
+    """Yield probes of three rows for two target networks and three seeds."""
+    for target, gains in (("untrained", (0, 1)), ("encoder", (4, 9))):
+        for method, gain in (("random_features", 0), ("krr_st", gains[0]), ("full", gains[1])):
+            for seed in (0, 1, 2):
+                for dataset, level in (("cifar10", 40), ("imagenette", 50)):
+                    facts = dict(source="imagenette", method=f"{method}.{target}", seed=seed)
+                    facts |= dict(dataset=dataset, protocol="linear", labels_per_class=100)
+                    yield line(
+                        level + gain * (1 + seed / 10),
+                        distilled_seed=None if method == "full" else seed,
+                        **facts,
+                    )
+
+
+def test_gain_by_target_network(tmp_path, monkeypatch):
+    (source,) = TABLES["targets"].sources
+    gains = figures.read_gains([*gain_lines()], source)
+    assert [*gains] == ["untrained", "encoder"]
+    assert gains["encoder"]["krr_st"] == pytest.approx([4, 4.4, 4.8])
+    assert gains["encoder"]["full"] == pytest.approx([9, 9.9, 10.8])
+    for each in gain_lines():
+        results.append(tmp_path / "runs", each)
+    figures.main(["gain", "--out", str(tmp_path / "gain.png"), str(tmp_path / "runs")])
+    drawn(tmp_path / "gain.png")
+    monkeypatch.setattr(compare, "results_file", lambda name: tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"scripts/run_targets\.sh"):
+        figures.main(["gain", "--out", str(tmp_path / "x.png")])
 
 
 def test_looks_differ_without_colour():

@@ -50,6 +50,7 @@ DISTILL = dict(  # distill.py
     keep_pool_count=False,  # [P, Algorithm 1 line 15] a reinitialised member counts from 0
     raw_init=False,  # [P, Algorithm 1 lines 3-4] images as the networks see them
     augment_outer=False,  # [P, Algorithm 1 line 9]
+    source_images=0,  # [P] all images of the source
     random_targets=False,  # [P, Algorithm 1 line 4]; True is the other row of [P, appendix E]
     random_images=False,  # [P, Algorithm 1 line 3]
     bases=0,  # plain images; [Boost] 200

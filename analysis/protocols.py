@@ -1,0 +1,120 @@
+"""The tables of experiments/protocols.py: KRR-ST and random images under two protocols.
+
+    python -m analysis.protocols                                     # stored results
+    python -m analysis.protocols runs/small/protocols/results.jsonl
+
+The first table has a row for each combination of the factors. The second has the mean difference
+between a set and random images with the target's features, over all combinations with one value of
+a factor.
+"""
+
+import itertools
+from pathlib import Path
+from statistics import fmean
+
+from analysis.compare import format_cell, paired_differences
+from analysis.tables import Cell, markdown
+from distillers import registry
+from evaluation import results
+from experiments.protocols import PROBES, STEPS, STORED, WEIGHT_DECAYS
+from utils import cli
+
+BASE = ("random_features", False)
+ROWS = (("scratch", False), BASE, ("high_loss", False), ("krr_st", False), ("krr_st", True))
+FACTORS = {
+    "steps": {steps: f"{steps} steps" for steps in STEPS},
+    "weight_decay": {value: f"weight decay {value:g}" for value in WEIGHT_DECAYS},
+    "arch": {"dc_convnet3": "instance norm", "convnet3": "batch norm"},
+    "probe": {name: f"probe: {name}" for name in PROBES},
+}
+
+
+def title(method, raw):
+    return registry.title(method) + (", pixels in [0, 1]" if raw else "")
+
+
+def select_accuracies(lines, row, values):
+    """Return {(distillation, pre-training): accuracy} of a row of `ROWS`.
+
+    `values` holds a value for each factor. A network without pre-training has no steps, weight
+    decay or distillation.
+    """
+    scratch = row[0] == "scratch"
+    wanted = {k: v for k, v in values.items() if not scratch or k in ("arch", "probe")}
+    return {
+        (None if scratch else line["seed"], line["seed"]): line["accuracy"]
+        for line in lines
+        if (line["method"], line["raw"]) == row
+        and all(line[factor] == value for factor, value in wanted.items())
+    }
+
+
+def list_combinations(**fixed):
+    """Return [{factor: value}] of all combinations with the `fixed` values."""
+    choices = [[fixed[name]] if name in fixed else [*texts] for name, texts in FACTORS.items()]
+    return [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def format_combinations(lines):
+    """Return the first table as Markdown."""
+    rows = [[Cell("steps, weight decay, network, probe"), *(Cell(title(*row)) for row in ROWS)]]
+    for values in list_combinations():
+        base = select_accuracies(lines, BASE, values)
+        cells = [
+            format_cell(select_accuracies(lines, row, values), {} if row == BASE else base)
+            for row in ROWS
+        ]
+        name = f"{values['steps']}, {values['weight_decay']:g}, "
+        name += f"{FACTORS['arch'][values['arch']]}, {values['probe']}"
+        rows.append([Cell(name), *map(Cell, cells)])
+    return markdown(rows)
+
+
+def format_factors(lines):
+    """Return the second table as Markdown."""
+    shown = [row for row in ROWS if row != BASE]
+    rows = [[Cell("minus random images with features"), *(Cell(title(*row)) for row in shown)]]
+    for name, texts in FACTORS.items():
+        for value, text in texts.items():
+            cells = []
+            for row in shown:
+                apart = [
+                    difference
+                    for values in list_combinations(**{name: value})
+                    for difference in paired_differences(
+                        select_accuracies(lines, row, values),
+                        select_accuracies(lines, BASE, values),
+                    )
+                ]
+                cells.append(f"{fmean(apart):+.2f}" if apart else "")
+            rows.append([Cell(text), *map(Cell, cells)])
+    return markdown(rows)
+
+
+def collected_tables():
+    """Return {name: text} of the tables of the stored results."""
+    if not (lines := results.read(STORED)):
+        return {}
+    return dict(protocols=format_combinations(lines), protocol_factors=format_factors(lines))
+
+
+def main(argv):
+    args = parse_args(argv)
+    lines = results.read(args.results)
+    print(format_combinations(lines), format_factors(lines), sep="\n\n")
+
+
+def parse_args(argv):
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "results",
+        nargs="?",
+        type=Path,
+        default=STORED,
+        help="results file (default: stored results)",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

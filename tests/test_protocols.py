@@ -1,0 +1,167 @@
+"""The experiment on evaluation protocols: its probe, its command at toy size, and its tables."""
+
+import json
+
+import pytest
+import torch
+
+from analysis import protocols as tables
+from data.distilled import load_distilled
+from distillers import __main__ as distillers
+from evaluation import probes, results
+from experiments import protocols
+from models import saved
+from tests.conftest import DISTILL, TARGET, command
+from utils.errors import UserError
+
+
+def two_classes(scale):
+    """Return features (n, 8) and labels (n,) of two classes whose means differ."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    noise = torch.randn(40, 8, generator=generator)
+    return scale * (noise + 3 * labels[:, None]), labels
+
+
+def test_the_short_probe_minimises_the_regularised_cross_entropy():
+    """On standardised features of moderate size, 20 iterations suffice."""
+    x, y = two_classes(1.0)
+    x = (x - x.mean(0)) / x.std(0)
+    tests, truth = x[:20], y[:20]
+    short = protocols.unconverged_accuracy_of(x, y, tests, truth, 2)
+    weight = torch.zeros(8, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    for _ in range(2000):
+        logits = x.double() @ weight + bias
+        loss = -logits.log_softmax(1)[torch.arange(40), y].mean() + 1e-3 / 2 * (weight**2).sum()
+        gradients = torch.autograd.grad(loss, [weight, bias])
+        with torch.no_grad():
+            for value, gradient in zip((weight, bias), gradients, strict=True):
+                value -= 0.5 * gradient
+    predicted = (tests.double() @ weight + bias).argmax(1)
+    assert short == 100 * (predicted == truth).double().mean().item()
+
+
+def test_features_of_small_scale_defeat_the_short_probe_only():
+    """The weight decay outweighs features of scale 1e-4."""
+    x, y = two_classes(1e-4)
+    x = x - x[y == 0].mean(0)  # not centred
+    unbalanced = torch.cat([x[y == 0], x[y == 1][:8]])
+    labels = torch.cat([y[y == 0], y[y == 1][:8]])
+    assert protocols.unconverged_accuracy_of(unbalanced, labels, x, y, 2) == 50
+    assert probes.linear_accuracy_of(unbalanced, labels, x, y, 2) > 95
+
+
+@pytest.fixture(scope="module")
+def run_root(tmp_path_factory):
+    """Make a run root with the three sets of digits for seed 0, and return it."""
+    top = tmp_path_factory.mktemp("protocols")
+    flags = ["--data-root", str(top / "data"), "--run-root", str(top / "runs")]
+    command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
+    common = ["--source", "digits", "--num-images", "20", *flags]
+    distillers.main(["random_features", *common])
+    distillers.main(["high_loss", *common, "--width", "0.03", "--experts", "1"])
+    command("distill.py", "--source", "digits", *DISTILL, *flags)
+    return top / "runs"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    for name, value in dict(
+        SOURCE="digits",
+        DATASET="digits",
+        LABELS_PER_CLASS=5,
+        WIDTH=0.125,
+        SEEDS=(0,),
+        STEPS={2: dict(epochs=1, batch_size=10), 3: dict(epochs=3, batch_size=20)},
+    ).items():
+        monkeypatch.setattr(protocols, name, value)
+    monkeypatch.setitem(tables.FACTORS, "steps", {2: "2 steps", 3: "3 steps"})
+
+
+def test_all_combinations_are_evaluated_once(run_root, toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(protocols, "STORED", tmp_path / "stored.jsonl")
+    argv = [str(run_root), "--data-root", str(run_root.parent / "data")]
+    protocols.main([*argv, "--collect"])
+    lines = results.read(tmp_path / "stored.jsonl")
+    # 2 networks without pre-training, and 4 rows x 2 networks x 2 recipes x 2 weight decays
+    assert len(lines) == 2 * (2 + 4 * 8)
+    assert len({line["digest"] for line in lines}) == len(lines)
+    capsys.readouterr()
+    protocols.main(argv)
+    assert capsys.readouterr().out == "" and len(lines) == len(
+        results.read(run_root / "protocols" / "results.jsonl")
+    )
+
+    text = tables.format_combinations(lines)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+    assert len(rows) == 2 + 16 and all(all(row) for row in rows)
+    (chosen,) = [row for row in rows if row[0] == "3, 0.001, batch norm, converged"]
+    wanted = dict(steps=3, weight_decay=1e-3, arch="convnet3", probe="converged", raw=False)
+
+    def accuracy(method, **values):
+        (line,) = [
+            line
+            for line in lines
+            if line["method"] == method and all(line[k] == v for k, v in values.items())
+        ]
+        return line["accuracy"]
+
+    random, krr = accuracy("random_features", **wanted), accuracy("krr_st", **wanted)
+    scratch = accuracy("scratch", arch="convnet3", probe="converged")
+    assert chosen[1] == f"{scratch:.2f} ± 0.00 ({scratch - random:+.2f})"
+    assert chosen[2] == f"{random:.2f} ± 0.00"
+    assert chosen[4] == f"{krr:.2f} ± 0.00 ({krr - random:+.2f})"
+
+    effects = [row.split("|")[1:-1] for row in tables.format_factors(lines).splitlines()]
+    (batch_norm,) = [row for row in effects if row[0].strip() == "batch norm"]
+    pairs = [
+        accuracy("krr_st", arch="convnet3", raw=False, steps=s, weight_decay=w, probe=p)
+        - accuracy("random_features", arch="convnet3", steps=s, weight_decay=w, probe=p)
+        for s in (2, 3)
+        for w in (1e-4, 1e-3)
+        for p in ("20 iterations", "converged")
+    ]
+    assert batch_norm[3].strip() == f"{sum(pairs) / len(pairs):+.2f}"
+
+
+def test_raw_images_are_pixels_and_pretraining_depends_on_them(run_root, toy, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        protocols, "pretrain", lambda network, data, *rest: seen.update(images=data.images)
+    )
+    path = run_root / "digits" / "krr_st" / "seed0" / "distilled.pt"
+    distilled = load_distilled(path)
+    for raw, expected in ((False, distilled.images), (True, distilled.pixels())):
+        case = protocols.Case("krr_st", 0, "convnet3", 2, 0.25, raw)
+        args = protocols.parse_args([str(run_root)])
+        protocols.pretrained_network(case, args, torch.device("cpu"))
+        assert torch.equal(seen["images"], expected)
+
+
+def test_a_stored_network_is_reused(run_root, toy):
+    args = protocols.parse_args([str(run_root)])
+    case = protocols.Case("random_features", 0, "convnet3", 2, 0.5)
+    network, digest = protocols.pretrained_network(case, args, torch.device("cpu"))
+    path = run_root / "protocols" / case.name / "model.pt"
+    before = path.stat().st_mtime_ns
+    again, _ = protocols.pretrained_network(case, args, torch.device("cpu"))
+    assert path.stat().st_mtime_ns == before and len(digest) > 8
+    state = saved.load_model(path)["network"]
+    for each in (network, again):
+        assert all(torch.equal(value, state[name]) for name, value in each.state_dict().items())
+
+
+def test_a_missing_set_is_named(tmp_path, toy, run_root):
+    with pytest.raises(UserError, match=r"random_features/seed0.*run_small\.sh --sources digits"):
+        protocols.main([str(tmp_path), "--data-root", str(run_root.parent / "data")])
+
+
+def test_stored_results_are_in_the_documentation_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "STORED", tmp_path / "none.jsonl")
+    assert tables.collected_tables() == {}
+    line = dict(method="krr_st", raw=False, seed=0, arch="convnet3", steps=80, weight_decay=1e-4)
+    line |= dict(probe="converged", accuracy=50.0, digest="x")
+    (tmp_path / "some.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(tables, "STORED", tmp_path / "some.jsonl")
+    assert tables.collected_tables().keys() == {"protocols", "protocol_factors"}
