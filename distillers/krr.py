@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 # Factor on the ridge if the kernel is not positive definite with the given one.
 LARGER_RIDGE = 10
-# From this ridge on, a float32 kernel plus the ridge is positive definite: the eigenvalues of the
-# rounding errors are of the order of 1e-8 of the trace.
+# From this ridge on, a float32 kernel plus the ridge is expected to be positive definite: the
+# eigenvalues of its rounding errors are about 1e-8 of the trace.
 SAFE_RIDGE = 1e-6
 # A GPU is slow in float64 if its products take this many times as long as in float32: data-centre
 # GPUs take 2 times, consumer GPUs 32 or 64 times.
