@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.images import load_images
+from data.loading import Loader
 from tests.steps import STEPS, Finished
 from utils import optim
+from utils.sampling import Batches
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -154,3 +156,16 @@ def test_planted_fault_is_caught(fault, error, source, monkeypatch):
     )
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=error):
         STEPS["pre-training, features"](source, META, "fp32", Guard)
+
+
+def test_loader_of_tensors_on_the_device_has_no_thread():
+    tensors = [torch.zeros(5, 3, device=META), torch.zeros(5, dtype=torch.long, device=META)]
+    loader = Loader(tensors, Batches(5, 2, torch.Generator()), META)
+    with Guard():
+        batches = [loader.next() for _ in range(3)]
+    assert [[tuple(rows.shape) for rows in batch] for batch in batches] == [
+        [(2, 3), (2,)],
+        [(2, 3), (2,)],
+        [(1, 3), (1,)],
+    ]
+    assert loader.worker is None and Loader([torch.zeros(5)], None, META).worker
