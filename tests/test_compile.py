@@ -12,10 +12,9 @@ from torch._dynamo.utils import counters
 import distill
 from distillers.pool import Pool
 from models.frozen import Frozen
-from tests.conftest import DISTILL, command
+from tests.conftest import DISTILL
 from utils import device
 from utils.errors import UserError
-from utils.run import read_log
 
 CPU = torch.device("cpu")
 NETWORK = dict(
@@ -54,7 +53,10 @@ def outer_losses(steps, **network):
     return losses, pool
 
 
-def test_fifty_compiled_steps_equal_plain_ones_with_one_compilation_for_all_members(traced):
+def check_fifty_steps():
+    """Compare 50 steps of a compiled and a plain pool, and count the compilations."""
+    torch.compiler.reset()
+    counters.clear()
     plain, pool = outer_losses(50)
     assert not counters["stats"]["unique_graphs"]
     compiled, other = outer_losses(50, compiled=True)
@@ -65,7 +67,20 @@ def test_fifty_compiled_steps_equal_plain_ones_with_one_compilation_for_all_memb
     for ours, theirs in zip(pool.members, other.members, strict=True):
         assert ours.steps == theirs.steps
         for name, value in ours.network.state_dict().items():
-            torch.testing.assert_close(theirs.network.state_dict()[name], value)
+            torch.testing.assert_close(
+                theirs.network.state_dict()[name], value, rtol=1e-3, atol=1e-4
+            )
+
+
+def test_fifty_compiled_steps_equal_plain_ones_with_one_compilation_for_all_members(traced):
+    check_fifty_steps()
+
+
+@pytest.mark.long
+def test_fifty_steps_with_a_real_compiler():
+    if fault := device.find_compiler_fault(CPU):
+        pytest.skip(f"torch.compile does not work: {fault}")
+    check_fifty_steps()
 
 
 def test_compiled_bf16_steps_equal_plain_ones(traced):
@@ -82,24 +97,12 @@ def test_checkpoints_of_compiled_and_plain_pools_are_interchangeable(traced):
         torch.testing.assert_close(ours.embed(x), theirs.embed(x))
 
 
-@pytest.mark.long
-def test_fifty_losses_with_a_real_compiler(roots):
-    if fault := device.find_compiler_fault(CPU):
-        pytest.skip(f"torch.compile does not work: {fault}")
-    flags = [*DISTILL, "--outer-steps", "50", "--log-every", "1", "--pool-lr", "0.01"]
-    flags += ["--precision", "fp32", *roots]
-    found = {}
-    for choice in ("on", "off"):
-        words = ["distill.py", "--source", "digits", *flags, "--name", choice, "--compile", choice]
-        command(*words)
-        folder = f"{roots[3]}/digits/{choice}/seed0"
-        with open(f"{folder}/config.json") as file:
-            assert "compile" not in json.load(file)["settings"]
-        lines = read_log(Path(folder))
-        found[choice] = [line["loss"] for line in lines if line["phase"] == "distil"]
-    assert len(found["on"]) == 50
-    assert found["on"][:5] == pytest.approx(found["off"][:5], rel=1e-3)
-    assert found["on"] == pytest.approx(found["off"], rel=2e-2)
+def test_command_compiles_and_does_not_store_the_choice(traced, monkeypatch, roots):
+    monkeypatch.setattr(device, "find_compiler_fault", lambda device: None)
+    distill.main(["--source", "digits", *DISTILL, "--name", "on", "--compile", "on", *roots])
+    assert counters["stats"]["unique_graphs"]
+    config = json.loads((Path(roots[3]) / "digits" / "on" / "seed0" / "config.json").read_text())
+    assert "compile" not in config["settings"]
 
 
 def test_choice(monkeypatch):
