@@ -264,15 +264,22 @@ def columns_by_dataset(found):
 
 
 def format_means(table, lines, against=None):
-    """Return Markdown tables of the means over data sets, and the outer loss if it is stored."""
+    """Return Markdown tables of the means over data sets.
+
+    The outer loss is added if several rows have one.
+    """
     texts = []
     for heading, part in split_blocks(table, lines):
         found = group_by_seeds(part, "." in table.against)
         by_dataset = columns_by_dataset(found)
         columns = dict(next(iter(by_dataset.values())))
-        if LOSS in by_dataset and LOSS not in columns:
-            columns[LOSS] = (LOSS, "distilled images")
-        heading += ", " + next(iter(by_dataset))
+        loss = LOSS, "distilled images"
+        if LOSS not in columns and sum(loss in values for values in found.values()) > 1:
+            columns[LOSS] = loss
+        names = [name for name in by_dataset if name not in (MEAN, LOSS)]
+        heading += (
+            f", evaluated on {names[0]}" if len(names) == 1 else f", {next(iter(by_dataset))}"
+        )
         texts.append(format_table(found, heading, columns, against or table.against))
     return "\n\n".join(texts) or "No results yet."
 

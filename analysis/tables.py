@@ -583,7 +583,7 @@ def blocks(lines, only=None):
             yield table.name, f"{heading}. {remark}".strip(), shown_grid
     for dataset, rows in other_results(lines).items():
         if not only or dataset in only:
-            yield dataset, f"Accuracy on {dataset}'s test split.", rows
+            yield dataset, f"Accuracy on the test split of {dataset}.", rows
 
 
 def document(lines, only=None, style=markdown):

@@ -5,29 +5,33 @@ Every process takes whole outer steps of the same size. On an ideal machine, R p
 long as one. Each round measures three times: one process while the others wait, all processes
 without communication, and all processes as in distill.py, which exchanges the gradients once per
 step. The first ratio is the cost of shared hardware (memory, caches, clock). The second is the cost
-of the exchange.
+of the exchange. On a GPU, each time is the mean of 20 steps after as many steps of warm-up.
 """
 
 import statistics
-import tempfile
-from pathlib import Path
+import time
 
 import torch
 
 import models
-from benchmarks.step import (
-    Step,
-    format_median,
-    machine_name,
-    make_inputs,
-    num_source_images,
-    peak_memory,
-    time_call,
-)
+from benchmarks.step import make_step
+from benchmarks.timing import GPU_STEPS, format_median, machine_name, peak_memory, synchronize
 from utils import distributed, progress
 
 LINKS = {"25 GB/s": 25e9, "900 GB/s": 900e9}  # a fast network; a GPU link
 NUMBERS = (2, 4, 8, 16)
+
+
+def time_steps(function, device):
+    """Return the seconds per call. All ranks make the same number of calls."""
+    calls = GPU_STEPS if device.type == "cuda" else 1
+    for timed in (False, True):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(calls if timed or calls > 1 else 0):
+            function()
+        synchronize(device)
+    return (time.perf_counter() - started) / calls
 
 
 def slowest(took):
@@ -37,38 +41,35 @@ def slowest(took):
 
 def measure(args, device):
     """Return the measurements as a dict of plain values for `markdown`."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = Step(
-            False, *make_inputs(args, num_source_images(args), device, Path(folder)), args, device
-        )
+    step = make_step(False, args, device)
 
-        def single():
-            step(exchange=False)
+    def single():
+        step(exchange=False)
 
-        single()
-        rounds = []
-        for _ in progress.bar(range(args.pairs), desc="rounds"):
-            distributed.all_reduce_max(0)  # synchronises all processes
-            alone = time_call(single, device)[0] if distributed.is_main_process() else 0.0
-            took = dict(alone=slowest(alone))
-            took["beside"] = slowest(time_call(single, device)[0])
-            took["together"] = slowest(time_call(step, device)[0])
-            shared = step.exchanged(torch.zeros((), device=device))
-            took["exchange"] = slowest(
-                time_call(lambda shared=shared: distributed.all_reduce_mean(shared), device)[0]
-            )
-            rounds.append(took)
-        names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
-        return dict(
-            preset=args.preset,
-            **{name: getattr(args, name) for name in names},
-            machine=machine_name(device),
-            ranks=distributed.world_size(),
-            torch=str(torch.__version__),
-            memory_gib=peak_memory(device),
-            rounds=rounds,
-            bytes={"images": step.x_syn.nbytes, "targets": step.y_syn.nbytes},
+    single()
+    rounds = []
+    for _ in progress.bar(range(args.pairs), desc="rounds"):
+        distributed.all_reduce_max(0)  # synchronises all processes
+        alone = time_steps(single, device) if distributed.is_main_process() else 0.0
+        took = dict(alone=slowest(alone))
+        took["beside"] = slowest(time_steps(single, device))
+        took["together"] = slowest(time_steps(step, device))
+        shared = step.exchanged(torch.zeros((), device=device))
+        took["exchange"] = slowest(
+            time_steps(lambda shared=shared: distributed.all_reduce_mean(shared), device)
         )
+        rounds.append(took)
+    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
+    return dict(
+        preset=args.preset,
+        **{name: getattr(args, name) for name in names},
+        machine=machine_name(device),
+        ranks=distributed.world_size(),
+        torch=str(torch.__version__),
+        memory_gib=peak_memory(device),
+        rounds=rounds,
+        bytes={"images": step.x_syn.nbytes, "targets": step.y_syn.nbytes},
+    )
 
 
 def markdown(result):

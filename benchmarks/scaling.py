@@ -14,14 +14,14 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import torch
 
 from benchmarks import speed
-from benchmarks.step import Step, machine_name, make_inputs, peak_memory, time_parts
+from benchmarks.step import Step, make_inputs, time_parts
+from benchmarks.timing import machine_name, peak_memory
 from models import label
 from utils import cli, files, progress
 from utils.device import add_device_flags, resolve_precision, select_device
@@ -70,14 +70,13 @@ def measure(setting, args):
         words += ["--" + name.replace("_", "-"), str(setting[name])]
     taken, _ = speed.parse_args(words)
     device = select_device(taken)
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = make_inputs(taken, setting["source"], device, Path(folder))
-        step = Step(False, source, target, taken, device)
-        threading.Thread(target=watch, daemon=True).start()
-        step()
-        done.set()
-        used = peak_memory(device) if device.type == "cuda" else most / 2**30
-        pieces = time_parts(step)
+    source, target = make_inputs(taken, setting["source"], device)
+    step = Step(False, source, target, taken, device)
+    threading.Thread(target=watch, daemon=True).start()
+    step()
+    done.set()
+    used = peak_memory(device) if device.type == "cuda" else most / 2**30
+    pieces = time_parts(step)
     return setting | dict(
         width=args.width,
         precision=args.precision,

@@ -5,41 +5,40 @@
     python -m benchmarks.speed --collect                # add the result to benchmarks/speed.jsonl
     torchrun --nproc-per-node 2 -m benchmarks.speed     # several processes (parallel.py)
 
-distill.py's step and the reference step of distillers/reference.py are timed alternately. Each runs
-in its own process, because the handling of freed memory per process is part of the difference
-(utils/allocator.py). Quote the ratio of the two, because the speed of a shared machine varies. The
-loss and gradients of both are compared with the reference step in float64.
+distill.py's step and the plain step of distillers/reference.py, in float32, are timed in turn. Each
+runs in its own process, because the handling of freed memory per process is part of the difference
+(utils/allocator.py). Before each timing, the process takes untimed steps, so that its memory is in
+place and a GPU's clocks have risen; afterwards it releases the memory (timing.py). On a GPU, at
+least 20 steps are timed between two events. Quote the ratio of the two, because the speed of a
+shared machine varies. The loss and gradients of both are compared with the plain step in float64.
 
-With each pair, the peak of the machine is measured: the best rate of square matrix products, and
-the rate of a 3x3 convolution. FLOP are counted by PyTorch. Images are noise (step.py). Prints the
-time of each part, the fraction of the peak, and the ratio, as Markdown.
+With each pair, the limit of the device is measured: the best rate of a matrix product or of a
+convolution in the precision of the fast step, whichever is higher. FLOP are counted by PyTorch.
+Images are noise (step.py). Prints the time of each part, the share of the limit, and the ratio, as
+Markdown.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import statistics
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import distill
 import models
 from benchmarks import parallel
-from benchmarks.step import (
-    Step,
+from benchmarks.step import make_step, time_parts, without_values
+from benchmarks.timing import (
     count_flop,
     format_median,
+    limit,
     machine_name,
-    make_inputs,
-    num_source_images,
     peak_memory,
+    peak_rates,
     time_call,
-    time_parts,
 )
 from distillers import method
 from utils import cli, distributed, files, progress
@@ -47,7 +46,6 @@ from utils.allocator import keep_freed_memory
 from utils.device import select_device
 
 RESULTS = Path(__file__).with_name("speed.jsonl")
-PEAK_SIZES = (1024, 2048, 4096)
 KEY = (
     "preset",
     "arch",
@@ -60,48 +58,23 @@ KEY = (
     "machine",
     "ranks",
 )
+LENGTHS = ("outer_steps", "pool_size", "pool_steps")  # from which the time of a run follows
 CHECKED = 200  # most distilled and real images in the comparison with float64
 
 
-def peak_rates(device, dtype=torch.float32):
-    """Return the best rates in FLOP/s as {"matmul": ..., "convolution": ...}.
-
-    They are those of square products, and of a convolution from 256 to 512 channels on 8 x 8 maps.
-    """
-    rates = {"matmul": 0.0, "convolution": 0.0}
-    enough = 0.2 if device.type == "cpu" else 0.02
-    layout = dict(memory_format=torch.channels_last)
-    x = torch.randn(512, 256, 8, 8, device=device, dtype=dtype).contiguous(**layout)
-    w = torch.randn(512, 256, 3, 3, device=device, dtype=dtype).contiguous(**layout)
-    trials = [("convolution", lambda: F.conv2d(x, w, padding=1), 2 * x.numel() * w[:, 0].numel())]
-    for n in PEAK_SIZES:
-        a = torch.randn(n, n, device=device, dtype=dtype)
-        trials.append(("matmul", lambda a=a: a @ a, 2 * n**3))
-    with torch.no_grad():
-        for name, product, operations in trials:
-            once, _ = min(time_call(product, device) for _ in range(2))
-            times = max(1, round(enough / once))
-            took, _ = time_call(
-                lambda product=product, times=times: [product() for _ in range(times)], device
-            )
-            rates[name] = max(rates[name], operations * times / took)
-    return rates
-
-
-def relative_errors(args, source, target, device):
+def relative_errors(args, device):
     """Return the relative errors {"ours": {loss and gradients: error}, "plain": ...} in float32.
 
-    The reference is the plain step in float64, with at most `CHECKED` distilled and real images.
+    The truth is the plain step in float64, with at most `CHECKED` distilled and real images.
     """
     few = vars(args) | {
         name: min(getattr(args, name), CHECKED) for name in ("num_images", "outer_batch")
     }
     named = {
-        name: Step(name != "ours", source, target, argparse.Namespace(**few), device)
+        name: make_step(name != "ours", argparse.Namespace(**few), device)
         for name in ("ours", "plain", "exact")
     }
-    x_real, _ = named["plain"].batch()
-    y_real, found = target.features(x_real), {}
+    (x_real, y_real), found = named["plain"].batch(), {}
     for name, step in named.items():
         step.member.network.load_state_dict(named["ours"].member.network.state_dict())
         kind = torch.float64 if name == "exact" else torch.float32
@@ -122,154 +95,156 @@ def relative_errors(args, source, target, device):
     }
 
 
-class ReferenceProcess:
-    """The reference step, in the process that `measure` starts."""
+class Worker:
+    """A process with one step, the fast or the plain one.
 
-    step = None
+    Args:
+        plain: whether it is the plain step.
+        args: parsed flags.
+    """
 
-    @classmethod
-    def start(cls, args, folder):
-        device = select_device(args)
-        keep_freed_memory(False)
-        cls.step = Step(
-            True, *make_inputs(args, num_source_images(args), device, folder), args, device
+    def __init__(self, plain, args):
+        if plain:
+            args = argparse.Namespace(**vars(args) | dict(precision="fp32"))
+        self.executor = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _Step.start, (plain, args)
         )
 
-    @classmethod
-    def count_flop(cls):
-        return count_flop(cls.step)
+    def __call__(self, name):
+        """Return the result of a method of `_Step`."""
+        return self.executor.submit(getattr(_Step, name)).result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.executor.shutdown()
+
+
+class _Step:
+    """The step of the current process, which a `Worker` started."""
 
     @classmethod
-    def time_call(cls):
-        return time_call(cls.step, cls.step.device)[0]
+    def start(cls, plain, args):
+        cls.device = select_device(args)
+        cls.keep = not plain and cls.device.type == "cpu"
+        cls.step = make_step(plain, args, cls.device)
 
+    @classmethod
+    def time(cls):
+        """Return the seconds of a step, the number of timed steps, and the peak memory in GiB."""
+        keep_freed_memory(cls.keep)
+        seconds, steps = time_call(cls.step, cls.device)
+        memory = peak_memory(cls.device)
+        cls.release()
+        return dict(seconds=seconds, steps=steps, memory=memory)
 
-@contextlib.contextmanager
-def keeping_freed_memory(device):
-    """Handle freed memory as distill.py does on this device; release all of it at the end."""
-    keep_freed_memory(device.type == "cpu")
-    yield
-    keep_freed_memory(False)
+    @classmethod
+    def release(cls):
+        """Return freed memory to the system."""
+        keep_freed_memory(False)
+        if cls.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @classmethod
+    def peak(cls):
+        return peak_rates(cls.device, cls.step.args.precision)
+
+    @classmethod
+    def parts(cls):
+        keep_freed_memory(cls.keep)
+        return time_parts(cls.step)
+
+    @classmethod
+    def flop(cls):
+        return count_flop(without_values(cls.step))
+
+    @classmethod
+    def errors(cls):
+        return relative_errors(cls.step.args, cls.device)
 
 
 def measure(args, device):
     """Return the measurements as a dict of plain values for `markdown`."""
-    precisely = argparse.Namespace(**vars(args) | dict(precision="fp32"))
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = make_inputs(args, num_source_images(args), device, Path(folder))
-        ours = Step(False, source, target, args, device)
-        keep_freed_memory(
-            False
-        )  # counting needs more memory than a step, and two processes may exceed it
-        operations = count_flop(ours)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with keeping_freed_memory(device):
-            ours()
-            used = peak_memory(device)
-            pieces = time_parts(ours)
-            wrong = (
-                relative_errors(args, source, target, device) if args.precision == "fp32" else {}
-            )
-        rounds = []
-        with ProcessPoolExecutor(
-            1,
-            multiprocessing.get_context("spawn"),
-            initializer=ReferenceProcess.start,
-            initargs=(precisely, Path(folder)),
-        ) as other:
-            plain_operations = other.submit(ReferenceProcess.count_flop).result()
-            for _ in progress.bar(range(args.pairs), desc="pairs"):
-                with keeping_freed_memory(device):
-                    rates = {"float32": peak_rates(device)}
-                    if args.precision == "bf16":
-                        rates["bfloat16"] = peak_rates(device, torch.bfloat16)
-                    took, _ = time_call(ours, device)
-                rounds.append(
-                    dict(
-                        ours=took,
-                        plain=other.submit(ReferenceProcess.time_call).result(),
-                        peak=rates,
-                    )
-                )
-    names = (
-        "arch",
-        "width",
-        "image_size",
-        "num_images",
-        "outer_batch",
-        "precision",
-        "chunk",
-        "outer_steps",
-        "pool_size",
-        "pool_steps",
-    )
-    return dict(
-        preset=args.preset,
-        **{name: getattr(args, name) for name in names},
-        machine=machine_name(device),
-        ranks=1,
-        torch=str(torch.__version__),
-        parts=pieces,
-        memory_gib=used,
-        errors=wrong,
-        rounds=rounds,
-        flop=operations,
-        plain_flop=plain_operations,
-    )
+    with Worker(False, args) as fast, Worker(True, args) as plain:
+        rounds = [
+            dict(ours=fast("time"), peak=fast("peak"), plain=plain("time"))
+            for _ in progress.bar(range(args.pairs), desc="pairs")
+        ]
+        names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
+        return dict(
+            preset=args.preset,
+            **{name: getattr(args, name) for name in (*names, *LENGTHS)},
+            machine=machine_name(device),
+            ranks=1,
+            torch=str(torch.__version__),
+            rounds=rounds,
+            flop=fast("flop"),
+            plain_flop=plain("flop"),
+            parts=fast("parts"),
+            errors=fast("errors") if args.precision == "fp32" else {},
+        )
 
 
 def markdown(result):
     """Format the result of `measure` as Markdown."""
-    kind = "bfloat16" if result["precision"] == "bf16" else "float32"
-    rounds = result["rounds"]
-    product, convolution = (
-        statistics.median(r["peak"][kind][name] for r in rounds)
-        for name in ("matmul", "convolution")
+    rounds, precision = result["rounds"], result["precision"]
+    most = statistics.median(limit(each["peak"]) for each in rounds)
+    rates = (
+        f"{name} {statistics.median(each['peak'][name] for each in rounds) / 1e9:,.0f}"
+        for name in rounds[0]["peak"]
     )
-    ours, plain = (statistics.median(r[name] for r in rounds) for name in ("ours", "plain"))
-    share, of_convolution = (
-        format_median(100 * result["flop"] / r["ours"] / r["peak"][kind][name] for r in rounds)
-        for name in ("matmul", "convolution")
+    times = {name: [each[name]["seconds"] for each in rounds] for name in ("ours", "plain")}
+    ours = statistics.median(times["ours"])
+    unit, factor = ("s", 1) if ours > 0.5 else ("ms", 1e3)
+    texts = {name: format_median(factor * each for each in took) for name, took in times.items()}
+    counts = {
+        name: " or ".join(map(str, sorted({each[name]["steps"] for each in rounds})))
+        for name in times
+    }
+    share = format_median(
+        (100 * result["flop"] / each["ours"]["seconds"] / limit(each["peak"]) for each in rounds), 0
     )
+    ratio = format_median(each["plain"]["seconds"] / each["ours"]["seconds"] for each in rounds)
+    memory = {name: rounds[0][name]["memory"] for name in times}
     rows = [
         f"| {name} | {1e3 * took:,.1f} | {operations / 1e9:,.1f} | {operations / took / 1e9:,.0f} "
-        f"| {operations / took / product:.0%} |"
+        f"| {operations / took / most:.0%} |"
         for name, (took, operations) in result["parts"].items()
     ]
     network = models.label(result["arch"], result["width"])
     setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, "
     setting += f"{result['image_size']} px, {network}"
-    setting += f", {result['precision']}" + (
-        f", --chunk {result['chunk']}" if result["chunk"] else ""
-    )
+    setting += f", --chunk {result['chunk']}" if result["chunk"] else ""
+    where = f"{precision} on {result['machine']}, torch {result['torch']}"
+    first = result["pool_size"] * result["pool_steps"] / 2
+    pool = result["parts"]["training step of the pool member"][0]
     lines = [
-        f"Preset {result['preset']} ({setting}) on {result['machine']}, torch {result['torch']}.",
+        f"Preset {result['preset']} ({setting}), {where}. Pairs: {len(rounds)}; times are the mean "
+        f"of {counts['ours']} fast steps and of {counts['plain']} plain steps. Values are medians, "
+        "with the range.",
         "",
-        "| part of the step | ms | GFLOP | GFLOP/s | of the matrix product peak |",
+        "| part of the step | ms | GFLOP | GFLOP/s | of the limit |",
         "|---|---:|---:|---:|---:|",
         *rows,
         "",
-        f"Whole step: {ours:.3g} s, {1 / ours:.3g} steps/s, {result['flop'] / 1e12:.2f} TFLOP, "
-        f"{share} % of the matrix product peak, {of_convolution} % of the convolution peak. "
-        f"Reference step: {plain:.3g} s, {result['plain_flop'] / 1e12:.2f} TFLOP. "
-        f"**{format_median(r['plain'] / r['ours'] for r in rounds)} times as fast** "
-        f"(median, minimum and maximum of {len(rounds)} pairs). Peak: matrix products "
-        f"{product / 1e9:,.0f} GFLOP/s, "
-        f"convolution {convolution / 1e9:,.0f}. Memory: {result['memory_gib']:.2f} GiB.",
-    ]
-    first = result["pool_size"] * result["pool_steps"] / 2
-    pool = result["parts"]["training step of the pool member"][0]
-    lines[-1] += (
-        f" At this speed, {result['outer_steps']:,} steps take "
+        f"- {result['preset']}, {where}, n = {len(rounds)} pairs: **{ratio} times as fast as the "
+        f"plain step in fp32**, {share} % of the limit",
+        f"- fast step: {texts['ours']} {unit}, {result['flop'] / 1e12:.2f} TFLOP, "
+        f"{memory['ours']:.2f} GiB; plain step: {texts['plain']} {unit}, "
+        f"{result['plain_flop'] / 1e12:.2f} TFLOP, {memory['plain']:.2f} GiB",
+        f"- limit in {precision}: {most / 1e9:,.0f} GFLOP/s, the higher one of " + ", ".join(rates),
+        f"- at this speed, {result['outer_steps']:,} steps take "
         f"{result['outer_steps'] * ours / 3600:,.1f} hours, after "
         f"{first * pool / 3600:,.1f} hours for initialising the pool (about {first:,.0f} training "
-        "steps)."
-    )
+        "steps)",
+    ]
     for which, named in result["errors"].items():
-        name = {"ours": "distill.py", "plain": "the reference step"}[which]
-        lines[-1] += f" Relative error of {name} against float64: "
-        lines[-1] += ", ".join(f"{name} {value:.0e}" for name, value in named.items()) + "."
+        name = {"ours": "the fast step", "plain": "the plain step"}[which]
+        lines.append(
+            f"- relative error of {name} against float64: "
+            + ", ".join(f"{name} {value:.0e}" for name, value in named.items())
+        )
     return "\n".join(lines)
 
 
@@ -313,7 +288,7 @@ def parse_args(argv):
     parser = cli.Parser(__doc__)
     parser.add_argument("--preset", default="cifar100", help="preset to time (default: cifar100)")
     parser.add_argument(
-        "--pairs", type=cli.positive_int, default=5, help="number of timed pairs (default: 5)"
+        "--pairs", type=cli.positive_int, default=3, help="number of timed pairs (default: 3)"
     )
     parser.add_argument(
         "--collect", action="store_true", help=f"store the result in benchmarks/{RESULTS.name}"

@@ -4,53 +4,31 @@ The target network is untrained. Neither changes the time of a step. The speed b
 module.
 """
 
-import platform
-import resource
-import statistics
-import time
+import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import models
+from benchmarks.timing import count_flop, time_call
 from data.images import ImageSet
 from distillers import reference
 from distillers.krr import ridge_predict
 from distillers.pool import Member
 from models.target import NetworkTarget
 from utils import distributed, optim
+from utils.device import should_compile
 from utils.sampling import Randomness
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_call(function, device):
-    """Return the seconds of a call, and its result."""
-    synchronize(device)
-    started = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - started, result
-
-
-def count_flop(function):
-    """Return the floating-point operations of a call, in matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def sparse_tensor(path, shape, dtype):
-    """Return a tensor of zeros, memory-mapped from a sparse .npy file without disk usage."""
-    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+def sparse_tensor(shape, dtype):
+    """Return a tensor of zeros, memory-mapped from a deleted sparse file without disk usage."""
+    with tempfile.NamedTemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file.name, dtype, "w+", shape=shape))
 
 
 class UntrainedTarget(NetworkTarget):
@@ -60,7 +38,7 @@ class UntrainedTarget(NetworkTarget):
         return self.table
 
 
-def make_inputs(args, images, device, folder):
+def make_inputs(args, images, device):
     """Return (source, target) with `images` images.
 
     Images are noise if they fit in half a gigabyte, and zeros in a sparse file otherwise.
@@ -80,10 +58,8 @@ def make_inputs(args, images, device, folder):
             images, target.feature_dim, generator=torch.Generator().manual_seed(1)
         )
     else:
-        pixels = sparse_tensor(folder / "pixels.npy", shape, np.uint8)
-        target.table = sparse_tensor(
-            folder / "features.npy", (images, target.feature_dim), np.float32
-        )
+        pixels = sparse_tensor(shape, np.uint8)
+        target.table = sparse_tensor((images, target.feature_dim), np.float32)
     half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
     return ImageSet("made", pixels, None, [], half, quarter, "made"), target
 
@@ -92,8 +68,9 @@ class Step:
     """A step of distill.py with one pool member, in parts; `plain` selects the reference step."""
 
     def __init__(self, plain, source, target, args, device):
-        randomness = Randomness(0, device)
-        self.args, self.device = args, device
+        # The device meta has no random generator.
+        randomness = Randomness(0, torch.device("cpu") if device.type == "meta" else device)
+        self.plain, self.args, self.device = plain, args, device
         batches, self.loss_of, layout = reference.STEP if plain else distill.STEP
         self.real = batches(source, target, args, randomness, device)
         chosen = torch.arange(args.num_images) % len(source)
@@ -111,6 +88,7 @@ class Step:
             args.pool_weight_decay,
             "fp32" if plain else args.precision,
             memory_format=layout,
+            compiled=not plain and should_compile(args.compile, device),
         )
         self.adamw = optim.optimizer(
             "adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0
@@ -142,18 +120,28 @@ class Step:
         self.train()
 
 
-def time_parts(step):
-    """Return {name: (seconds, FLOP)} of the parts of a step, each timed alone after one call."""
+def make_step(plain, args, device):
+    """Return a `Step` on images of its own.
+
+    On the device meta, the operations of a step can be counted without computing them.
+    """
+    return Step(plain, *make_inputs(args, num_source_images(args), device), args, device)
+
+
+def without_values(step):
+    """Return a `Step` with the settings of `step` on the device meta."""
+    args = argparse.Namespace(**vars(step.args) | dict(precision="fp32"))  # meta has no autocast
+    return make_step(step.plain, args, torch.device("meta"))
+
+
+def parts(step):
+    """Return {name: function} of the parts of a step."""
     x_real, y_real = step.batch()
     args, member = step.args, step.member
     step.gradient(step.loss(x_real, y_real))
     with torch.no_grad():
-        f_real = member.embed(x_real, args.chunk)
-
-    def embed():
-        return member.embed(step.x_syn, args.chunk)
-
-    f_syn = embed().detach().requires_grad_()
+        f_real, f_syn = (member.embed(x, args.chunk) for x in (x_real, step.x_syn))
+    f_syn.requires_grad_()
 
     def head():
         predicted = ridge_predict(
@@ -161,64 +149,31 @@ def time_parts(step):
         )
         F.mse_loss(predicted, y_real).backward(inputs=[f_syn, step.y_syn])
 
-    def nothing():
-        pass
-
     @torch.no_grad()
-    def real(_):
+    def embed_real():
         member.embed(x_real, args.chunk)
 
-    named = {  # the timed function, and the one that prepares its argument
-        "batch of real images": (lambda _: step.batch(), nothing),
-        "features of the real images": (real, nothing),
-        "features of the distilled images": (lambda _: embed(), nothing),
-        "gradient of the distilled images": (
-            lambda features: features.backward(f_syn.detach(), inputs=[step.x_syn]),
-            embed,
-        ),
-        "kernels and solve, with gradient": (lambda _: head(), nothing),
-        "update of images and targets": (lambda _: step.adamw.step(), nothing),
-        "training step of the pool member": (lambda _: step.train(), nothing),
+    def embed_distilled():
+        member.embed(step.x_syn, args.chunk).backward(f_syn.detach(), inputs=[step.x_syn])
+
+    return {
+        "batch of real images": step.batch,
+        "features of the real images": embed_real,
+        "features of the distilled images, with gradient": embed_distilled,
+        "kernels and solve, with gradient": head,
+        "update of images and targets": step.adamw.step,
+        "training step of the pool member": step.train,
     }
-    found = {}
-    for name, (function, before) in named.items():
-        prepared = before()
-        operations = count_flop(lambda function=function, prepared=prepared: function(prepared))
-        prepared = before()
-        took, _ = time_call(
-            lambda function=function, prepared=prepared: function(prepared), step.device
-        )
-        found[name] = (took, operations)
-    return found
 
 
-def peak_memory(device):
-    """Return the peak memory in GiB of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def machine_name(device):
-    """Return the name of the machine for tables."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    )
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-    threads = torch.get_num_threads()
-    return f"{threads} thread{'s' if threads > 1 else ''} of {name}"
+def time_parts(step):
+    """Return {name: (seconds, FLOP)} of the parts of a step, each timed alone."""
+    counted = parts(without_values(step))
+    return {
+        name: (time_call(function, step.device)[0], count_flop(counted[name]))
+        for name, function in parts(step).items()
+    }
 
 
 def num_source_images(args):
     return max(2 * args.outer_batch, args.num_images)
-
-
-def format_median(values):
-    """Return median, minimum and maximum as text."""
-    values = list(values)
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

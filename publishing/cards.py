@@ -13,7 +13,7 @@ TARGETS = {
     "class": "class indices from 0 to {last}",
     "none": "none; the images are for knowledge distillation (`kd.py`)",
 }
-FEATURES, LABELS = "image-feature-extraction", "image-classification"  # tasks, as the Hub says
+FEATURES, LABELS = "image-feature-extraction", "image-classification"  # names of tasks on the Hub
 TASKS = {"feature": FEATURES, "none": FEATURES, "class": LABELS, "soft": LABELS}
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 CONFIGS = """configs:
@@ -38,26 +38,29 @@ dataset, info = load() # a TensorDataset of normalised images
 """
 ABOUT_FILES = """`distilled.safetensors` is exact. `images/` and `preview.png` are rounded to 8 bits
 and clamped to [0, 1]; they are for viewing and for `datasets.load_dataset`. In the repository that
-made the set, `--distilled` takes this folder, or `hf:USER/NAME` once it is on the Hub. Normalise
+made the set, `--distilled` accepts this folder, or `hf:USER/NAME` once it is on the Hub. Normalise
 other images by the mean and standard deviation of their own training split, as for the results
 below.
 """
 ACCURACY = """## Accuracy
 
-On the test split at the last step: mean ± standard deviation over n pre-trainings. `full`
-fine-tunes the network, `linear` fits a linear classifier to its frozen features, `knn` takes their
-nearest neighbours, `head` is the pre-trained network as it is, and `kd` distils a teacher's
-knowledge on the images.
+On the test split at the last step: mean ± standard deviation over n pre-trainings.
+
+- `full` fine-tunes the network.
+- `linear` fits a linear classifier to its frozen features.
+- `knn` classifies by the nearest neighbours of its frozen features.
+- `head` evaluates the pre-trained network without further training.
+- `kd` distils a teacher into the network on these images.
 """
 LICENCE = """## Licence
 
-The field `license` above says `{license}`. The terms of {source} may also hold for what is
+The field `license` above is `{license}`. The terms of {source} may also apply to images that are
 distilled from it. Check them before you publish, and fill in the field.
 """
 
 
-def front_matter(fields, more=""):
-    """The YAML at the top of a card. Texts are quoted as in JSON, which YAML includes."""
+def format_front_matter(fields, more=""):
+    """Return the YAML at the top of a card. Strings are quoted as in JSON, a subset of YAML."""
     lines = []
     for name, value in fields.items():
         if isinstance(value, list):
@@ -67,72 +70,77 @@ def front_matter(fields, more=""):
     return "---\n" + "\n".join(lines) + f"\n{more}---\n"
 
 
-def table(rows, heads):
-    """A Markdown table; cells are texts on one line."""
+def format_table(rows, heads):
+    """Return a Markdown table. Cells must not contain line breaks."""
     lines = [heads, ["---"] * len(heads), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def facts_table(facts):
-    """A table of the `facts` (name -> value) that are known."""
-    return table([row for row in facts.items() if row[1] not in (None, "")], ("", ""))
+def format_facts(facts):
+    """Return a table of `facts` (name -> value) without unknown values."""
+    return format_table([row for row in facts.items() if row[1] not in (None, "")], ("", ""))
 
 
-def accuracy_rows(lines, untrained=()):
-    """Results (lines of results.jsonl) as rows of mean and population standard deviation, each
-    beside that of `untrained`, the results of networks without pre-training."""
+def group_accuracies(lines, untrained=()):
+    """Return table rows with the mean and population standard deviation of results.
+
+    Args:
+        lines: results of networks pre-trained on the set (lines of results.jsonl).
+        untrained: results of networks without pre-training, for the last column.
+    """
     found = {}
     for column, these in enumerate((lines, untrained)):
         for line in these:
             if "accuracy" in line:
-                few = line.get("labels_per_class") or line.get("label_fraction")
-                labels = "all" if not few else f"{few} a class" if few >= 1 else f"{100 * few:g} %"
+                few = line.get("labels_per_class") or line.get("label_fraction") or 0
+                labels = f"{few} per class" if few >= 1 else f"{100 * few:g} %" if few else "all"
                 network = f"{models.label(line['arch'], line['width'])} at {line['image_size']} px"
                 key = (network, line["dataset"], line["protocol"], labels)
                 found.setdefault(key, ([], []))[column].append(line["accuracy"])
     found = {key: both for key, both in sorted(found.items()) if both[0]}
-    return [[*key, *map(mean_and_deviation, both)] for key, both in found.items()]
+    return [[*key, *map(format_mean, both)] for key, both in found.items()]
 
 
-def mean_and_deviation(values):
+def format_mean(values):
     if not values:
         return ""
     mean, deviation = statistics.fmean(values), statistics.pstdev(values)
     return f"{mean:.2f} ± {deviation:.2f} (n={len(values)})"
 
 
-def accuracy_section(lines, untrained=()):
-    rows = accuracy_rows(lines, untrained)
+def format_accuracies(lines, untrained=()):
+    rows = group_accuracies(lines, untrained)
     heads = ("network", "data set", "protocol", "labels", "accuracy in %", "no pre-training")
-    return f"{ACCURACY}\n{table(rows, heads)}" if rows else "## Accuracy\n\nNot measured.\n"
+    return f"{ACCURACY}\n{format_table(rows, heads)}" if rows else "## Accuracy\n\nNot measured.\n"
 
 
-def checksum_section(folder, main):
+def format_checksums(folder, main):
     return f"""## Files
 
 `{exported.SUMS}` lists the SHA-256 of every file except this one: `sha256sum -c {exported.SUMS}`.
-That of `{main}` is `{files.checksums(folder / main)["sha256"]}`.
+The SHA-256 of `{main}` is `{files.checksums(folder / main)["sha256"]}`.
 """
 
 
-def preprocessing(mean, std):
-    """In words, the units of images that were normalised by `mean` and `std` (3,)."""
+def describe_preprocessing(mean, std):
+    """Describe the normalisation of images by `mean` and `std` (3,)."""
     mean, std = (", ".join(f"{each:.4f}" for each in values) for values in (mean, std))
     return f"(pixels - mean) / std, with pixels in [0, 1], mean ({mean}) and std ({std})"
 
 
-def dataset_card(folder, name, license, distilled, facts, lines, untrained, sections):
-    """The card of the set that is exported to `folder`.
+def make_dataset_card(folder, name, license, distilled, facts, lines, untrained, sections):
+    """Return the dataset card (README.md) of a set.
 
     Args:
-        name: of the set.
-        license: as the Hub names it.
+        folder: folder that the set is exported to.
+        name: name of the set.
+        license: identifier of the licence on the Hub.
         distilled: a `Distilled`.
-        facts: name -> value, for the table of facts.
-        lines: results with the set.
+        facts: dict, name -> value, for the table of facts.
+        lines: results of networks pre-trained on the set.
         untrained: results without pre-training.
-        sections: further text.
+        sections: text before the accuracies.
     """
     m, size, kind = len(distilled.images), distilled.images.shape[-1], distilled.target_kind
     fields = dict(
@@ -147,9 +155,9 @@ def dataset_card(folder, name, license, distilled, facts, lines, untrained, sect
     facts = facts | {
         "images": f"{m} of {size} x {size} pixels",
         "targets": TARGETS[kind].format(**numbers),
-        "preprocessing": preprocessing(distilled.mean.tolist(), distilled.std.tolist()),
+        "preprocessing": describe_preprocessing(distilled.mean.tolist(), distilled.std.tolist()),
     }
-    return f"""{front_matter(fields, CONFIGS)}
+    return f"""{format_front_matter(fields, CONFIGS)}
 # {name}
 
 {m} images distilled from {facts["source"]}. Method: {facts["method"]}.
@@ -162,19 +170,22 @@ def dataset_card(folder, name, license, distilled, facts, lines, untrained, sect
 {ABOUT_FILES}
 ## Facts
 
-{facts_table(facts)}
-{sections}{accuracy_section(lines, untrained)}
-{checksum_section(folder, exported.SET)}
+{format_facts(facts)}
+{sections}{format_accuracies(lines, untrained)}
+{format_checksums(folder, exported.SET)}
 {LICENCE.format(license=license, source=facts["source"])}"""
 
 
-def model_card(folder, main, name, license, facts, lines):
-    """As `dataset_card`, of a network with the weights in the file `main`."""
+def make_model_card(folder, main, name, license, facts, lines):
+    """Return the model card (README.md) of a network, whose weights are in the file `main`.
+
+    The other arguments are as in `make_dataset_card`.
+    """
     fields = dict(license=license, tags=["dataset-distillation"], pipeline_tag=FEATURES)
     packages = "torch, torchvision and safetensors"
     if not facts["network"].startswith("resnet"):
         packages = "torch and safetensors"
-    return f"""{front_matter(fields)}
+    return f"""{format_front_matter(fields)}
 # {name}
 
 ## Use
@@ -186,12 +197,12 @@ network = load()             # in eval mode
 features = network.embed(x)  # of normalised images x (b, 3, S, S)
 ```
 
-`network.py` holds the network's code. For ONNX, `torch.onnx.export` needs the packages onnx and
-onnxscript.
+`network.py` contains the code of the network. For ONNX, `torch.onnx.export` needs the packages onnx
+and onnxscript.
 
 ## Facts
 
-{facts_table(facts)}
-{accuracy_section(lines)}
-{checksum_section(folder, main)}
+{format_facts(facts)}
+{format_accuracies(lines)}
+{format_checksums(folder, main)}
 {LICENCE.format(license=license, source=facts["source"])}"""

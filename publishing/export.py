@@ -2,14 +2,18 @@
 
     python -m distillers export runs/cifar10/krr_st/seed0/distilled.pt sets/NAME
     python -m distillers export runs/cifar10/krr_st/seed0/convnet3/seed0/model.pt networks/NAME
-    python -m distillers export sets/NAME --push USER/NAME    # a folder that was exported before
+    python -m distillers export sets/NAME --push USER/NAME    # upload an exported folder
 
-A set's folder holds distilled.safetensors (exact), images/ and preview.png (8 bits), load.py (a
-loader and a pre-training that need torch and safetensors), README.md (a dataset card) and
-SHA256SUMS. A network's folder holds model.safetensors, network.py (its code), README.md (a model
-card) and SHA256SUMS. Every script's --distilled takes a set's folder, or hf:USER/NAME once it is on
-the Hugging Face Hub, and verifies its checksums. The recipe in a set's folder is that of the
-pre-trainings found beside the set, or else the preset's.
+The folder of a set contains distilled.safetensors (exact), images/ and preview.png (8 bits),
+load.py (a loader and a pre-training; needs torch and safetensors), README.md (a dataset card) and
+SHA256SUMS. It also contains a recipe for pre-training: the most frequent one among the finished
+pre-trainings on the set, or the preset's if there are none.
+
+The folder of a network contains model.safetensors, network.py (its code), README.md (a model card)
+and SHA256SUMS.
+
+--distilled of every script accepts the folder of a set, or hf:USER/NAME for a set on the Hugging
+Face Hub. The checksums are verified.
 """
 
 import json
@@ -37,11 +41,11 @@ NETWORK = "model.safetensors"
 
 
 def choose_recipe(folder, distilled):
-    """How to pre-train on a set: plain values, the network's `arch` and `width` among them.
+    """Return the recipe for pre-training on a set: a dict of settings with `arch` and `width`.
 
-    They are the most frequent settings of the finished pre-trainings below the set's folder, or
-    else those of its preset, with the learning rate that was learned with the set. Empty for images
-    without targets.
+    The settings are the most frequent ones of the finished pre-trainings below the set's folder. If
+    there are none, they are those of the preset, with the learned learning rate of the set, if any.
+    The recipe of images without targets is empty.
     """
     if distilled.target_kind == "none":
         return {}
@@ -58,7 +62,7 @@ def choose_recipe(folder, distilled):
 
 
 def describe_target_network(path, meta):
-    """In words, the target network of the set in the file at `path`; None where it had none."""
+    """Describe the target network of the set in the file `path`; None if it has none."""
     wanted = meta.get("settings", {}).get("target_network")
     if not wanted:
         return None
@@ -73,15 +77,15 @@ def describe_target_network(path, meta):
 
 
 def describe_distance(meta):
-    """In words, how far a set's images are from the real ones that they started as."""
+    """Describe the distance of a set's images from the real images that they started from."""
     moved = meta.get("distance_from_initial")
     if moved == 0:
         return "0: the images are copies of real ones"
     return moved and f"{moved:.4f} standard deviations of the source (root mean square)"
 
 
-def origin(meta):
-    """Rows of a card: what a set or a network was made from."""
+def describe_origin(meta):
+    """Return the facts about the origin of a set or a network, for its card."""
     changed = meta.get("deviations", {}).items()
     return {
         "source": meta.get("source"),
@@ -95,7 +99,7 @@ def origin(meta):
 
 
 def save_tensors(path, tensors, **header):
-    """Write tensors by name as a safetensors file; `header` holds at most one plain value."""
+    """Write tensors by name to a safetensors file; `header` is at most one plain value."""
     safetensors = optional("safetensors.torch", "export")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {name: json.dumps(value) for name, value in header.items()}
@@ -103,7 +107,7 @@ def save_tensors(path, tensors, **header):
 
 
 def write_set(path, folder, name, args):
-    """Write the folder of the set in the distilled.pt at `path`."""
+    """Export the set in the distilled.pt at `path` to `folder`."""
     d, run = load_distilled(path), path.parent
     recipe = choose_recipe(run, d)
     header = dict(
@@ -113,11 +117,13 @@ def write_set(path, folder, name, args):
     save_tensors(folder / exported.SET, tensors, **{exported.HEADER: header})
     save_picture(folder / "preview.png", d)
     write_images(folder / "images", d)
-    code = [standalone.template("load.py")]
+    code = [standalone.read_template("load.py")]
     if recipe:
         size = d.images.shape[-1]
-        code += standalone.network_code(recipe["arch"], size, d.num_outputs, recipe["width"])
-        code.append(standalone.template("pretrain.py"))
+        code += standalone.collect_network_code(
+            recipe["arch"], size, d.num_outputs, recipe["width"]
+        )
+        code.append(standalone.read_template("pretrain.py"))
     about = f"{name}, a distilled data set. Needs torch and safetensors."
     standalone.write(folder / "load.py", about, code)
     if recipe.get("augment"):
@@ -126,15 +132,18 @@ def write_set(path, folder, name, args):
     if args.dd_ranking:
         images, labels = dd_ranking.convert(d)
         save_tensors(folder / dd_ranking.FILE, {"images": images, "labels": labels})
-        sections = dd_ranking.card_section(d, images, labels)
-    facts = origin(d.meta) | {
+        sections = dd_ranking.format_card_section(d, images, labels)
+    facts = describe_origin(d.meta) | {
         "command": shareable_command(run),
         "target network": describe_target_network(path, d.meta),
         "distance from the initial images": describe_distance(d.meta),
         "pre-training": ", ".join(f"{key} {value}" for key, value in recipe.items()),
     }
-    lines, untrained = results_below(run), results_below(path.absolute().parents[3] / "scratch")
-    card = cards.dataset_card(folder, name, args.license, d, facts, lines, untrained, sections)
+    lines, untrained = (
+        read_results_below(run),
+        read_results_below(path.absolute().parents[3] / "scratch"),
+    )
+    card = cards.make_dataset_card(folder, name, args.license, d, facts, lines, untrained, sections)
     (folder / exported.CARD).write_text(card)
     exported.write_sums(folder, exported.SET)
 
@@ -150,21 +159,23 @@ def write_images(folder, distilled):
         if distilled.target_kind == "class":
             line["target"] = int(target)
         elif distilled.target_kind != "none":
-            line["target"] = [float(str(value)) for value in target]  # float32 in few digits
+            line["target"] = [
+                float(str(value)) for value in target
+            ]  # shortest text of the float32 value
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def write_network(path, folder, name, args):
-    """Write the folder of the network in the model.pt at `path`."""
+    """Export the network in the model.pt at `path` to `folder`."""
     content = saved.load_model(path)
-    saved.rebuild(content)  # raises where the weights do not fit
+    saved.rebuild(content)  # raises UserError if the weights do not fit
     shape = {key: content[key] for key in ("arch", "image_size", "num_outputs", "width")}
     meta, size = content["meta"], content["image_size"]
     label = models.label(content["arch"], content["width"])
     header = dict(format=exported.FORMAT, name=name, **shape, meta=meta)
     save_tensors(folder / NETWORK, content["network"], network=header)
-    code = [*standalone.network_code(**shape), standalone.template("network.py")]
+    code = [*standalone.collect_network_code(**shape), standalone.read_template("network.py")]
     about = f"{name}, a trained {label}. Needs torch and safetensors."
     standalone.write(folder / "network.py", about, code)
     facts = {
@@ -174,26 +185,27 @@ def write_network(path, folder, name, args):
         "fine-tuned on": meta.get("dataset"),
     }
     if "normalisation" in meta:
-        facts["preprocessing"] = cards.preprocessing(*meta["normalisation"])
-    lines = results_below(path.parent)
-    if not lines:  # those of a fine-tuned network are beside the network that it started from
-        lines = results_below(path.absolute().parents[1])
+        facts["preprocessing"] = cards.describe_preprocessing(*meta["normalisation"])
+    lines = read_results_below(path.parent)
+    if not lines:  # a fine-tuned network: they are in the folder of its initial network
+        lines = read_results_below(path.absolute().parents[1])
         lines = [line for line in lines if line.get("name") == path.parent.name]
-    facts |= origin(meta)
-    card = cards.model_card(folder, NETWORK, name, args.license, facts, lines)
+    facts |= describe_origin(meta)
+    card = cards.make_model_card(folder, NETWORK, name, args.license, facts, lines)
     (folder / exported.CARD).write_text(card)
     exported.write_sums(folder, NETWORK)
 
 
-def results_below(folder):
+def read_results_below(folder):
+    """Return all results in a folder and its subfolders."""
     paths = sorted(folder.rglob("results.jsonl"))
     return [line for path in paths for line in results.read(path)]
 
 
 def push(folder, repository, kind):
-    """Upload a folder to the Hub's repository USER/NAME, which is private where it is new.
+    """Upload a folder to the Hub. A new repository USER/NAME is private.
 
-    Raises UserError where that fails.
+    Raises UserError if the upload fails.
     """
     hub = optional("huggingface_hub", "--push")
     try:
@@ -206,13 +218,16 @@ def push(folder, repository, kind):
             delete_patterns="*",
             commit_message="Export",
         )
-    except Exception as error:  # of the Hub, the network or the account
+    except Exception as error:  # error of the Hub, the network or the account
         raise UserError(f"--push {repository}: failed ({exported.reason(error)})") from error
     print(f"uploaded {folder} to {repository} ({kind}); new repositories are private")
 
 
 def find_exported(folder):
-    """`dataset` or `model` for an exported folder, or else None. Raises UserError for damage."""
+    """Return the kind of an exported folder, `dataset` or `model`, or None if it is not one.
+
+    Raises UserError if the folder is damaged.
+    """
     for file, kind in ((exported.SET, "dataset"), (NETWORK, "model")):
         if (folder / file).is_file() and (folder / exported.SUMS).is_file():
             exported.verify(folder, file)
@@ -220,7 +235,7 @@ def find_exported(folder):
 
 
 def write(args):
-    """Write `args.folder` as a whole, or nothing; returns `dataset` or `model`."""
+    """Export `args.file` to `args.folder`, completely or not at all; return its kind."""
     if args.folder.exists():
         raise UserError(f"{args.folder}: exists; choose another folder, or delete it")
     if args.file.is_dir():
@@ -230,7 +245,7 @@ def write(args):
     if isinstance(content, dict) and content.get("kind") == "model":
         kind = "model"
     if kind == "model" and args.dd_ranking:
-        raise UserError("--dd-ranking: goes with a distilled set")
+        raise UserError("--dd-ranking requires a distilled set")
     name = args.name or args.folder.resolve().name
     check_name("--name", name, reserved=())
     partial = args.folder.with_name(f"{args.folder.name}.partial")
@@ -249,7 +264,9 @@ def main(argv, prog=None):
     if args.folder is None:
         folder, kind = args.file, find_exported(args.file)
         if kind is None:
-            raise UserError(f"{folder}: not an exported folder; give the FOLDER to write as well")
+            raise UserError(
+                f"{folder}: not an exported folder; to export, also give the FOLDER to write"
+            )
     else:
         folder, kind = args.folder, write(args)
         todo = "; fill in the licence in its README.md" if args.license == "unknown" else ""
@@ -263,18 +280,16 @@ def parse_args(argv, prog):
     parser.add_argument(
         "file", type=Path, metavar="FILE", help="distilled.pt, model.pt, or an exported folder"
     )
-    parser.add_argument(
-        "folder", type=Path, nargs="?", metavar="FOLDER", help="the folder to write"
-    )
-    parser.add_argument("--name", help="on the card (default: the folder's name)")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder to write")
+    parser.add_argument("--name", help="name on the card (default: name of the folder)")
     parser.add_argument(
         "--license",
         default="unknown",
         metavar="ID",
-        help="on the card, as the Hub names it (default: unknown)",
+        help="licence on the card, as an identifier of the Hub (default: unknown)",
     )
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hub")
     parser.add_argument(
-        "--dd-ranking", action="store_true", help="add the form that DD-Ranking's score takes"
+        "--dd-ranking", action="store_true", help="add the file for the score of DD-Ranking"
     )
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Python files that work without this package: templates with the code of one network in them."""
+"""Python files that work without this package, made from templates and the code of a network."""
 
 import ast
 import inspect
@@ -7,17 +7,17 @@ from pathlib import Path
 import models
 
 TEMPLATES = Path(__file__).parent / "templates"
-PIECES = ("load", "network")  # what a template imports from other pieces of the same file
+PIECES = ("load", "network")  # modules whose code is in the same file
 
 
-def network_code(arch, image_size, num_outputs, width):
-    """The source of a network's functions and classes, and of `build()`; a list of pieces."""
+def collect_network_code(arch, image_size, num_outputs, width):
+    """Return pieces of source code: the network's functions and classes, and `build()`."""
     function, arguments = models.ARCHITECTURES[arch]
     arguments = arguments(image_size, width)
     given = ", ".join(each.__name__ if callable(each) else repr(each) for each in arguments)
     label, size = models.label(arch, width), f"{image_size} x {image_size}"
     build = f'''def build():
-    """An untrained {label} for images of {size} pixels."""
+    """Return an untrained {label} for images of {size} pixels."""
     network = Network(*{function.__name__}({given}), {num_outputs})
     return network.to(memory_format=torch.channels_last)
 '''
@@ -25,12 +25,12 @@ def network_code(arch, image_size, num_outputs, width):
     return [inspect.getsource(module), inspect.getsource(models.Network), build]
 
 
-def template(name):
+def read_template(name):
     return (TEMPLATES / name).read_text()
 
 
 def write(path, docstring, pieces):
-    """Write pieces of code to one file, with all imports at its beginning."""
+    """Write pieces of code to one file, with all imports at the top."""
     imports, bodies = {"import torch"}, []
     for piece in pieces:
         lines = piece.splitlines()
@@ -38,7 +38,7 @@ def write(path, docstring, pieces):
             imported = isinstance(node, (ast.Import, ast.ImportFrom))
             if imported and getattr(node, "module", None) not in PIECES:
                 imports.add(ast.unparse(node))
-            if imported or isinstance(node, ast.Expr):  # an expression is a module's docstring
+            if imported or isinstance(node, ast.Expr):  # docstring of a module
                 lines[node.lineno - 1 : node.end_lineno] = [None] * (
                     node.end_lineno - node.lineno + 1
                 )
@@ -48,5 +48,5 @@ def write(path, docstring, pieces):
 
 
 def import_order(line):
-    """A sort key: `import` before `from`."""
+    """Sort key: `import` before `from`."""
     return line.startswith("from"), line

@@ -1,4 +1,4 @@
-"""Shared by all tests: toy runs of the real commands, and a way to call them as a user would."""
+"""Fixtures and helpers of all tests: toy runs of the real commands."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ DISTILL = [
 PRETRAIN = ["--epochs", "3", "--width", "0.125", "--precision", "fp32"]
 
 
-LONG = {  # modules; other long tests have the mark
+LONG = {  # modules with long tests only; other long tests have the mark `long`
     "test_distributed",
     "test_extending",
     "test_fuzz",
@@ -58,8 +58,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("long")
 
 
-def stopping_at(stops):
-    """As `Run.steps`, stopped once after each (phase, step) of `stops`, as a signal would."""
+def make_stopping_steps(stops):
+    """Return a version of `Run.steps` that stops once after each (phase, step) in `stops`."""
     steps = run.Run.steps
 
     def stopping(self, phase, total):
@@ -76,7 +76,7 @@ def stopping_at(stops):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """No test downloads: each call of the network is refused, as on a machine without one."""
+    """Make each download fail, as on a machine without a network."""
 
     def refuse(url, *args, **kwargs):
         raise OSError("network is unreachable")
@@ -89,8 +89,10 @@ def offline(monkeypatch):
 
 
 def command(*words, check=True):
-    """Run `python <words>` from the repository's root; the finished process, with its output as
-    text."""
+    """Run `python <words>` in the root of the repository and return the finished process.
+
+    With `check`, the exit code must be 0.
+    """
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
@@ -100,8 +102,11 @@ def command(*words, check=True):
 
 @pytest.fixture(scope="session")
 def roots(tmp_path_factory):
-    """The flags that keep a test's data and runs in a folder of their own, with a toy target on
-    digits in it."""
+    """Train a toy target network on the digits.
+
+    Returns the flags --data-root and --run-root, which keep the data and runs of the tests in a
+    folder of their own.
+    """
     top = tmp_path_factory.mktemp("toy")
     flags = ["--data-root", str(top / "data"), "--run-root", str(top / "runs")]
     command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
@@ -110,6 +115,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(roots):
+    """Return the folder of the runs on the digits."""
     return Path(roots[3]) / "digits"
 
 
@@ -120,22 +126,24 @@ def data_root(roots):
 
 @pytest.fixture(scope="session")
 def distilled(roots, runs):
-    """A toy distilled.pt of KRR-ST on digits."""
+    """Distil a toy set from the digits by KRR-ST and return its distilled.pt."""
     command("distill.py", "--source", "digits", *DISTILL, *roots)
     return runs / "krr_st" / "seed0" / "distilled.pt"
 
 
 @pytest.fixture(scope="session")
 def weights(roots, distilled):
-    """A network pre-trained on it."""
+    """Pre-train a network on `distilled` and return its model.pt."""
     command("pretrain.py", "--distilled", distilled, *PRETRAIN, *roots)
     return distilled.parent / "convnet3-x0.125" / "seed0" / "model.pt"
 
 
 @pytest.fixture(scope="session")
 def small_root(tmp_path_factory):
-    """A data root with 200 of the digits, 14 of the 3 and 20 or more of each other class, as class
-    folders."""
+    """Write the data set `few` to a new data root: class folders with few digits.
+
+    Each split has 14 images of the digit 3, and 20 or 21 of each other digit.
+    """
     root = tmp_path_factory.mktemp("small")
     digits = load_images("digits", "train", 32, root)
     for split in ("train", "test"):

@@ -1,5 +1,4 @@
-"""A stand-in for the Hugging Face Hub, in memory: as much of its interface as uploading and
-downloading a folder takes."""
+"""A stand-in for the Hugging Face Hub in memory. It supports upload and download of folders."""
 
 import base64
 import hashlib
@@ -13,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 class Hub:
     """An HTTP server at `address`.
 
-    `repositories`: "datasets/USER/NAME" or "models/USER/NAME" -> {"private": bool, "commits":
-    [{path: bytes}]}. `requests` are those that came, `cards` the cards that were to be validated.
+    `repositories` maps "datasets/USER/NAME" or "models/USER/NAME" to
+    {"private": bool, "commits": [{path: bytes}]}. `requests` has the requests received so far, and
+    `cards` the cards sent for validation.
     """
 
     def __init__(self):
@@ -52,13 +52,13 @@ class Hub:
         self.server.server_close()
 
     def files(self, name, revision="main"):
-        """The files {path: bytes} of a repository at a revision, main or a commit's digits."""
+        """Return the files {path: bytes} of a repository at a revision: main or a commit."""
         commits = self.repositories[name]["commits"]
-        known = (each for each in reversed(commits) if revision in ("main", _digits(each)))
+        known = (each for each in reversed(commits) if revision in ("main", _commit_id(each)))
         return next(known, None)
 
     def respond(self, method, path, body):
-        """(status, headers, content as bytes or as plain values) for a request."""
+        """Return (status, headers, content) for a request; content is bytes or plain values."""
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":
@@ -73,24 +73,24 @@ class Hub:
         if there is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Invalid rev id"}
         if verb == "preupload":
-            asked = [each["path"] for each in json.loads(body)["files"]]
-            modes = [dict(path=each, uploadMode="regular", shouldIgnore=False) for each in asked]
+            paths = [each["path"] for each in json.loads(body)["files"]]
+            modes = [dict(path=each, uploadMode="regular", shouldIgnore=False) for each in paths]
             return 200, {}, {"files": modes}
         if verb == "commit":
             return self.commit(name, dict(there), body)
         if verb == "tree":
             listed = [
-                dict(type="file", path=each, size=len(content), oid=_sha1(content))
+                dict(type="file", path=each, size=len(content), oid=_hash(content))
                 for each, content in there.items()
             ]
             return 200, {}, listed
         if verb == "resolve" and file in there:
-            headers = {"ETag": f'"{_sha1(there[file])}"', "X-Repo-Commit": _digits(there)}
+            headers = {"ETag": f'"{_hash(there[file])}"', "X-Repo-Commit": _commit_id(there)}
             return 200, headers, there[file]
         if verb in (None, "revision"):
             listed = [{"rfilename": each} for each in there]
             own = name.partition("/")[2]
-            return 200, {}, dict(id=own, sha=_digits(there), siblings=listed, tags=[])
+            return 200, {}, dict(id=own, sha=_commit_id(there), siblings=listed, tags=[])
         return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "Entry not found"}
 
     def create(self, wanted):
@@ -101,22 +101,22 @@ class Hub:
         return status, {}, {"url": f"{self.address}/{name}"}
 
     def commit(self, name, changed, body):
-        """Apply the operations in `body`, a JSON line each, to the files {path: bytes}."""
+        """Apply the operations in `body`, one per JSON line, to the files {path: bytes}."""
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 changed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "deletedFile":
                 del changed[line["value"]["path"]]
         self.repositories[name]["commits"].append(changed)
-        url = f"{self.address}/{name.removeprefix('models/')}/commit/{_digits(changed)}"
-        return 200, {}, {"commitOid": _digits(changed), "commitUrl": url}
+        url = f"{self.address}/{name.removeprefix('models/')}/commit/{_commit_id(changed)}"
+        return 200, {}, {"commitOid": _commit_id(changed), "commitUrl": url}
 
 
-def _sha1(content):
+def _hash(content):
     return hashlib.sha1(content).hexdigest()
 
 
-def _digits(files):
-    """40 hexadecimal digits that stand for a commit with these files."""
-    content = [(path, _sha1(each)) for path, each in sorted(files.items())]
-    return _sha1(json.dumps(content).encode())
+def _commit_id(files):
+    """Return 40 hexadecimal digits that identify a commit with these files."""
+    content = [(path, _hash(each)) for path, each in sorted(files.items())]
+    return _hash(json.dumps(content).encode())

@@ -1,5 +1,4 @@
-"""The named data sets: tiny archives in the public layouts, read by the real readers, labels
-checked one by one."""
+"""The readers of the named data sets, on tiny archives in the public layouts."""
 
 import hashlib
 import io
@@ -21,18 +20,18 @@ from utils.errors import UserError
 
 
 def load(name, split, size, root):
-    """A tiny archive has not the published counts, so it is accepted as a part."""
+    """Prepare and load a tiny archive, which needs `partial` because of its size."""
     prepare(name, split, size, root, partial=True)
     prepare(name, "train", size, root, partial=True)
     return load_images(name, split, size, root)
 
 
-def pixels_of(path, size):
+def read_pixels(path, size):
     with Image.open(path) as opened:
         return np.asarray(opened.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def test_tinyimagenet(tmp_path):
+def test_tinyimagenet_labels_and_pixels(tmp_path):
     top, wnids = tmp_path / "tiny-imagenet-200", ["n02", "n01", "n03"]
     for c, wnid in enumerate(wnids):
         for i in range(2):
@@ -48,7 +47,7 @@ def test_tinyimagenet(tmp_path):
     train, test = (load("tinyimagenet", split, 64, tmp_path) for split in ("train", "test"))
     assert train.classes == ["n01", "n02", "n03"] and train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert test.labels.tolist() == [2, 0, 0, 1]
-    assert np.array_equal(test.pixels[3].numpy(), pixels_of(top / "val/images/val_3.JPEG", 64))
+    assert np.array_equal(test.pixels[3].numpy(), read_pixels(top / "val/images/val_3.JPEG", 64))
 
 
 @pytest.mark.parametrize(
@@ -60,16 +59,15 @@ def test_tinyimagenet(tmp_path):
         ("imagenet", "ILSVRC2012"),
     ],
 )
-def test_wnid_folders(tmp_path, name, top):
+def test_class_folders_of_imagenet_and_imagenette(tmp_path, name, top):
     class_folders(tmp_path / top, splits=("train", "val"), classes=("n01440764", "n02102040"))
     train, test = (load(name, split, 32, tmp_path) for split in ("train", "test"))
     assert train.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert train.classes == ["n01440764", "n02102040"]
 
 
-def test_imagenets_archives_are_unpacked_by_torchvision(tmp_path, monkeypatch):
-    """The three archives of image-net.org; only the checksums of the real ones are replaced by
-    their own."""
+def test_torchvision_unpacks_the_archives_of_imagenet(tmp_path, monkeypatch):
+    """Replace the checksums of the three archives of image-net.org by those of the tiny ones."""
     top = tmp_path / "imagenet"
     top.mkdir()
     wnids = ["n01440764", "n01443537"]
@@ -127,15 +125,15 @@ def test_imagenets_archives_are_unpacked_by_torchvision(tmp_path, monkeypatch):
     train, test = (load("imagenet", split, 32, tmp_path) for split in ("train", "test"))
     assert train.classes == wnids and train.labels.tolist() == [0, 0, 1, 1]
     assert test.labels.tolist() == [0, 1]
-    path = top / "val" / wnids[0] / "ILSVRC2012_val_00000002.JPEG"  # of class 1 by the list above
-    assert np.array_equal(test.pixels[0].numpy(), pixels_of(path, 32))
+    path = top / "val" / wnids[0] / "ILSVRC2012_val_00000002.JPEG"  # class 1, as above
+    assert np.array_equal(test.pixels[0].numpy(), read_pixels(path, 32))
 
 
 @pytest.mark.parametrize(
     ("name", "key", "classes"), [("cifar10", "labels", 10), ("cifar100", "fine_labels", 100)]
 )
-def test_cifar(tmp_path, monkeypatch, name, key, classes):
-    """Only the checksums of the real archive are replaced by its own."""
+def test_cifar_labels_and_pixels(tmp_path, monkeypatch, name, key, classes):
+    """Replace the checksums of the real archive by those of the tiny one."""
     dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[
         name
     ]
@@ -174,7 +172,7 @@ def test_cifar(tmp_path, monkeypatch, name, key, classes):
     )
 
 
-def test_aircraft(tmp_path):
+def test_aircraft_labels(tmp_path):
     top = tmp_path / "fgvc-aircraft-2013b" / "data"
     lists = {
         "trainval": ["0000002 Boeing 707-320", "0000001 A300B4", "0000004 A300B4"],
@@ -188,10 +186,10 @@ def test_aircraft(tmp_path):
     train, test = (load("aircraft", split, 32, tmp_path) for split in ("train", "test"))
     assert train.classes == ["A300B4", "Boeing 707-320"]
     assert train.labels.tolist() == [1, 0, 0] and test.labels.tolist() == [0]
-    assert np.array_equal(train.pixels[0].numpy(), pixels_of(top / "images/0000002.jpg", 32))
+    assert np.array_equal(train.pixels[0].numpy(), read_pixels(top / "images/0000002.jpg", 32))
 
 
-def test_cars(tmp_path):
+def test_cars_labels(tmp_path):
     top = tmp_path / "stanford_cars"
     kind = [("bbox_x1", int), ("class", int), ("fname", object)]
     (top / "devkit").mkdir(parents=True)
@@ -210,12 +208,12 @@ def test_cars(tmp_path):
     savemat(top / "devkit" / "cars_meta.mat", {"class_names": names})
     train = load("cars", "train", 32, tmp_path)
     assert train.labels.tolist() == [1, 0] and train.classes[1] == "Acura RL Sedan 2012"
-    assert np.array_equal(train.pixels[1].numpy(), pixels_of(top / "cars_train/00002.jpg", 32))
+    assert np.array_equal(train.pixels[1].numpy(), read_pixels(top / "cars_train/00002.jpg", 32))
     found = raw.read("cars", "test", tmp_path)
     assert found.labels == [1, 1] and found.images[0] == top / "cars_test" / "00001.jpg"
 
 
-def test_cub2011(tmp_path):
+def test_cub2011_labels(tmp_path):
     top = tmp_path / "CUB_200_2011"
     names = [
         "001.Black_footed_Albatross/a_1.jpg",
@@ -231,10 +229,10 @@ def test_cub2011(tmp_path):
     train, test = (load("cub2011", split, 32, tmp_path) for split in ("train", "test"))
     assert train.labels.tolist() == [0, 1] and test.labels.tolist() == [0]
     assert train.classes == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
-    assert np.array_equal(test.pixels[0].numpy(), pixels_of(top / "images" / names[0], 32))
+    assert np.array_equal(test.pixels[0].numpy(), read_pixels(top / "images" / names[0], 32))
 
 
-def test_dogs(tmp_path):
+def test_dogs_labels(tmp_path):
     top = tmp_path / "stanford_dogs"
     files = {
         "train": ["n02085620-Chihuahua/c_1.jpg", "n02085782-Japanese_spaniel/s_1.jpg"],
@@ -259,7 +257,7 @@ def test_dogs(tmp_path):
     ]
 
 
-def test_flowers_training_and_validation_images_train(tmp_path, monkeypatch):
+def test_flowers_trains_on_the_training_and_validation_images(tmp_path, monkeypatch):
     top = tmp_path / "flowers-102"
     for i in range(1, 7):
         picture(top / "jpg" / f"image_0000{i}.jpg", seed=i)
@@ -296,14 +294,14 @@ def test_flowers_training_and_validation_images_train(tmp_path, monkeypatch):
         ("flowers", "102flowers.tgz"),
     ],
 )
-def test_what_is_missing_is_asked_for_by_name_and_place(tmp_path, name, asked_for):
+def test_error_names_the_missing_archive_and_its_folder(tmp_path, name, asked_for):
     for split in ("train", "test"):
         with pytest.raises(UserError) as error:
             raw.read(name, split, tmp_path)
         assert asked_for in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_an_archive_in_the_data_root_is_verified_and_unpacked(tmp_path):
+def test_archive_in_the_data_root_is_verified_and_unpacked(tmp_path):
     with tarfile.open(tmp_path / "set.tgz", "w:gz") as archive:
         for name in ("set/a.txt", "other.txt"):
             info = tarfile.TarInfo(name)
@@ -318,26 +316,26 @@ def test_an_archive_in_the_data_root_is_verified_and_unpacked(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "set.tgz"]
 
 
-def test_wrong_counts_are_an_error_unless_a_part_is_meant(tmp_path):
+def test_wrong_counts_are_an_error_without_partial(tmp_path):
     class_folders(tmp_path / "cifar10")
     advice = r"50,000 of 10; .*cifar10 --size 32 --partial --data-root"
     with pytest.raises(UserError, match=rf"found 6 images of 2 classes.*{advice}"):
         load_images("cifar10", "train", 32, tmp_path)
     assert prepare("cifar10", "train", 32, tmp_path, partial=True)["whole"] is False
     images = load_images("cifar10", "train", 32, tmp_path)
-    assert images.classes == ["cat", "dog"]  # own folders before the archive
+    assert images.classes == ["cat", "dog"]  # class folders are preferred to the archive
     assert (
         images.deviations
         == images.subset(torch.tensor([0])).deviations
         == {"cifar10 train": [6, 50_000]}
     )
     picture(tmp_path / "cifar10" / "train" / "cat" / "new.png")
-    with pytest.raises(UserError, match="found 7 images"):  # what was accepted was another part
+    with pytest.raises(UserError, match="found 7 images"):  # another part than the accepted one
         load_images("cifar10", "train", 32, tmp_path)
 
 
 def test_published_counts():
-    """facts.md, section 5; digits are split here."""
+    """Compare with the published counts. The split of the digits is our own."""
     counts = {name: (a.classes, a.train, a.test) for name, a in archives.ARCHIVES.items()}
     assert counts == {
         "digits": (10, 1437, 360),

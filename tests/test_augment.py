@@ -1,5 +1,4 @@
-"""Augmentations: each image its own draw, reproducible, and equal to torchvision's where that has
-the same."""
+"""Augmentations are reproducible, differ between images, and agree with torchvision's."""
 
 import colorsys
 
@@ -10,11 +9,11 @@ import torchvision.transforms.functional as TF
 from data import augment
 
 
-def batch(n=6, size=32, seed=0):
+def make_batch(n=6, size=32, seed=0):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def generator(seed=0):
+def make_generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
@@ -30,10 +29,10 @@ ALL = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_reproducible_same_shape_own_draws_and_input_untouched(name):
-    x = batch(1).expand(16, 3, 32, 32).contiguous()
+def test_augmentation_is_reproducible_draws_per_image_and_keeps_its_input(name):
+    x = make_batch(1).expand(16, 3, 32, 32).contiguous()
     kept = x.clone()
-    first, again, other = (ALL[name](x, generator(seed)) for seed in (3, 3, 4))
+    first, again, other = (ALL[name](x, make_generator(seed)) for seed in (3, 3, 4))
     assert first.shape == x.shape and torch.equal(first, again) and torch.equal(x, kept)
     assert not torch.equal(first, other)
     assert len({image.numpy().tobytes() for image in first}) > 1  # equal images, different draws
@@ -42,7 +41,7 @@ def test_reproducible_same_shape_own_draws_and_input_untouched(name):
 
 
 def test_resized_crop_equals_torchvision_on_whole_pixel_boxes():
-    x = batch(4)
+    x = make_batch(4)
     top, left, height, width = torch.tensor(
         [[0, 5, 10, 3], [0, 7, 2, 4], [32, 9, 16, 20], [32, 13, 30, 8]]
     ).float()
@@ -53,9 +52,9 @@ def test_resized_crop_equals_torchvision_on_whole_pixel_boxes():
         torch.testing.assert_close(ours[i], theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_crop_boxes_fit_and_cover_the_range():
+def test_crop_boxes_fit_and_cover_the_range_of_sizes():
     top, left, height, width = augment.crop_boxes(
-        5000, 32, generator(), torch.device("cpu"), (0.08, 1.0), (3 / 4, 4 / 3)
+        5000, 32, make_generator(), torch.device("cpu"), (0.08, 1.0), (3 / 4, 4 / 3)
     )
     assert (
         (top >= 0).all()
@@ -68,8 +67,8 @@ def test_crop_boxes_fit_and_cover_the_range():
 
 
 def test_random_crop_is_a_window_of_the_padded_image():
-    x = batch(40, size=8)
-    ours = augment.random_crop(x, generator(), padding=4)
+    x = make_batch(40, size=8)
+    ours = augment.random_crop(x, make_generator(), padding=4)
     padded = torch.nn.functional.pad(x, [4] * 4)
     places = set()
     for i in range(len(x)):
@@ -80,18 +79,18 @@ def test_random_crop_is_a_window_of_the_padded_image():
     assert len(places) > 15
 
 
-def test_flip_and_grey_and_solarise():
-    x = batch()
-    assert torch.equal(augment.horizontal_flip(x, generator(), 1.0), x.flip(3))
-    assert torch.equal(augment.horizontal_flip(x, generator(), 0.0), x)
+def test_flip_greyscale_and_solarise_equal_their_formulas():
+    x = make_batch()
+    assert torch.equal(augment.horizontal_flip(x, make_generator(), 1.0), x.flip(3))
+    assert torch.equal(augment.horizontal_flip(x, make_generator(), 0.0), x)
     torch.testing.assert_close(
-        augment.greyscale(x, generator(), 1.0), TF.rgb_to_grayscale(x, 3), rtol=1e-3, atol=1e-3
+        augment.greyscale(x, make_generator(), 1.0), TF.rgb_to_grayscale(x, 3), rtol=1e-3, atol=1e-3
     )
-    assert torch.equal(augment.solarise(x, generator(), 1.0), TF.solarize(x, 0.5))
+    assert torch.equal(augment.solarise(x, make_generator(), 1.0), TF.solarize(x, 0.5))
 
 
 def test_hue_equals_the_hsv_formula():
-    x = batch(2, size=4)
+    x = make_batch(2, size=4)
     x[0, :, 0, 0] = 0.5  # a grey pixel has no hue
     turn = torch.tensor([0.1, -0.07])
     ours = augment.shift_hue(x, turn)
@@ -106,7 +105,7 @@ def test_hue_equals_the_hsv_formula():
 
 
 def test_blends_equal_torchvision():
-    x, factor = batch(3), torch.tensor([0.6, 1.0, 1.4])
+    x, factor = make_batch(3), torch.tensor([0.6, 1.0, 1.4])
     grey = augment.to_grey(x)
     for i in range(3):
         saturated = TF.adjust_saturation(x[i], factor[i].item())
@@ -120,38 +119,38 @@ def test_blends_equal_torchvision():
         )
 
 
-def seed_of(operation):
-    """A seed whose first draw is this one of the six differentiable augmentations."""
+def find_seed(operation):
+    """Return a seed that selects `operation` among the six differentiable augmentations."""
     index = augment.DIFF_AUGMENTATIONS.index(operation)
     return next(
-        s for s in range(100) if int(torch.randint(6, (1,), generator=generator(s))) == index
+        s for s in range(100) if int(torch.randint(6, (1,), generator=make_generator(s))) == index
     )
 
 
 @pytest.mark.parametrize("operation", augment.DIFF_AUGMENTATIONS, ids=lambda f: f.__name__)
-def test_siamese_draw_treats_batches_alike_and_gradients_flow(operation):
-    x, seed = batch(5), seed_of(operation)
-    real, synthetic = augment.diff_augment_alike(generator(seed), torch.cat([x, x]), x)
+def test_siamese_augmentation_is_the_same_for_all_batches_and_differentiable(operation):
+    x, seed = make_batch(5), find_seed(operation)
+    real, synthetic = augment.diff_augment_alike(make_generator(seed), torch.cat([x, x]), x)
     torch.testing.assert_close(real[:5], synthetic)
     torch.testing.assert_close(real[5:], synthetic)
     x.requires_grad_()
-    augment.diff_augment(x, generator(seed)).square().sum().backward()
+    augment.diff_augment(x, make_generator(seed)).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("operation", augment.DIFF_AUGMENTATIONS, ids=lambda f: f.__name__)
-def test_batches_augmented_alike_share_the_transform_and_the_next_have_another(operation):
-    x, g = batch(3), generator(seed_of(operation))
+def test_next_batches_get_another_siamese_transform(operation):
+    x, g = make_batch(3), make_generator(find_seed(operation))
     (real, synthetic), again = augment.diff_augment_alike(g, torch.cat([x.flip(0), x]), x), []
     torch.testing.assert_close(real[3:], synthetic)
     for _ in range(20):
         again.append(augment.diff_augment_alike(g, x)[0])
     assert not all(torch.equal(each, synthetic) for each in again)
-    expected = generator(seed_of(operation))
+    expected = make_generator(find_seed(operation))
     augment.diff_augment_alike(expected, x)
-    once = generator(seed_of(operation))
+    once = make_generator(find_seed(operation))
     augment.diff_augment_alike(once, x, x, x)
-    assert torch.equal(once.get_state(), expected.get_state())  # as far on as one draw
+    assert torch.equal(once.get_state(), expected.get_state())  # the state after one draw
 
 
 def test_cutout_clears_half_a_side_and_rotation_keeps_the_centre():

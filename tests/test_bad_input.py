@@ -1,4 +1,4 @@
-"""Bad input of a user: one line on standard error, exit code 2, nothing written."""
+"""Errors of users: one line on standard error, exit code 2, no file written."""
 
 import importlib
 import os
@@ -14,24 +14,22 @@ from utils.errors import UserError
 
 
 @pytest.fixture
-def refused(capsys, roots):
-    """Calls a script's main as its command line would; the one line that it prints before exit code
-    2."""
+def get_error(capsys, roots):
+    """Return a function that runs a script which must fail, and returns its one-line error."""
 
     def call(script, *flags):
         with pytest.raises(SystemExit) as stop:
             cli.run(importlib.import_module(script).main, [*map(str, flags), *roots])
         shown = capsys.readouterr().err
-        lines = [
-            line for line in shown.splitlines() if line.strip() and "it/s]" not in line
-        ]  # no bars
+        # Progress bars do not count.
+        lines = [line for line in shown.splitlines() if line.strip() and "it/s]" not in line]
         assert stop.value.code == 2 and len(lines) == 1 and "error: " in lines[0]
         return lines[0]
 
     return call
 
 
-def test_as_a_process_without_a_traceback(roots):
+def test_error_has_no_traceback(roots):
     done = command("distill.py", "--source", "no_such_set", *roots, check=False)
     assert (
         done.returncode == 2
@@ -40,51 +38,53 @@ def test_as_a_process_without_a_traceback(roots):
     )
 
 
-def test_unknown_source(refused):
+def test_unknown_source_error_lists_the_data_sets(get_error):
     for script in ("pretrain_target", "distill"):
-        line = refused(script, "--source", "cifar11")
+        line = get_error(script, "--source", "cifar11")
         assert "unknown data set cifar11" in line and "cifar10" in line
 
 
 @pytest.mark.parametrize(
     ("name", "needed"), [("tinyimagenet", "tiny-imagenet-200"), ("imagenet", "imagenet")]
 )
-def test_missing_data_says_what_to_put_where(refused, name, needed, data_root):
-    line = refused("pretrain_target", "--source", name)
+def test_missing_data_set_error_names_the_archive_and_its_folder(
+    get_error, name, needed, data_root
+):
+    line = get_error("pretrain_target", "--source", name)
     assert needed in line and str(data_root) in line
 
 
-def test_more_distilled_images_than_real_ones(refused):
-    line = refused("distill", "--source", "digits", "--num-images", "1438")
+def test_more_distilled_images_than_real_ones(get_error):
+    line = get_error("distill", "--source", "digits", "--num-images", "1438")
     assert "1438" in line and "1437" in line
 
 
-def test_empty_folder(refused, tmp_path):
+def test_empty_folder(get_error, tmp_path):
     (tmp_path / "notes.txt").write_text("no image here")
-    assert "no image" in refused("pretrain_target", "--source", tmp_path)
+    assert "no image" in get_error("pretrain_target", "--source", tmp_path)
 
 
-def test_folder_without_permission(refused, tmp_path, monkeypatch):
-    def denied(path):  # tests may run as root, who may read anything
+def test_folder_without_permission(get_error, tmp_path, monkeypatch):
+    def denied(path):  # a test that runs as root can read every folder
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", denied)
-    assert f"{tmp_path}: no permission" in refused("pretrain_target", "--source", tmp_path)
+    assert f"{tmp_path}: no permission" in get_error("pretrain_target", "--source", tmp_path)
 
 
-def test_folder_of_broken_images(refused, tmp_path):
+def test_folder_of_broken_images(get_error, tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
-    assert "1 of 1 images cannot be decoded" in refused("pretrain_target", "--source", tmp_path)
+    assert "1 of 1 images cannot be decoded" in get_error("pretrain_target", "--source", tmp_path)
 
 
-def test_missing_target_names_the_command_that_makes_it(refused, tmp_path):
-    line = refused("distill", "--source", "digits", "--target-network", tmp_path / "none.pt")
+def test_missing_target_error_names_the_command(get_error, tmp_path):
+    line = get_error("distill", "--source", "digits", "--target-network", tmp_path / "none.pt")
     assert "pretrain_target.py --source digits" in line
 
 
-def test_target_of_another_source_or_size(refused, tmp_path, runs, distilled, data_root):
+def test_target_of_another_source_or_size(get_error, tmp_path, runs, distilled, data_root):
     path = runs / "target" / "seed0" / "target.pt"
-    assert "another image size (32, not 48)" in refused(
+    assert "another image size (32, not 48)" in get_error(
         "distill", "--image-size", "48", "--target-network", path, *DISTILL
     )
     for split in ("train", "test"):
@@ -93,11 +93,11 @@ def test_target_of_another_source_or_size(refused, tmp_path, runs, distilled, da
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(12):
                 save_image(torch.rand(3, 32, 32), folder / f"{i}.png")
-    line = refused(
+    line = get_error(
         "distill", "--source", "other", "--image-size", "32", "--target-network", path, *DISTILL
     )
     assert "another source (digits, not other)" in line
-    assert "not a target file (found: distilled)" in refused(
+    assert "not a target file (found: distilled)" in get_error(
         "distill", "--target-network", distilled, *DISTILL
     )
 
@@ -105,47 +105,47 @@ def test_target_of_another_source_or_size(refused, tmp_path, runs, distilled, da
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04half a zip", b"plain text", b"a,b,c\n1,2,3\n"]
 )
-def test_distilled_file_that_is_not_one(refused, tmp_path, content):
+def test_unreadable_distilled_file(get_error, tmp_path, content):
     path = tmp_path / "distilled.pt"
     path.write_bytes(content)
-    assert "not a readable distilled file" in refused("pretrain", "--distilled", path)
-    assert "no such file" in refused("pretrain", "--distilled", tmp_path / "nowhere.pt")
+    assert "not a readable distilled file" in get_error("pretrain", "--distilled", path)
+    assert "no such file" in get_error("pretrain", "--distilled", tmp_path / "nowhere.pt")
 
 
 def test_distilled_file_of_another_image_size_than_the_student(
-    refused, tmp_path, weights, distilled, runs
+    get_error, tmp_path, weights, distilled, runs
 ):
     content = files.load(distilled, "distilled")
     content = {name: value for name, value in content.items() if name not in ("kind", "format")}
     files.save(tmp_path / "d.pt", "distilled", content | {"images": torch.randn(20, 3, 64, 64)})
     flags = ["--weights", weights, "--teacher", weights, "--dataset", "digits"]
-    assert "64 px, the student takes 32 px" in refused(
+    assert "64 px, the student takes 32 px" in get_error(
         "kd", *flags, "--distilled", tmp_path / "d.pt"
     )
     files.save(tmp_path / "small.pt", "distilled", content | {"images": torch.randn(20, 3, 16, 16)})
-    assert "images of 16 px" in refused("pretrain", "--distilled", tmp_path / "small.pt")
-    assert "64 classes, but digits has 10" in refused("kd", *flags, "--distilled", distilled)
+    assert "images of 16 px" in get_error("pretrain", "--distilled", tmp_path / "small.pt")
+    assert "64 classes, but digits has 10" in get_error("kd", *flags, "--distilled", distilled)
 
 
-def test_weights_that_are_none(refused, distilled, tmp_path):
-    assert "not a model file (found: distilled)" in refused(
+def test_file_that_is_no_model(get_error, distilled, tmp_path):
+    assert "not a model file (found: distilled)" in get_error(
         "finetune", "--weights", distilled, "--dataset", "digits"
     )
-    assert "no such file" in refused(
+    assert "no such file" in get_error(
         "finetune", "--weights", tmp_path / "no.pt", "--dataset", "digits"
     )
 
 
-def test_flags_that_contradict_the_weights(refused, weights):
-    line = refused("finetune", "--weights", weights, "--dataset", "digits", "--arch", "vgg11")
+def test_flags_that_contradict_the_weights(get_error, weights):
+    line = get_error("finetune", "--weights", weights, "--dataset", "digits", "--arch", "vgg11")
     assert "--arch vgg11: the weights have convnet3" in line
-    line = refused("finetune", "--weights", weights, "--dataset", "digits", "--protocol", "head")
+    line = get_error("finetune", "--weights", weights, "--dataset", "digits", "--protocol", "head")
     assert "has 64 outputs, digits 10 classes" in line
 
 
-def test_more_labels_than_there_are(refused, weights):
+def test_more_labels_than_the_class_has(get_error, weights):
     flags = ["--weights", weights, "--dataset", "digits", "--protocol", "knn"]
-    assert "fewer than 500" in refused("finetune", *flags, "--labels-per-class", "500")
+    assert "fewer than 500" in get_error("finetune", *flags, "--labels-per-class", "500")
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_more_labels_than_there_are(refused, weights):
         (["--colour", "blue"], "--colour"),
     ],
 )
-def test_bad_flags(refused, flags, word):
-    assert word in refused("distill", *flags)
+def test_bad_flags(get_error, flags, word):
+    assert word in get_error("distill", *flags)
 
 
 def test_nvidia_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
@@ -184,34 +184,34 @@ def test_nvidia_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
     assert device.select_device(args).type == "cpu"
 
 
-def test_device_that_is_not_there(refused):
+def test_missing_device(get_error):
     if not torch.cuda.is_available():
-        assert "--device cuda" in refused("distill", "--device", "cuda")
+        assert "--device cuda" in get_error("distill", "--device", "cuda")
 
 
-def test_no_method_or_an_unknown_one(roots):
+def test_missing_or_unknown_method(roots):
     for words in ([], ["magic"]):
         done = command("-m", "distillers", *words, check=False)
         assert done.returncode == 2 and "random" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_backbone_that_does_not_fit(refused, tmp_path):
+def test_backbone_that_does_not_fit(get_error, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
     (tmp_path / "text.pth").write_text("not weights")
     flags = ["--source", "digits", *TARGET]
-    assert "does not fit" in refused(
+    assert "does not fit" in get_error(
         "pretrain_target", *flags, "--weights", tmp_path / "w.pth", "--seed", "3"
     )
-    for name in ("text.pth", "missing.pth"):  # the same run folder: a refused run does not block it
-        line = refused("pretrain_target", *flags, "--weights", tmp_path / name, "--seed", "3")
+    for name in ("text.pth", "missing.pth"):  # same run folder: a failed run does not lock it
+        line = get_error("pretrain_target", *flags, "--weights", tmp_path / name, "--seed", "3")
         assert "not a readable state dict" in line
-    assert "width 1" in refused(
+    assert "width 1" in get_error(
         "pretrain_target", "--arch", "resnet50_target", "--width", "0.5", "--seed", "3"
     )
-    assert "at least 2" in refused("pretrain_target", *flags, "--batch-size", "1", "--seed", "3")
+    assert "at least 2" in get_error("pretrain_target", *flags, "--batch-size", "1", "--seed", "3")
 
 
-def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):
+def test_run_root_that_cannot_be_created(capsys, roots, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
         main = importlib.import_module("pretrain_target").main
@@ -219,7 +219,7 @@ def test_run_root_that_cannot_be_made(capsys, roots, tmp_path):
     assert stop.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_target_of_a_folder_that_has_changed_since(capsys, tmp_path):
+def test_target_of_a_source_that_has_changed(capsys, tmp_path):
     for i in range(4):
         save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
     roots = [

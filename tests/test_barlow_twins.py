@@ -1,4 +1,4 @@
-"""The Barlow Twins loss against its formula, and LARS and schedules against theirs (float64)."""
+"""The Barlow Twins loss, LARS and the schedules against their formulas (float64)."""
 
 import math
 
@@ -68,7 +68,7 @@ def test_lars_follows_its_formula_over_two_steps():
         ("halfway", {0: 1, 49: 1, 50: 0.1, 99: 0.1}),
     ],
 )
-def test_schedules(name, points):
+def test_schedules_follow_their_formulas(name, points):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     scheduler = schedule(optimizer, name, 100)
     rates = [scheduler.get_last_lr()[0]]
@@ -91,7 +91,7 @@ def test_warm_up_rises_to_the_full_rate():
     assert rates == pytest.approx([*[(k + 1) / 10 for k in range(10)], 1.0])
 
 
-def test_target_trained_elsewhere_is_loaded_without_its_head(tmp_path, monkeypatch):
+def test_released_resnet50_is_loaded_without_its_head(tmp_path, monkeypatch):
     theirs = torchvision.models.resnet50()
     torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
     x = torch.randn(2, 3, 64, 64)
@@ -107,7 +107,7 @@ def test_target_trained_elsewhere_is_loaded_without_its_head(tmp_path, monkeypat
             torch.testing.assert_close(network.embed(x), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_hub_that_cannot_be_reached_says_what_else_to_do(monkeypatch):
+def test_unreachable_hub_error_names_the_alternative(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route")
 

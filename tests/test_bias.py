@@ -1,5 +1,4 @@
-"""Theorem 1 as an experiment: its gradients against central differences and closed forms, its
-statistics, its run."""
+"""The experiment on Theorem 1: gradients against central differences, statistics, and a run."""
 
 import json
 import math
@@ -22,15 +21,15 @@ def setup():
     return x_syn, x_real, *bias.problems(x_syn, x_real, generator)
 
 
-def every(setup):
+def list_problems(setup):
     _, _, ssl, krr, _ = setup
     return ssl | {"MSE": krr}
 
 
 @pytest.mark.parametrize("name", ["Barlow Twins", "SimCLR", "masking", "MSE"])
 def test_meta_gradient_agrees_with_central_differences(setup, name):
-    """Of the outer loss at the solved inner problem, under unequal weights of the outcomes."""
-    x, problem, h = setup[0], every(setup)[name], 1e-4
+    """Compare under unequal weights of the outcomes."""
+    x, problem, h = setup[0], list_problems(setup)[name], 1e-4
     weights = torch.tensor([[3.0, 1, 0, 2, 1, 1]], dtype=torch.float64) / 8
     theta = bias.minimise(problem, weights, x)
     v, a = bias.implicit_gradient(problem, theta, weights, x)
@@ -48,9 +47,9 @@ def test_meta_gradient_agrees_with_central_differences(setup, name):
 
 
 @pytest.mark.parametrize("name", ["Barlow Twins", "SimCLR", "masking", "MSE"])
-def test_minimiser_is_one(setup, name):
-    """The gradient vanishes to 1e-10 and the loss is lower than anywhere near."""
-    x, problem = setup[0], every(setup)[name]
+def test_minimiser_is_a_local_minimum(setup, name):
+    """Check that the gradient is below 1e-10 and that nearby points have a higher loss."""
+    x, problem = setup[0], list_problems(setup)[name]
     theta = bias.minimise(problem, UNIFORM, x)[0].requires_grad_()
     loss = problem.inner(theta, UNIFORM[0], x)
     (gradient,) = torch.autograd.grad(loss, theta)
@@ -61,9 +60,11 @@ def test_minimiser_is_one(setup, name):
     assert all(problem.inner(theta + 1e-3 * each, UNIFORM[0], x) > loss for each in noise)
 
 
-def test_ridge_head_by_newton_is_that_of_krr_st(setup):
-    """The MSE problem's meta-gradient through its solved inner problem is the closed form's of
-    distillers/krr.py, but for the trace that scales the ridge, which both hold constant."""
+def test_mse_gradient_equals_that_of_the_closed_form(setup):
+    """Compare the meta-gradient of the MSE problem with that of the closed form.
+
+    Both hold the trace that scales the ridge constant.
+    """
     x, _, _, krr, closed = setup
     v, a = bias.implicit_gradient(krr, bias.minimise(krr, UNIFORM, x), UNIFORM, x)
     images = x.clone().requires_grad_()
@@ -71,7 +72,7 @@ def test_ridge_head_by_newton_is_that_of_krr_st(setup):
     torch.testing.assert_close(v[0] @ a[0], expected.flatten(), rtol=1e-6, atol=1e-10)
 
 
-def test_losses_against_their_formulas(setup):
+def test_losses_equal_their_formulas(setup):
     generator = torch.Generator().manual_seed(1)
     z1, z2 = (torch.randn(8, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     torch.testing.assert_close(
@@ -107,7 +108,7 @@ def test_shifts_move_by_one_pixel():
     assert all(any(torch.equal(each, there) for there in moved) for each in expected.values())
 
 
-def test_multisets_are_all_draws():
+def test_multisets_enumerate_all_draws():
     for r in (1, 2, 4):
         counts, probability = bias.multisets(r)
         assert (
@@ -122,7 +123,7 @@ def test_multisets_are_all_draws():
 
 
 def test_terms_of_the_proof_sum_to_the_bias():
-    """For means of any v and A, whatever their dependence; the covariance is the sample's."""
+    """Check the decomposition for dependent random v and A."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     a = torch.randn(7, 3, 5, generator=generator, dtype=torch.float64) + v[:, :, None]
@@ -144,7 +145,7 @@ def test_terms_of_the_proof_sum_to_the_bias():
     torch.testing.assert_close(parts["covariance"], covariance)
 
 
-def made(shift, seed, draws=200, q=30):
+def summarise_sample(shift, seed, draws=200, q=30):
     noise = torch.randn(
         draws, q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -157,29 +158,31 @@ def made(shift, seed, draws=200, q=30):
     )
 
 
-def test_intervals_and_p_have_their_level():
-    """Of 200 unbiased samples, about 5 % lie outside the 95 % interval and below p = 0.05; the
-    debiased square of the norm averages to 0. Bounds are 4 standard deviations of 200 coin tosses.
+def test_intervals_and_p_values_have_their_nominal_level():
+    """Check the level of intervals and p-values on 200 unbiased samples.
+
+    About 5 % are outside the 95 % interval, and about 5 % have p < 0.05. The mean of the unbiased
+    estimate of the squared norm is 0. The bounds are four standard deviations.
     """
-    rows = [made(0.0, seed) for seed in range(200)]
+    rows = [summarise_sample(0.0, seed) for seed in range(200)]
     assert sum(abs(row["along"]) > row["along_half"] for row in rows) <= 22
     assert 0 < sum(row["p"] < 0.05 for row in rows) <= 22
     squares = torch.tensor([math.copysign(row["norm"] ** 2, row["norm"]) for row in rows])
     assert abs(squares.mean()) < 4 * squares.std() / math.sqrt(200)
 
 
-def test_a_bias_is_found_and_measured():
+def test_known_bias_is_detected_and_measured():
     shift = torch.zeros(30, dtype=torch.float64)
     shift[3] = 1.0
-    row = made(shift, 0)
+    row = summarise_sample(shift, 0)
     assert row["p"] < 0.001 and row["norm"] == pytest.approx(1 / math.sqrt(30), rel=0.25)
     assert row["along"] == pytest.approx(1 / 30, abs=3 * row["along_half"])
     assert row["sd"] == pytest.approx(
         1, rel=0.1
-    )  # 30 coordinates of variance 1, in units of the norm of 30 ones
+    )  # 30 coordinates of variance 1, over the norm of 30 ones
 
 
-def test_no_difference_at_all_is_no_bias():
+def test_zero_difference_is_no_bias():
     truth = torch.ones(5, dtype=torch.float64)
     groups = (4 * (truth + 1e-15)).expand(bias.GROUPS, 5)
     row = bias.summarise(
@@ -189,9 +192,11 @@ def test_no_difference_at_all_is_no_bias():
 
 
 @pytest.mark.long
-def test_fast_run_finds_what_the_theorem_says(tmp_path):
-    """Biased through each self-supervised inner problem; unbiased for the ordinary gradients and
-    KRR-ST; the sampled bias is the summed one; the proof's terms close."""
+def test_fast_run_confirms_the_theorem(tmp_path):
+    """Check each row: bias for the self-supervised inner problems only, and the proof's terms.
+
+    The sampled bias must agree with the exact one.
+    """
     out = command("-m", "experiments.bias", "--fast", "--out", tmp_path).stdout
     rows = [json.loads(line) for line in (tmp_path / "bias.jsonl").read_text().splitlines()]
     assert (tmp_path / "bias.png").stat().st_size > 10_000
@@ -211,7 +216,7 @@ def test_fast_run_finds_what_the_theorem_says(tmp_path):
             assert row["sd"] > 0.1 and row["noise"] > 0.01
 
 
-def test_same_seed_same_rows_and_another_seed_others():
+def test_seed_determines_the_rows():
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
     gradients = F.one_hot(torch.arange(6)).double()
     first, again, other = (bias.sampled_row(gradients, 2, 100, each) for each in generator)

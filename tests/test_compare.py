@@ -1,4 +1,4 @@
-"""Rows with paired differences: against numbers worked out by hand."""
+"""Tables with paired differences, compared with numbers calculated by hand."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.conftest import command
 from utils.errors import UserError
 
 
-def line(method, seeds, dataset, accuracy, protocol="linear", source="digits"):
+def make_line(method, seeds, dataset, accuracy, protocol="linear", source="digits"):
     few = dict(labels_per_class=0, label_fraction=0.2)
     if protocol == "full":
         few = dict(labels_per_class=20, label_fraction=0.0)
@@ -47,21 +47,21 @@ TABLE = Table(
     protocols=PROTOCOLS,
 )
 LINES = [
-    line("krr_st", (0, 0), "cars", 10.0),
-    line("krr_st", (1, 1), "cars", 12.0),
-    line("krr_st", (2, 2), "cars", 20.0),
-    line("krr_st_d5", (0, 0), "cars", 9.0),
-    line("krr_st_d5", (1, 1), "cars", 11.5),
-    line("krr_st_d5", (2, 2), "cars", 19.0),
-    line("krr_st", (0, 0), "cifar10", 40.0),
-    line("krr_st", (1, 1), "cifar10", 44.0),
-    line("krr_st_d5", (1, 1), "cifar10", 43.0),
-    line("krr_st_d5", (2, 2), "cifar10", 45.0),
-    line("krr_st", (0, 0), "cars", 5.0, "full"),
+    make_line("krr_st", (0, 0), "cars", 10.0),
+    make_line("krr_st", (1, 1), "cars", 12.0),
+    make_line("krr_st", (2, 2), "cars", 20.0),
+    make_line("krr_st_d5", (0, 0), "cars", 9.0),
+    make_line("krr_st_d5", (1, 1), "cars", 11.5),
+    make_line("krr_st_d5", (2, 2), "cars", 19.0),
+    make_line("krr_st", (0, 0), "cifar10", 40.0),
+    make_line("krr_st", (1, 1), "cifar10", 44.0),
+    make_line("krr_st_d5", (1, 1), "cifar10", 43.0),
+    make_line("krr_st_d5", (2, 2), "cifar10", 45.0),
+    make_line("krr_st", (0, 0), "cars", 5.0, "full"),
 ]
 
 
-def rows_of(text):
+def parse_rows(text):
     return [
         [cell.strip() for cell in row.split("|")[1:-1]]
         for row in text.splitlines()
@@ -72,10 +72,10 @@ def rows_of(text):
 def test_differences_are_paired_and_averaged_over_pre_trainings():
     ours = {(0, 0): 9.0, (0, 1): 7.0, (1, 0): 11.5, (2, 0): 1.0}
     base = {(0, 0): 10.0, (0, 1): 9.0, (1, 0): 12.0, (3, 0): 5.0}
-    assert compare.paired_differences(ours, base) == [-1.5, -0.5]  # of distillations 0 and 1
+    assert compare.paired_differences(ours, base) == [-1.5, -0.5]  # distillations 0 and 1
 
 
-def test_a_row_without_distillations_is_compared_with_each():
+def test_row_without_distillations_is_compared_with_each_distillation():
     scratch = {(None, 0): 5.0, (None, 1): 7.0}
     sets = {(0, 0): 6.0, (0, 1): 9.0, (1, 0): 4.0}
     assert compare.paired_differences(sets, scratch) == [1.5, -1.0]
@@ -84,7 +84,7 @@ def test_a_row_without_distillations_is_compared_with_each():
     assert compare.paired_differences({}, sets) == []
 
 
-def test_interval_is_students():
+def test_interval_is_that_of_students_t():
     values = [-1.0, -0.5, -1.0]
     low, high = compare.interval(values)
     # Student's t of two degrees of freedom: 4.303; standard error 0.2887 / sqrt(3) = 0.1667.
@@ -97,15 +97,15 @@ def test_interval_is_students():
     assert spread[0] < 0 < spread[1] and math.isclose(sum(spread), 2.0)
 
 
-def test_means_over_data_sets_are_of_seeds_that_all_have():
+def test_means_over_data_sets_use_seeds_with_all_data_sets():
     found = compare.group_by_seeds(LINES)
     column = "linear, 20 % of labels", compare.MEAN
     assert found["krr_st"][column] == {(0, 0): 25.0, (1, 1): 28.0}
     assert found["krr_st_d5"][column] == {(1, 1): 27.25, (2, 2): 32.0}
 
 
-def test_a_table_for_each_data_set_and_one_of_the_means():
-    rows = rows_of(compare.format_datasets(TABLE, LINES))
+def test_there_is_a_table_per_data_set_and_one_of_means():
+    rows = parse_rows(compare.format_datasets(TABLE, LINES))
     assert rows[0] == ["digits: cars", "linear, 20 % of labels", "full, 20 labels/class", "n"]
     assert rows[1] == ["KRR-ST", "14.00 ± 4.32", "5.00 ± 0.00", "3 x 1"]
     assert rows[2] == [
@@ -117,10 +117,11 @@ def test_a_table_for_each_data_set_and_one_of_the_means():
     assert rows[3] == ["digits: cifar10", "linear, 20 % of labels", "n"]
     assert rows[5][1:] == ["44.00 ± 1.00 (-1.00)", "2 x 1"]  # one pair: no interval
     loss = [
-        line("krr_st", (0, None), f"{name} images", accuracy, compare.LOSS)
+        make_line("krr_st", (0, None), f"{name} images", accuracy, compare.LOSS)
         for name, accuracy in (("initial", 40.0), ("distilled", 20.0))
     ]
-    [heading, krr_st, _] = rows_of(compare.format_means(TABLE, LINES + loss))
+    loss.append(make_line("krr_st_d5", (0, None), "distilled images", 30.0, compare.LOSS))
+    [heading, krr_st, d5] = parse_rows(compare.format_means(TABLE, LINES + loss))
     assert heading == [
         "digits, mean over data sets",
         "linear, 20 % of labels",
@@ -129,12 +130,15 @@ def test_a_table_for_each_data_set_and_one_of_the_means():
         "n",
     ]
     assert krr_st == ["KRR-ST", "26.50 ± 1.50", "5.00 ± 0.00", "20.00 ± 0.00", "2 x 1"]
+    assert d5[3] == "30.00 ± 0.00 (+10.00)"
+    [heading, _] = parse_rows(compare.format_means(TABLE, [LINES[0], *loss[:2]]))
+    assert heading == ["digits, evaluated on cars", "linear, 20 % of labels", "n"]
     assert (
         compare.format_means(TABLE, []) == compare.format_datasets(TABLE, []) == "No results yet."
     )
 
 
-def test_each_target_network_has_a_table_with_the_rows_that_need_none():
+def test_each_target_network_has_a_table_with_all_rows_that_use_no_target():
     targets = TargetNetwork("target"), TargetNetwork("encoder")
     table = Table(
         "toy",
@@ -145,14 +149,14 @@ def test_each_target_network_has_a_table_with_the_rows_that_need_none():
         against="scratch",
     )
     lines = [
-        line("scratch", (None, 0), "cars", 1.0, source=None),
-        line("random", (0, 0), "cars", 2.0),
-        line("krr_st.target", (0, 0), "cars", 3.0),
-        line("krr_st.encoder", (0, 0), "cars", 5.0),
-        line("krr_st", (0, 0), "cars", 6.0, source="photos"),
-        line("dsa", (0, 0), "cars", 9.0),  # no row of this table
+        make_line("scratch", (None, 0), "cars", 1.0, source=None),
+        make_line("random", (0, 0), "cars", 2.0),
+        make_line("krr_st.target", (0, 0), "cars", 3.0),
+        make_line("krr_st.encoder", (0, 0), "cars", 5.0),
+        make_line("krr_st", (0, 0), "cars", 6.0, source="photos"),
+        make_line("dsa", (0, 0), "cars", 9.0),  # not a row of this table
     ]
-    rows = rows_of(compare.format_datasets(table, lines))
+    rows = parse_rows(compare.format_datasets(table, lines))
     heads = [row[0] for row in rows if "cars" in row[0]]
     assert heads == [
         "digits, target network target: cars",
@@ -163,20 +167,20 @@ def test_each_target_network_has_a_table_with_the_rows_that_need_none():
     assert krr_st == ["3.00 ± 0.00 (+2.00)", "5.00 ± 0.00 (+4.00)", "6.00 ± 0.00 (+5.00)"]
     assert sum(row[0] == "random real images" for row in rows) == 2
     assert sum(row[0] == "no pre-training" for row in rows) == 3
-    other = rows_of(compare.format_datasets(table, lines, against="random"))
+    other = parse_rows(compare.format_datasets(table, lines, against="random"))
     assert next(row[1] for row in other if row[0] == "KRR-ST") == "3.00 ± 0.00 (+1.00)"
 
 
-def test_target_networks_are_rows_if_the_reference_row_names_one():
+def test_target_networks_are_rows_if_the_reference_names_one():
     targets = TargetNetwork("small"), TargetNetwork("large")
     source = Source("digits", targets=targets)
     table = replace(TABLE, sources=(source,), methods=("scratch", "krr_st"), against="krr_st.large")
     lines = [
-        line("scratch", (None, 0), "cars", 1.0, source=None),
-        line("krr_st.small", (0, 0), "cars", 3.0),
-        line("krr_st.large", (0, 0), "cars", 5.0),
+        make_line("scratch", (None, 0), "cars", 1.0, source=None),
+        make_line("krr_st.small", (0, 0), "cars", 3.0),
+        make_line("krr_st.large", (0, 0), "cars", 5.0),
     ]
-    heading, *rows = rows_of(compare.format_datasets(table, lines))
+    heading, *rows = parse_rows(compare.format_datasets(table, lines))
     assert heading[0] == "digits: cars"
     assert [row[:2] for row in rows] == [
         ["no pre-training", "1.00 ± 0.00 (-4.00)"],
@@ -188,14 +192,14 @@ def test_target_networks_are_rows_if_the_reference_row_names_one():
 def test_each_network_has_a_table_without_the_results_of_other_tables():
     table = replace(TABLE, networks=("vgg11", "convnet3"))
     lines = [
-        line("krr_st", (0, 0), "cars", 1.0),
-        line("krr_st", (0, 0), "cars", 2.0) | dict(arch="vgg11"),
-        line("krr_st", (0, 0), "cars", 3.0) | dict(arch="resnet10"),
-        line("krr_st", (0, 0), "cars", 4.0, "full") | dict(labels_per_class=100),
-        line("krr_st", (0, 0), "cars", 5.0) | dict(label_fraction=0.0),
-        line("krr_st", (0, 0), "cars", 6.0, "knn"),
+        make_line("krr_st", (0, 0), "cars", 1.0),
+        make_line("krr_st", (0, 0), "cars", 2.0) | dict(arch="vgg11"),
+        make_line("krr_st", (0, 0), "cars", 3.0) | dict(arch="resnet10"),
+        make_line("krr_st", (0, 0), "cars", 4.0, "full") | dict(labels_per_class=100),
+        make_line("krr_st", (0, 0), "cars", 5.0) | dict(label_fraction=0.0),
+        make_line("krr_st", (0, 0), "cars", 6.0, "knn"),
     ]
-    rows = rows_of(compare.format_datasets(table, lines))
+    rows = parse_rows(compare.format_datasets(table, lines))
     assert [row[:2] for row in rows if row[0] == "KRR-ST"] == [
         ["KRR-ST", "2.00 ± 0.00"],
         ["KRR-ST", "1.00 ± 0.00"],
@@ -223,7 +227,7 @@ def test_results_of_a_protocol(protocol, labels, made):
     assert protocol.made(found) == made
 
 
-def test_stored_results_give_the_same_tables_in_the_documents(tmp_path, monkeypatch, capsys):
+def test_stored_results_give_the_same_tables_in_documents(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs"
     folder.mkdir()
     (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in LINES))
@@ -243,14 +247,14 @@ def test_stored_results_give_the_same_tables_in_the_documents(tmp_path, monkeypa
         compare.main(["toy", "--against", "magic"])
 
 
-def test_command_refuses_a_file_that_is_none(tmp_path):
+def test_invalid_results_file_is_an_error(tmp_path):
     (tmp_path / "results.jsonl").write_text("no json\n")
     done = command("-m", "analysis.compare", "departures", tmp_path, check=False)
     assert done.returncode == 2 and "line 1 is not a result" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_outer_losses_come_from_the_distilled_sets(distilled, tmp_path):
+def test_outer_losses_are_read_from_the_distilled_sets(distilled, tmp_path):
     copy = tmp_path / "digits" / "krr_st" / "seed0" / "distilled.pt"
     copy.parent.mkdir(parents=True)
     copy.write_bytes(distilled.read_bytes())
@@ -265,7 +269,7 @@ def test_outer_losses_come_from_the_distilled_sets(distilled, tmp_path):
     }
 
 
-def test_stored_departures_hold_what_their_table_needs():
+def test_stored_departures_have_every_row_and_seed():
     lines = results.read(compare.results_file("departures"))
     assert {each["method"] for each in lines} == {*TABLES["departures"].methods}
     keys = [

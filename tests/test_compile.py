@@ -61,7 +61,7 @@ def check_fifty_steps():
     assert not counters["stats"]["unique_graphs"]
     compiled, other = outer_losses(50, compiled=True)
     assert compiled == pytest.approx(plain, rel=1e-3)
-    assert compiled[:10] == pytest.approx(plain[:10], rel=1e-5)
+    assert compiled[:10] == pytest.approx(plain[:10], rel=1e-4)
     # Features of real images, features of distilled images, and the training pass.
     assert counters["stats"]["unique_graphs"] == 3
     for ours, theirs in zip(pool.members, other.members, strict=True):

@@ -1,5 +1,4 @@
-"""Digits, class folders and anyone's own images, from raw files to batches; the file of a distilled
-set."""
+"""Data sets from raw files to batches, and the file of a distilled set."""
 
 import os
 import shutil
@@ -38,7 +37,7 @@ def class_folders(top, splits=("train", "test"), classes=("cat", "dog"), per_cla
                 picture(top / split / name / f"{i}.png", seed=100 * s + 10 * c + i)
 
 
-def test_digits_are_the_real_ones(data_root):
+def test_digits_equal_those_of_scikit_learn(data_root):
     from sklearn.datasets import load_digits
 
     train, test = (load_images("digits", split, 32, data_root) for split in ("train", "test"))
@@ -59,7 +58,7 @@ def test_digits_are_the_real_ones(data_root):
     torch.testing.assert_close(x.std((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
 
 
-def test_class_folders_labels_statistics_and_reuse(tmp_path, monkeypatch):
+def test_class_folders_give_labels_and_statistics_and_are_decoded_once(tmp_path, monkeypatch):
     class_folders(tmp_path / "pets")
     train, test = (load_images("pets", split, 32, tmp_path) for split in ("train", "test"))
     assert train.classes == ["cat", "dog"] and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -70,11 +69,11 @@ def test_class_folders_labels_statistics_and_reuse(tmp_path, monkeypatch):
     torch.testing.assert_close(train.mean, values.mean(0).float())
     torch.testing.assert_close(train.std, values.std(0, unbiased=False).float())
     assert torch.equal(test.mean, train.mean)
-    monkeypatch.setattr(prepare, "decode", None)  # a second use decodes nothing
+    monkeypatch.setattr(prepare, "decode", None)  # the second use decodes nothing
     assert torch.equal(load_images("pets", "train", 32, tmp_path).pixels, train.pixels)
 
 
-def test_class_folders_by_path(tmp_path):
+def test_class_folders_can_be_given_by_path(tmp_path):
     class_folders(tmp_path / "elsewhere" / "pets")
     test = load_images(str(tmp_path / "elsewhere" / "pets"), "test", 32, tmp_path / "data")
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.name.startswith("pets-")
@@ -92,7 +91,7 @@ def test_changed_folder_is_decoded_again(tmp_path):
     assert len(load_images(name, "train", 32, tmp_path)) == 4
 
 
-def test_a_complete_named_set_is_read_again_only_when_its_folders_change(tmp_path, monkeypatch):
+def test_complete_named_set_is_read_again_only_when_its_folders_change(tmp_path, monkeypatch):
     archive = Archive(ARCHIVES["cars"].read, classes=2, train=6, test=6)
     monkeypatch.setitem(ARCHIVES, "cars", archive)
     class_folders(tmp_path / "cars")
@@ -110,7 +109,7 @@ def test_a_complete_named_set_is_read_again_only_when_its_folders_change(tmp_pat
         load_images("cars", "train", 32, tmp_path)
 
 
-def test_a_set_is_the_same_wherever_it_lies_and_however_it_is_spelled(tmp_path, monkeypatch):
+def test_fingerprint_does_not_depend_on_the_path_of_the_data_root(tmp_path, monkeypatch):
     class_folders(tmp_path / "a" / "pets")
     monkeypatch.chdir(tmp_path)
     first = load_images("pets", "train", 32, Path("a"))
@@ -124,7 +123,7 @@ def test_a_set_is_the_same_wherever_it_lies_and_however_it_is_spelled(tmp_path, 
     assert load_images("pets", "test", 32, tmp_path / "b").fingerprint != first.fingerprint
 
 
-def test_times_of_files_do_not_tell_two_copies_of_a_whole_named_set_apart(tmp_path):
+def test_fingerprint_of_a_complete_named_set_ignores_file_times(tmp_path):
     class_folders(tmp_path / "pets")
     raw = raw_images.read("pets", "train", tmp_path)
     before = [prepare._fingerprint(raw, whole) for whole in (True, False)]
@@ -135,7 +134,7 @@ def test_times_of_files_do_not_tell_two_copies_of_a_whole_named_set_apart(tmp_pa
     assert prepare._fingerprint(raw, True) != before[0]
 
 
-def test_images_in_a_training_folder_need_no_class_folders(tmp_path):
+def test_train_folder_needs_no_class_folders(tmp_path):
     for i in range(3):
         picture(tmp_path / "photos" / "train" / f"{i}.png", seed=i)
     assert len(load_images(str(tmp_path / "photos"), "train", 32, tmp_path / "data")) == 3
@@ -154,7 +153,7 @@ def test_images_in_a_training_folder_need_no_class_folders(tmp_path):
     ]
 
 
-def test_unlabelled_folder_nested_unicode_modes_and_stray_files(tmp_path):
+def test_unlabelled_folder_may_be_nested_with_any_names_modes_and_other_files(tmp_path):
     top = tmp_path / "фото"
     for i, mode in enumerate(("RGB", "L", "P", "RGBA", "CMYK", "1")):
         suffix = "jpg" if mode == "CMYK" else "png"
@@ -168,7 +167,7 @@ def test_unlabelled_folder_nested_unicode_modes_and_stray_files(tmp_path):
         load_images(str(top), "test", 64, tmp_path / "data")
 
 
-def test_sixteen_bits_and_turned_photographs(tmp_path):
+def test_16_bit_images_are_converted_and_exif_orientation_is_applied(tmp_path):
     top = tmp_path / "mine"
     top.mkdir()
     grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
@@ -177,14 +176,14 @@ def test_sixteen_bits_and_turned_photographs(tmp_path):
         np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     )
     tag = Image.Exif()
-    tag[0x0112] = 6  # shown turned by 90 degrees
+    tag[0x0112] = 6  # rotated by 90 degrees
     upright.save(top / "b.png", exif=tag)
     images = load_images(str(top), "train", 64, tmp_path / "data")
     assert np.array_equal(images.pixels[0, :, :, 1].numpy(), grey >> 8)
     assert np.array_equal(images.pixels[1].numpy(), np.rot90(np.asarray(upright), -1))
 
 
-def test_few_damaged_files_are_named_and_skipped_many_stop(tmp_path, capsys):
+def test_few_damaged_files_are_skipped_and_many_are_an_error(tmp_path, capsys):
     top = tmp_path / "mine"
     for i in range(120):
         picture(top / f"{i:03}.png", seed=i, size=(8, 8))
@@ -193,14 +192,14 @@ def test_few_damaged_files_are_named_and_skipped_many_stop(tmp_path, capsys):
     assert len(images) == 119 and "005.png" in capsys.readouterr().out
     with Image.open(top / "006.png") as opened:
         expected = np.asarray(opened.resize((32, 32), Image.Resampling.LANCZOS))
-    assert np.array_equal(images.pixels[5].numpy(), expected)  # the ones behind the gap moved up
+    assert np.array_equal(images.pixels[5].numpy(), expected)  # the rows after it move up
     (top / "007.png").write_bytes(b"")
     with pytest.raises(UserError, match="2 of 120 images cannot be decoded"):
         load_images(str(top), "train", 32, tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*.partial"))
 
 
-def test_links_to_folders_are_followed_once_and_hidden_files_left_out(tmp_path):
+def test_links_to_folders_are_followed_once_and_hidden_files_are_ignored(tmp_path):
     picture(tmp_path / "elsewhere" / "a.png")
     top = tmp_path / "mine"
     picture(top / "b.png", seed=1)
@@ -210,7 +209,7 @@ def test_links_to_folders_are_followed_once_and_hidden_files_left_out(tmp_path):
     assert [path.name for path in folders.list_images(top)] == ["b.png", "a.png"]
 
 
-def test_transparent_becomes_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     pixels = np.zeros((40, 40, 4), dtype=np.uint8)
     pixels[:, :20] = (10, 200, 30, 255)
     for name, mode in (("a.png", "RGBA"), ("b.png", "LA")):
@@ -228,7 +227,7 @@ def test_transparent_becomes_white(tmp_path):
 
 
 @pytest.mark.parametrize("inside", [".", "train"])
-def test_class_folders_without_a_test_split_get_a_seeded_one(tmp_path, capsys, inside):
+def test_class_folders_without_a_test_split_get_a_fixed_one(tmp_path, capsys, inside):
     top = tmp_path / "pets"
     for c, name in enumerate(("cat", "dog")):
         for i in range(7 + 4 * c):
@@ -240,7 +239,7 @@ def test_class_folders_without_a_test_split_get_a_seeded_one(tmp_path, capsys, i
     assert "no test split" in capsys.readouterr().out
     assert train.labels.bincount().tolist() == [6, 9] and test.labels.bincount().tolist() == [1, 2]
     images = {image.numpy().tobytes() for each in (train, test) for image in each.pixels}
-    assert len(images) == 18  # none in both
+    assert len(images) == 18  # the splits are disjoint
     assert torch.equal(test.mean, train.mean)
     again = load_images(str(top), "test", 32, tmp_path / "data2", labels=True)
     assert torch.equal(again.pixels, test.pixels) and again.name == test.name
@@ -250,7 +249,7 @@ def test_class_folders_without_a_test_split_get_a_seeded_one(tmp_path, capsys, i
         )  # without labels: all of them
 
 
-def test_labelled_folder_that_has_none(tmp_path):
+def test_labelled_folder_without_class_folders_is_an_error(tmp_path):
     picture(tmp_path / "flat" / "a.png")
     with pytest.raises(UserError, match="no class folders"):
         load_images(str(tmp_path / "flat"), "train", 32, tmp_path / "data", labels=True)
@@ -259,7 +258,7 @@ def test_labelled_folder_that_has_none(tmp_path):
         load_images(str(tmp_path / "one"), "train", 32, tmp_path / "data", labels=True)
 
 
-def test_stopped_preparation_goes_on_and_equals_one_that_was_not(tmp_path, monkeypatch):
+def test_interrupted_preparation_resumes_to_the_same_file(tmp_path, monkeypatch):
     top = tmp_path / "mine"
     for i in range(130):
         picture(top / f"{i:03}.png", seed=i, size=(8, 8))
@@ -277,20 +276,18 @@ def test_stopped_preparation_goes_on_and_equals_one_that_was_not(tmp_path, monke
     monkeypatch.setattr(prepare, "decode", dying)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(str(top), "train", 32, tmp_path / "parts")
-    assert not list(
-        (tmp_path / "parts").rglob("*.npy")
-    )  # nothing that a later run would take for the whole
+    assert not list((tmp_path / "parts").rglob("*.npy"))  # no incomplete file under its final name
     monkeypatch.setattr(
         prepare, "decode", lambda image, size: calls.append(image) or decode(image, size)
     )
     calls.clear()
     parts = prepare.prepare(str(top), "train", 32, tmp_path / "parts")
-    assert min(path.name for path in calls) == "050.png"  # those before it were kept
+    assert min(path.name for path in calls) == "050.png"  # earlier ones are kept
     assert (
         parts["stem"].with_suffix(".npy").read_bytes()
         == whole["stem"].with_suffix(".npy").read_bytes()
     )
-    apart = {"stem": 0, "files": 0}  # where and when they were written
+    apart = {"stem": 0, "files": 0}  # paths and times of writing
     assert {**parts, **apart} == {**whole, **apart} and whole["count"] == 129
     assert sorted(path.name for path in parts["stem"].parent.iterdir()) == [
         "train.json",
@@ -299,7 +296,7 @@ def test_stopped_preparation_goes_on_and_equals_one_that_was_not(tmp_path, monke
     ]
 
 
-def test_prepare_command_tells_counts_size_and_statistics(tmp_path, capsys):
+def test_prepare_command_prints_counts_size_and_statistics(tmp_path, capsys):
     class_folders(tmp_path / "pets")
     flags = ["--data-root", str(tmp_path)]
     first = command("-m", "data.prepare", "pets", "digits", "--size", "32", *flags).stdout
@@ -307,7 +304,7 @@ def test_prepare_command_tells_counts_size_and_statistics(tmp_path, capsys):
     assert "digits test: 360 images of 10 classes, 1.1 MB" in first
     prepare.main(["pets", "digits", "--size", "32", *flags])
     again = capsys.readouterr()
-    assert again.out == first and not again.err  # no bar: nothing was decoded
+    assert again.out == first and not again.err  # no progress bar, because nothing is decoded
     prepare.main([str(tmp_path / "pets" / "train"), "--size", "40", *flags])
     assert "train: 6 images, 0.0 MB" in capsys.readouterr().out
     for words in (["cifar11"], ["pets", "--size", "8"], [str(tmp_path / "prepared" / "no")]):
@@ -318,7 +315,7 @@ def test_prepare_command_tells_counts_size_and_statistics(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_two_processes_prepare_one_set_once(tmp_path):
+def test_two_processes_prepare_a_set_once(tmp_path):
     class_folders(tmp_path / "pets", per_class=40)
     words = [
         sys.executable,
@@ -336,7 +333,7 @@ def test_two_processes_prepare_one_set_once(tmp_path):
     assert len(load_images("pets", "train", 224, tmp_path)) == 80
 
 
-def test_loader_gives_the_rows_that_batches_draw_also_after_a_resume():
+def test_loader_gives_the_same_rows_after_a_resume():
     rows = torch.arange(23)
 
     def epochs(count, state=None):
@@ -361,8 +358,7 @@ def test_loader_gives_the_rows_that_batches_draw_also_after_a_resume():
 
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-# set, size -> images to train on and to test with, mean and std of the released code (facts.md,
-# section 5)
+# (set, size) -> training images, test images, mean and std in the released code
 REAL = {
     ("tinyimagenet", 64): (40_000, 10_000, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     ("cifar10", 32): (50_000, 10_000, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -371,14 +367,14 @@ REAL = {
         3_925,
         (0.4655, 0.4546, 0.4250),
         (0.2804, 0.2754, 0.2965),
-    ),  # theirs at 224 px
-    ("cars", 64): (6_098, 2_024, None, None),  # cropped to the cars, so of other statistics
+    ),  # the released ones are at 224 px
+    ("cars", 64): (6_098, 2_024, None, None),  # cropped to the cars, so the statistics differ
 }
 
 
 @pytest.fixture(scope="session")
 def real_images(tmp_path_factory):
-    """The data root with the real image sets unpacked."""
+    """Unpack the real image sets into a data root."""
     if not SHARED.is_dir():
         pytest.skip("needs the real images")
     root = tmp_path_factory.mktemp("real")
@@ -394,13 +390,13 @@ def real_images(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "size", "mean_within", "std_within"),
     [
-        ("tinyimagenet", 64, 0.001, 0.001),  # 200 of 500 images a class
+        ("tinyimagenet", 64, 0.001, 0.001),  # 200 of 500 images per class
         ("cifar10", 32, 0.001, 0.002),  # JPEG copies: less noise
-        ("imagenette", 64, 0.006, 0.012),  # of 64 instead of 224 pixels
+        ("imagenette", 64, 0.006, 0.012),  # 64 instead of 224 pixels
         ("cars", 64, None, None),
     ],
 )
-def test_counts_and_statistics_of_real_images(
+def test_counts_and_statistics_of_real_images_are_the_published_ones(
     real_images, monkeypatch, name, size, mean_within, std_within
 ):
     n_train, n_test, mean, std = REAL[name, size]
@@ -418,13 +414,15 @@ def test_counts_and_statistics_of_real_images(
     per_class = np.bincount(labels)
     assert len(per_class) == ARCHIVES[name].classes and per_class.sum() == n_train
     assert name in ("imagenette", "cars") or per_class.min() == per_class.max()
-    monkeypatch.setattr(prepare, "decode", None)  # a second call decodes nothing
+    monkeypatch.setattr(prepare, "decode", None)  # the second call decodes nothing
     assert prepare.prepare(name, "train", size, real_images, partial=True) == train
 
 
-def test_enlarging_keeps_the_deviation_as_the_released_statistics_do(real_images):
-    """CIFAR-10 of 32 and 64 px have deviations of 0.2470 and 0.2469 there; bilinear would leave 97
-    % of it."""
+def test_enlarging_keeps_the_standard_deviation_as_the_released_statistics(real_images):
+    """Compare the standard deviations at 32 and 64 px with the released ones, 0.2470 and 0.2469.
+
+    A bilinear filter would keep 97 % of the deviation.
+    """
     record = prepare.prepare("cifar10", "train", 32, real_images)
     images = np.load(record["stem"].with_suffix(".npy"), mmap_mode="r")[::50]
     enlarged = np.stack([prepare.decode(image, 64) for image in images])
@@ -449,7 +447,7 @@ def test_few_labels_are_balanced_distinct_and_seeded(data_root):
         few_labels(train, 1000, 0.0, torch.Generator())
 
 
-def a_distilled_set(**changes):
+def make_distilled_set(**changes):
     parts = dict(
         images=torch.randn(4, 3, 8, 8),
         targets=torch.randn(4, 5),
@@ -461,8 +459,8 @@ def a_distilled_set(**changes):
     return Distilled(**(parts | changes))
 
 
-def test_distilled_file_round_trip_and_pixels(tmp_path):
-    d = a_distilled_set()
+def test_distilled_file_keeps_all_values(tmp_path):
+    d = make_distilled_set()
     files.save(tmp_path / "d.pt", "distilled", d.content())
     back = load_distilled(tmp_path / "d.pt")
     for name in ("images", "targets", "mean", "std"):
@@ -487,13 +485,13 @@ def test_distilled_file_round_trip_and_pixels(tmp_path):
         (dict(images=torch.full((4, 3, 8, 8), torch.nan)), "not finite"),
     ],
 )
-def test_unfit_distilled_files_are_refused(tmp_path, changes, message):
-    files.save(tmp_path / "d.pt", "distilled", a_distilled_set(**changes).content())
+def test_invalid_distilled_files_are_errors(tmp_path, changes, message):
+    files.save(tmp_path / "d.pt", "distilled", make_distilled_set(**changes).content())
     with pytest.raises(UserError, match=message):
         load_distilled(tmp_path / "d.pt")
 
 
-def test_files_are_known_by_kind_and_never_run_code(tmp_path):
+def test_files_have_a_kind_and_never_run_code(tmp_path):
     path = tmp_path / "x.pt"
     files.save(path, "target", {})
     with pytest.raises(UserError, match="found: target"):

@@ -1,5 +1,4 @@
-"""Algorithm 1 on digits: a stored loss curve, exact resumption, and what the released code's
-departures change."""
+"""Algorithm 1 on digits: a stored loss curve, exact resumption, and the departures."""
 
 import json
 import os
@@ -21,7 +20,7 @@ from data.subsets import (
     used_subset,
 )
 from models.target import NetworkTarget, load_target
-from tests.conftest import DISTILL, stopping_at
+from tests.conftest import DISTILL, make_stopping_steps
 from utils import files, run
 from utils.errors import UserError
 from utils.presets import preset
@@ -29,9 +28,8 @@ from utils.presets import preset
 CURVE = Path(__file__).parent / "digits_curve.json"
 
 
-def main(runs, *flags):
-    """distill.py in this process, into a run root of its own with the toy target; the distilled set
-    and its log."""
+def distil(runs, *flags):
+    """Run distill.py in this process; return the distilled set and the lines of its log."""
     distill.main(["--source", "digits", "--run-root", str(runs), *flags])
     folder = runs / "digits" / "krr_st" / "seed0"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -42,7 +40,7 @@ def main(runs, *flags):
 
 @pytest.fixture
 def toy(roots, runs):
-    """Flags of a toy distillation on the toy target."""
+    """Return the flags of a toy distillation with the toy target network."""
     return [
         *DISTILL,
         *roots[:2],
@@ -54,9 +52,11 @@ def toy(roots, runs):
 
 
 def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
-    """With an untrained target, whose weights torch's generator fixes. The stored curve was made by
-    this very test; with WRITE_CURVE=1 in the environment it makes it anew, after a change that is
-    meant to change the losses."""
+    """Compare the losses with the stored curve, for an untrained target network with seed 0.
+
+    After an intended change of the losses, run this test with WRITE_CURVE=1 in the environment to
+    store the new curve.
+    """
     source = load_images("digits", "train", 32, data_root)
     torch.manual_seed(0)
     network = models.build("resnet18_target", 32, 0, preset("digits", "target")["width"])
@@ -71,7 +71,7 @@ def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
     )
     files.save(tmp_path / "target.pt", "target", content)
     flags = ["--outer-steps", "20", "--log-every", "1", "--data-root", str(data_root)]
-    _, log = main(tmp_path, *flags, "--target-network", str(tmp_path / "target.pt"))
+    _, log = distil(tmp_path, *flags, "--target-network", str(tmp_path / "target.pt"))
     losses = [line["loss"] for line in log]
     if os.environ.get("WRITE_CURVE"):
         CURVE.write_text(json.dumps(losses, indent=1) + "\n")
@@ -79,28 +79,28 @@ def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_stopped_run_goes_on_to_the_very_same_set(toy, tmp_path, monkeypatch):
-    """Stopped once while the pool is made and once while the set is learned."""
+def test_stopped_run_resumes_to_the_same_set(toy, tmp_path, monkeypatch):
+    """Stop once while the pool is initialised and once while the set is learned."""
     toy = [
         *toy,
         "--outer-steps",
         "9",
         "--pool-steps",
         "4",
-    ]  # enough steps for members to start afresh
-    whole, log = main(tmp_path / "whole", *toy)
+    ]  # members are reinitialised
+    whole, log = distil(tmp_path / "whole", *toy)
 
     for at in (("initialise pool", 1), ("distil", 4)):
         with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-            patch.setattr(run.Run, "steps", stopping_at([at]))
-            main(tmp_path / "parts", *toy)
-    parts, log_of_parts = main(tmp_path / "parts", *toy)
+            patch.setattr(run.Run, "steps", make_stopping_steps([at]))
+            distil(tmp_path / "parts", *toy)
+    parts, log_of_parts = distil(tmp_path / "parts", *toy)
     assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)
     assert [line["loss"] for line in log_of_parts] == [line["loss"] for line in log]
     assert not list((tmp_path / "parts").rglob("checkpoint.pt"))
 
 
-def test_initial_set_is_random_real_images_with_the_targets_features(toy, roots, runs, tmp_path):
+def test_initial_set_is_random_real_images_with_target_features(toy, roots, runs, tmp_path):
     source = load_images("digits", "train", 32, roots[1])
     index = random_subset(source, 20, 0)
     assert len(set(index.tolist())) == 20 and not torch.equal(index, random_subset(source, 20, 1))
@@ -108,7 +108,7 @@ def test_initial_set_is_random_real_images_with_the_targets_features(toy, roots,
         runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
     )
     x = source.normalised(index, "cpu")
-    learned, _ = main(tmp_path, *toy, "--outer-lr", "1e-12")
+    learned, _ = distil(tmp_path, *toy, "--outer-lr", "1e-12")
     torch.testing.assert_close(learned.images, x, rtol=0, atol=1e-5)
     torch.testing.assert_close(learned.targets, target.features(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(
@@ -117,7 +117,7 @@ def test_initial_set_is_random_real_images_with_the_targets_features(toy, roots,
 
 
 def test_distillation_lowers_the_outer_loss(toy, tmp_path):
-    learned, log = main(
+    learned, log = distil(
         tmp_path, *toy, "--outer-steps", "60", "--outer-lr", "0.02", "--outer-batch", "256"
     )
     assert learned.meta["outer_loss_distilled"] < 0.8 * learned.meta["outer_loss_initial"]
@@ -137,12 +137,12 @@ def test_distillation_lowers_the_outer_loss(toy, tmp_path):
         "--random-images",
     ],
 )
-def test_each_departure_of_the_released_code_changes_the_result(toy, tmp_path, flag):
+def test_each_departure_changes_the_result(toy, tmp_path, flag):
     toy = [*toy, "--outer-steps", "12"]
-    usual, _ = main(tmp_path / "usual", *toy)
-    other, _ = main(tmp_path / "other", *toy, flag)
+    usual, _ = distil(tmp_path / "usual", *toy)
+    other, _ = distil(tmp_path / "other", *toy, flag)
     assert not torch.equal(usual.images, other.images)
-    if flag == "--raw-init":  # pixels stay pixels: nothing to undo
+    if flag == "--raw-init":  # the images are pixels already
         assert other.mean.tolist() == [0, 0, 0] and other.std.tolist() == [1, 1, 1]
         assert (other.images - other.pixels()).abs().mean() < 0.05
         torch.testing.assert_close(usual.pixels(), other.pixels(), rtol=0, atol=0.2)
@@ -161,7 +161,7 @@ def test_source_images_limits_the_run_to_a_subset(toy, roots, tmp_path, monkeypa
         return features
 
     monkeypatch.setattr(NetworkTarget, "features_of", spoiled)
-    learned, log = main(tmp_path, *toy, "--source-images", "100")
+    learned, log = distil(tmp_path, *toy, "--source-images", "100")
     assert learned.images.isfinite().all() and len(log) == 4
     assert {*learned.meta["initial"]} <= {*used.tolist()}
     assert learned.meta["deviations"]["distill.source_images"] == [100, 0]
@@ -172,11 +172,11 @@ def test_source_images_limits_the_run_to_a_subset(toy, roots, tmp_path, monkeypa
     assert not {*parts["other images"].tolist()} & {*used.tolist()}
     assert [len(part.unique()) for part in parts.values()] == [64, 64]
     with pytest.raises(UserError, match="digits has only 1437 images"):
-        main(tmp_path / "more", *toy, "--source-images", "2000")
+        distil(tmp_path / "more", *toy, "--source-images", "2000")
     with pytest.raises(UserError, match="fewer than --num-images 20"):
-        main(tmp_path / "fewer", *toy, "--source-images", "19")
+        distil(tmp_path / "fewer", *toy, "--source-images", "19")
     with pytest.raises(UserError, match="--reference excludes --source-images"):
-        main(tmp_path / "slow", *toy, "--source-images", "100", "--reference")
+        distil(tmp_path / "slow", *toy, "--source-images", "100", "--reference")
 
 
 def test_all_source_images_leave_no_others(data_root):
@@ -188,13 +188,13 @@ def test_all_source_images_leave_no_others(data_root):
     assert torch.equal(parts["source images"], held_out_subset(source, 64))
 
 
-def test_targets_may_start_at_random_under_another_name(toy, tmp_path):
+def test_random_targets_are_standard_normal_and_recorded(toy, tmp_path):
     flags = ["--random-targets", "--name", "variant", "--outer-lr", "1e-12"]
     distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, *flags])
     d = load_distilled(tmp_path / "digits" / "variant" / "seed0" / "distilled.pt")
     assert (
         abs(d.targets.mean()) < 0.1 and abs(d.targets.std() - 1) < 0.1
-    )  # N(0, 1); the target's features are positive
+    )  # N(0, 1), not positive features
     assert d.meta["method"] == "variant" and d.meta["deviations"]["distill.random_targets"] == [
         True,
         False,
@@ -204,7 +204,7 @@ def test_targets_may_start_at_random_under_another_name(toy, tmp_path):
     ] == [1, 30]
 
 
-def test_images_may_start_from_noise(toy, tmp_path):
+def test_random_images_start_from_noise(toy, tmp_path):
     flags = ["--random-images", "--name", "noise", "--outer-lr", "1e-12"]
     words = ["--source", "digits", "--run-root", str(tmp_path), *toy]
     distill.main([*words, *flags])
@@ -232,25 +232,25 @@ def test_noise_has_the_mean_and_covariance_of_the_source(data_root):
     assert (found - expected).abs().max() < 0.1 * expected.max()
     nearest = torch.cdist(noise[:100], x).min(1).values
     own = torch.cdist(x[:100], x).topk(2, largest=False).values[:, 1]
-    assert nearest.min() > own.median()  # no image of the source
+    assert nearest.min() > own.median()  # no copy of a real image
 
 
-def test_names_are_plain_words(toy, tmp_path):
+def test_names_must_be_plain_words(toy, tmp_path):
     for name in ("target", "../x"):
         with pytest.raises(UserError, match="plain word"):
             distill.main(["--source", "digits", "--run-root", str(tmp_path), *toy, "--name", name])
 
 
-def test_seeds_give_other_sets(toy, tmp_path):
-    first, _ = main(tmp_path / "a", *toy)
-    again, _ = main(tmp_path / "b", *toy)
+def test_seed_determines_the_set(toy, tmp_path):
+    first, _ = distil(tmp_path / "a", *toy)
+    again, _ = distil(tmp_path / "b", *toy)
     assert torch.equal(first.images, again.images)
     distill.main(["--source", "digits", "--run-root", str(tmp_path / "a"), *toy, "--seed", "1"])
     other = load_distilled(tmp_path / "a" / "digits" / "krr_st" / "seed1" / "distilled.pt")
     assert not torch.equal(first.images, other.images)
 
 
-def test_balanced_subset(data_root):
+def test_balanced_subset_has_the_same_number_per_class(data_root):
     source = load_images("digits", "train", 32, data_root)
     assert source.labels[balanced_subset(source, 30, 0)].bincount().tolist() == [3] * 10
     with pytest.raises(UserError, match="multiple"):

@@ -1,5 +1,4 @@
-"""Several processes on one run: the same mathematics as one, one writer, and an end and a
-resumption in order."""
+"""Runs in several processes: same results as in one, a single writer, clean stop and resume."""
 
 import hashlib
 import os
@@ -24,15 +23,15 @@ from distillers.pool import Member
 from models.barlow_twins import barlow_twins_loss
 from models.sync_batch_norm import synchronised
 from tests.conftest import DISTILL, ROOT, TARGET, command
-from tests.ranked import ranked
+from tests.ranks import run_ranks
 from utils import cli, distributed, files, run
 from utils.sampling import Batches, Randomness
 
 DIM, ROWS = 6, 10
 
 
-def joined(function, *args):
-    """In one of several processes: `function(*args)` between `initialise` and `shutdown`."""
+def run_initialised(function, *args):
+    """Run `function(*args)` between `initialise` and `shutdown`, in one of several processes."""
     distributed.initialise("cpu")
     try:
         return function(*args)
@@ -40,8 +39,8 @@ def joined(function, *args):
         distributed.shutdown()
 
 
-def twins():
-    """Two views (10, 3, 4, 4), a small network with both kinds of batch norm, in float64."""
+def make_twins():
+    """Return two views (10, 3, 4, 4) and a network with both kinds of batch norm (float64)."""
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -59,10 +58,13 @@ def twins():
     ], network
 
 
-def of_twins(rank=0, count=1):
-    """Loss, gradients and buffers after a Barlow Twins step on a part of the views; and a mean of
-    the outputs in eval mode, which asks no other rank."""
-    views, network = twins()
+def compute_twins_step(rank=0, count=1):
+    """Compute a Barlow Twins step on this rank's part of the views.
+
+    Returns the loss, the gradients, the buffers, the mean output in eval mode (which needs no other
+    rank), and whether all modules have their own `forward` again.
+    """
+    views, network = make_twins()
     weights = list(network.parameters())
     with synchronised(network):
         z1, z2 = (network(view.tensor_split(count)[rank]) for view in views)
@@ -72,14 +74,14 @@ def of_twins(rank=0, count=1):
     return loss.item(), [each.grad for each in weights], list(network.buffers()), own, whole
 
 
-def _twins():
-    return joined(lambda: of_twins(distributed.rank(), distributed.world_size()))
+def _compute_own_step():
+    return run_initialised(lambda: compute_twins_step(distributed.rank(), distributed.world_size()))
 
 
-def test_four_processes_have_equal_sets_and_their_speed_is_a_table(home, data_root, tmp_path):
+def test_four_processes_compute_equal_sets_and_measure_their_speed(home, data_root, tmp_path):
     words = [*DISTIL, "--pool-size", "4", "--data-root", data_root, "--run-root", home]
-    found, codes = ranked(4, tmp_path / "a", call, distill.main, words)
-    assert codes == [0] * 4, outputs(tmp_path / "a", 4)
+    found, codes = run_ranks(4, tmp_path / "a", run_command, distill.main, words)
+    assert codes == [0] * 4, read_outputs(tmp_path / "a", 4)
     assert len(found[0]) == 2 and found.count(found[0]) == 4
     words = [
         "--width",
@@ -93,21 +95,21 @@ def test_four_processes_have_equal_sets_and_their_speed_is_a_table(home, data_ro
         "--device",
         "cpu",
     ]
-    _, codes = ranked(4, tmp_path / "b", call, speed.main, words)
-    out, *others = outputs(tmp_path / "b", 4)
-    assert codes == [0] * 4 and not any(others[:3]), outputs(tmp_path / "b", 4)
+    _, codes = run_ranks(4, tmp_path / "b", run_command, speed.main, words)
+    out, *others = read_outputs(tmp_path / "b", 4)
+    assert codes == [0] * 4 and not any(others[:3]), read_outputs(tmp_path / "b", 4)
     assert "4 processes" in out and "| 4 processes, with exchange |" in out
-    # 10 images of 3 x 32 x 32 and 10 features of 512, four bytes each; in a ring of two each
-    # process sends all of it
+    # 10 images of 3 x 32 x 32 and 10 targets of 512, four bytes each. In a ring of two processes,
+    # each sends all of them.
     assert "exchanges 0.1 MB for the images and 0.0 MB" in out
     sent = 4 * 10 * (3 * 32 * 32 + 512) + 4
     assert f"| 2 | {sent / 1e6:.1f} | {1e3 * sent / 25e9:.3g} ms (" in out
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_barlow_twins_equals_one_process_with_the_whole_batch(count, tmp_path):
-    loss, gradients, buffers, _, _ = of_twins()
-    found, codes = ranked(count, tmp_path, _twins)
+def test_barlow_twins_in_several_processes_equals_one_process(count, tmp_path):
+    loss, gradients, buffers, _, _ = compute_twins_step()
+    found, codes = run_ranks(count, tmp_path, _compute_own_step)
     assert codes == [0] * count, (tmp_path / "err0").read_text()
     for rank, (theirs, their_gradients, their_buffers, own, whole) in enumerate(found):
         assert theirs == pytest.approx(loss, rel=1e-6) and whole
@@ -115,13 +117,13 @@ def test_barlow_twins_equals_one_process_with_the_whole_batch(count, tmp_path):
             torch.testing.assert_close(other, ours, rtol=1e-6, atol=1e-9)
         for ours, other in zip(buffers, their_buffers, strict=True):
             torch.testing.assert_close(other, ours, rtol=1e-7, atol=1e-9)
-        views, network = twins()
+        views, network = make_twins()
         for buffer, value in zip(network.buffers(), their_buffers, strict=True):
             buffer.copy_(value)
         assert own == pytest.approx(network.eval()(views[0][: rank + 1]).mean().item())
 
 
-def _gradient_of_a_mean():
+def _average_gradient():
     def work():
         weight = torch.tensor([1.0, 2.0], requires_grad=True)
         batches = Batches(7, 7, torch.Generator().manual_seed(0), shared=True)
@@ -134,11 +136,11 @@ def _gradient_of_a_mean():
         top = distributed.all_reduce_max(10 - distributed.rank())
         return index.tolist(), loss.item(), weight.grad.tolist(), start.tolist(), top
 
-    return joined(work)
+    return run_initialised(work)
 
 
-def test_uneven_parts_of_a_batch_weigh_by_their_images(tmp_path):
-    found, codes = ranked(3, tmp_path, _gradient_of_a_mean)
+def test_uneven_parts_of_a_batch_are_weighted_by_their_size(tmp_path):
+    found, codes = run_ranks(3, tmp_path, _average_gradient)
     assert codes == [0] * 3, (tmp_path / "err0").read_text()
     squares = sum(k * k for k in range(7)) / 7
     assert sorted(k for index, *_ in found for k in index) == [*range(7)]
@@ -148,14 +150,14 @@ def test_uneven_parts_of_a_batch_weigh_by_their_images(tmp_path):
         assert start == [[0, 0], [0, 0]] and top == 10
 
 
-def test_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
+def test_batch_smaller_than_the_number_of_processes_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     Batches(11, 4, torch.Generator(), drop_last=True, shared=True)
     with pytest.raises(run.UserError, match="3 images is too small for 4"):
         Batches(11, 4, torch.Generator(), shared=True)
 
 
-def test_parts_of_a_step_draw_differently_and_alike_in_each_run(monkeypatch):
+def test_random_draws_differ_between_ranks_and_are_reproducible(monkeypatch):
     def draws(rank):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", str(rank))
@@ -170,12 +172,11 @@ def test_parts_of_a_step_draw_differently_and_alike_in_each_run(monkeypatch):
     assert all(map(torch.equal, draws(1), second))
 
 
-# The real commands.
+# Commands
 
 
-def at_step(phase, number, action):
-    """Let `action()` happen in the loop of `phase` after `number` steps, and write a checkpoint
-    after each."""
+def insert_action(phase, number, action):
+    """Call `action()` after `number` steps of `phase`, and write a checkpoint after each step."""
     steps = run.Run.steps
     run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE, run.SYNC_SECONDS = 0, 1e9, 0
 
@@ -188,17 +189,19 @@ def at_step(phase, number, action):
     run.Run.steps = stepping
 
 
-def die():
+def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def be_stopped():
+def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def call(main, words, event=None, of_rank=None):
-    """In a process: the command, with `event` = (phase, step, action) in rank `of_rank`; the digest
-    of what it would have written last."""
+def run_command(main, words, event=None, of_rank=None):
+    """Run a command in this process and return digests of the set that it computes.
+
+    `event` = (phase, step, action) happens in rank `of_rank`.
+    """
     digests = []
     finish = run.Run.finish
 
@@ -213,12 +216,12 @@ def call(main, words, event=None, of_rank=None):
 
     run.Run.finish = finishing
     if event:
-        at_step(*event[:2], event[2] if distributed.rank() == of_rank else lambda: None)
+        insert_action(*event[:2], event[2] if distributed.rank() == of_rank else lambda: None)
     cli.run(main, [*map(str, words)])
     return digests
 
 
-def outputs(folder, count):
+def read_outputs(folder, count):
     return [
         (folder / f"{name}{rank}").read_text() for name in ("out", "err") for rank in range(count)
     ]
@@ -239,7 +242,7 @@ DISTIL = [
 
 @pytest.fixture
 def home(runs, tmp_path):
-    """A run root with the toy target in it."""
+    """Copy the toy target network to a new run root."""
     target = tmp_path / "runs" / "digits" / "target" / "seed0"
     target.mkdir(parents=True)
     for name in ("target.pt", "config.json"):
@@ -247,15 +250,17 @@ def home(runs, tmp_path):
     return tmp_path / "runs"
 
 
-def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_root, tmp_path):
+def test_ranks_compute_equal_sets_and_a_killed_run_resumes_to_the_same_set(
+    home, data_root, tmp_path
+):
     words = [*DISTIL, "--data-root", data_root, "--run-root"]
-    found, codes = ranked(2, tmp_path / "a", call, distill.main, [*words, home])
-    assert codes == [0, 0], outputs(tmp_path / "a", 2)
+    found, codes = run_ranks(2, tmp_path / "a", run_command, distill.main, [*words, home])
+    assert codes == [0, 0], read_outputs(tmp_path / "a", 2)
     assert len(found[0]) == 2 and found[0] == found[1]
     whole = home / "digits" / "krr_st" / "seed0"
     log = [line for line in run.read_log(whole) if line["phase"] == "distil"]
-    assert [line["step"] for line in log] == [*range(1, 21)]  # of one process alone
-    out, other_out, err, other_err = outputs(tmp_path / "a", 2)
+    assert [line["step"] for line in log] == [*range(1, 21)]  # written by one process
+    out, other_out, err, other_err = read_outputs(tmp_path / "a", 2)
     assert "wrote" in out and "distil" in err and not other_out and not other_err
     expected = files.load(whole / "distilled.pt", "distilled")
     assert expected["meta"]["deviations"]["ranks"] == [2, 1]
@@ -264,13 +269,15 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
     (alone / "digits").mkdir(parents=True)
     (alone / "digits" / "target").symlink_to(home / "digits" / "target")
     for which, event in (
-        (0, ("initialise pool", 1, die)),
-        (1, ("distil", 7, die)),
-        (1, ("distil", 12, be_stopped)),
+        (0, ("initialise pool", 1, kill)),
+        (1, ("distil", 7, kill)),
+        (1, ("distil", 12, stop)),
     ):
-        found, codes = ranked(2, tmp_path / "b", call, distill.main, [*words, alone], event, which)
-        text = outputs(tmp_path / "b", 2)
-        if event[2] is die:
+        found, codes = run_ranks(
+            2, tmp_path / "b", run_command, distill.main, [*words, alone], event, which
+        )
+        text = read_outputs(tmp_path / "b", 2)
+        if event[2] is kill:
             assert codes[which] == -signal.SIGKILL and codes[1 - which] == 2
             assert "another process of this job cannot be reached" in text[3 - which], text
         else:
@@ -280,7 +287,7 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
                 and not text[3]
             )
     assert "ranks: 2 stored, 1 now" in command("distill.py", *words, alone, check=False).stderr
-    found, codes = ranked(2, tmp_path / "c", call, distill.main, [*words, alone])
+    found, codes = run_ranks(2, tmp_path / "c", run_command, distill.main, [*words, alone])
     assert codes == [0, 0] and found[0] == found[1]
     resumed = files.load(alone / "digits" / "krr_st" / "seed0" / "distilled.pt", "distilled")
     for name in ("images", "targets"):
@@ -288,9 +295,9 @@ def test_sets_are_equal_on_all_ranks_and_a_killed_rank_costs_nothing(home, data_
     assert resumed["meta"] == expected["meta"]
 
 
-def _steps_taken(words):
-    """What each rank saw at each step, and the gradients that it took; and how often ranks talked
-    beside that."""
+def _record_steps(words):
+    """Run distill.py; return the inputs and gradients of each step, and the number of other
+    exchanges."""
     seen, outer_loss, average, most, talks = (
         [],
         distill.STEP.loss,
@@ -317,23 +324,21 @@ def _steps_taken(words):
 
     distill.STEP = distill.STEP._replace(loss=recording)
     distributed.all_reduce_mean, distributed.all_reduce_max = averaging, talking
-    call(distill.main, words)
+    run_command(distill.main, words)
     return [each for each in seen if len(each) == 3], len(talks)
 
 
-def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_and_batch(
-    home, data_root, tmp_path
-):
+def test_gradient_is_the_mean_over_ranks_with_own_members_and_batches(home, data_root, tmp_path):
     words = [*DISTIL, "--pool-size", "4", "--outer-steps", "6", "--steps-equal-samples"]
     words += ["--data-root", data_root, "--run-root", home]
-    found, codes = ranked(2, tmp_path / "a", _steps_taken, words)
-    assert codes == [0, 0], outputs(tmp_path / "a", 2)
+    found, codes = run_ranks(2, tmp_path / "a", _record_steps, words)
+    assert codes == [0, 0], read_outputs(tmp_path / "a", 2)
     found, talks = zip(*found, strict=True)
     assert talks == (
         5,
         5,
-    )  # how long to train the pool, then at the first and last step of both loops
-    assert len(found[0]) == len(found[1]) == 3  # 6 steps of one process
+    )  # length of the pool training, then first and last step of both loops
+    assert len(found[0]) == len(found[1]) == 3  # as many samples as 6 steps of one process
     args = SimpleNamespace(ridge=1e-6, ridge_per_image=False, bias_column=True, chunk=0)
     for one, two in zip(*found, strict=True):
         assert not torch.equal(one[1][0], two[1][0]) and all(
@@ -355,7 +360,7 @@ def test_gradient_is_the_mean_of_single_ones_and_each_rank_has_its_own_member_an
         assert all(map(torch.equal, one[2], two[2]))
 
 
-def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(
+def test_pretraining_in_two_processes_equals_one_and_resumes_with_another_number(
     distilled, data_root, tmp_path
 ):
     words = [
@@ -376,21 +381,23 @@ def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(
         places[name].parent.mkdir()
         places[name].write_bytes(distilled.read_bytes())
     pretrain.main([*words, str(places["one"])])
-    _, codes = ranked(2, tmp_path / "a", call, pretrain.main, [*words, places["two"]])
-    assert codes == [0, 0], outputs(tmp_path / "a", 2)
-    event = ("pre-train", 5, be_stopped)
-    _, codes = ranked(2, tmp_path / "b", call, pretrain.main, [*words, places["mixed"]], event, 0)
+    _, codes = run_ranks(2, tmp_path / "a", run_command, pretrain.main, [*words, places["two"]])
+    assert codes == [0, 0], read_outputs(tmp_path / "a", 2)
+    event = ("pre-train", 5, stop)
+    _, codes = run_ranks(
+        2, tmp_path / "b", run_command, pretrain.main, [*words, places["mixed"]], event, 0
+    )
     assert codes == [130, 130]
-    _, codes = ranked(
+    _, codes = run_ranks(
         3,
         tmp_path / "c",
-        call,
+        run_command,
         pretrain.main,
         [*words, places["mixed"]],
-        ("pre-train", 9, be_stopped),
+        ("pre-train", 9, stop),
         2,
     )
-    assert codes == [130] * 3, outputs(tmp_path / "c", 3)
+    assert codes == [130] * 3, read_outputs(tmp_path / "c", 3)
     pretrain.main([*words, str(places["mixed"])])
     model = "convnet3-x0.125/seed0/model.pt"
     one, *others = (
@@ -402,7 +409,7 @@ def test_pre_training_by_two_equals_one_and_either_goes_on_from_the_other(
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, data_root, tmp_path):
+def test_other_stages_write_their_result_once(weights, distilled, data_root, tmp_path):
     roots = ["--data-root", data_root, "--run-root", tmp_path]
     (tmp_path / "model.pt").write_bytes(weights.read_bytes())
     teacher = tmp_path / "scratch/convnet3-x0.125_32px/digits_full_seed0/model.pt"
@@ -445,15 +452,15 @@ def test_every_other_stage_runs_and_writes_its_result_once(weights, distilled, d
             ),
         )
     ):
-        _, codes = ranked(2, tmp_path / str(number), call, main, [*words, *roots])
-        assert codes == [0, 0], outputs(tmp_path / str(number), 2)
+        _, codes = run_ranks(2, tmp_path / str(number), run_command, main, [*words, *roots])
+        assert codes == [0, 0], read_outputs(tmp_path / str(number), 2)
     assert "already in results.jsonl" in (tmp_path / "3" / "out0").read_text()
     assert files.load(tmp_path / "digits/target/seed0/target.pt", "target")["quality"]["knn"] > 20
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
     assert len((teacher.parent.parent / "results.jsonl").read_text().splitlines()) == 1
 
 
-def test_torchrun_with_one_process_is_the_ordinary_run(home, data_root, distilled, tmp_path):
+def test_torchrun_with_one_process_equals_a_run_without_it(home, data_root, distilled, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     words = [
         "distill.py",
@@ -487,7 +494,9 @@ def test_torchrun_with_one_process_is_the_ordinary_run(home, data_root, distille
     )
 
 
-def test_bad_command_line_is_said_once_and_other_programs_refuse(monkeypatch, capsys):
+def test_bad_command_line_is_reported_once_and_other_commands_exit_with_an_error(
+    monkeypatch, capsys
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
@@ -505,7 +514,7 @@ def test_bad_command_line_is_said_once_and_other_programs_refuse(monkeypatch, ca
         assert "(rank 1): error: runs in one process, not under torchrun" in capsys.readouterr().err
 
 
-def test_bar_is_of_the_first_rank_and_of_none_where_the_environment_says_so():
+def test_first_rank_shows_progress_bar_unless_disabled():
     code = "from utils import progress; list(progress.bar(range(3), desc='steps'))"
     shown = [
         subprocess.run(

@@ -1,4 +1,4 @@
-"""Targets made elsewhere: encoders of each kind, features from a file, and what is refused."""
+"""Encoders of each kind, features from a file, and errors for unsuitable ones."""
 
 import argparse
 import hashlib
@@ -25,7 +25,7 @@ from models.encoders import load_encoder
 from models.features import project, read_features, reduce_features
 from models.saved import load_matching
 from models.target import load_target
-from tests.conftest import DISTILL, command, stopping_at
+from tests.conftest import DISTILL, command, make_stopping_steps
 from utils import cli, files, run
 from utils.errors import UserError
 
@@ -89,7 +89,7 @@ def encoder_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Class folders of 60 images of 40 x 48 pixels, whose classes are colours."""
+    """Write class folders with 60 images of 40 x 48 pixels. The classes are colours."""
     top = tmp_path_factory.mktemp("photos") / "photos"
     generator = np.random.default_rng(0)
     for name, colour in (("blue", (0, 0, 120)), ("red", (120, 0, 0))):
@@ -118,13 +118,13 @@ def flags(tmp_path_factory, photos):
 
 @pytest.fixture(scope="module")
 def target_path(flags, encoder_file, photos):
-    """target.pt of the photographs under `Tiny`, three principal components kept."""
+    """Compute the features of the photos by `Tiny`, keep three components, return target.pt."""
     pretrain_target.main([*flags, "--encoder", f"{encoder_file}:Tiny", "--pca", "3"])
-    [path] = files_below(flags, "target.pt")
+    [path] = find_files(flags, "target.pt")
     return path
 
 
-def files_below(flags, name):
+def find_files(flags, name):
     return sorted(Path(flags[-1]).rglob(name))
 
 
@@ -133,20 +133,19 @@ def source(flags, photos):
     return load_images(str(photos), "train", 32, flags[flags.index("--data-root") + 1])
 
 
-def tiny(encoder_file):
+def load_tiny(encoder_file):
     return load_encoder(f"{encoder_file}:Tiny", CPU)
 
 
-def test_features_are_those_of_the_raw_images_at_the_encoders_size(
+def test_features_are_those_of_the_raw_images_at_the_encoder_size(
     target_path, encoder_file, photos, source
 ):
-    """Decoded at 24 px from the 40 x 48 files, not from the 32-px copies; then centred and
-    projected."""
+    """Compare with features of the raw files decoded at 24 px, centred and projected."""
     paths = sorted((photos / "train").rglob("*.png"))
     pixels = (
         torch.from_numpy(np.stack([decode(path, 24) for path in paths])).permute(0, 3, 1, 2) / 255
     )
-    encoded = tiny(encoder_file)(pixels).double()
+    encoded = load_tiny(encoder_file)(pixels).double()
     centred = encoded - encoded.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     saved = files.load(target_path, "target")
@@ -158,7 +157,7 @@ def test_features_are_those_of_the_raw_images_at_the_encoders_size(
     expected = centred @ directions[:3].T
     torch.testing.assert_close(
         table.abs(), expected.abs(), rtol=1e-3, atol=1e-5
-    )  # directions have no sign
+    )  # the sign of a component is arbitrary
     again = (
         saved["components"]["mean"].double() + table @ saved["components"]["components"].double()
     )
@@ -166,11 +165,11 @@ def test_features_are_those_of_the_raw_images_at_the_encoders_size(
     torch.testing.assert_close(error, values[3:].square().sum(), rtol=1e-3, atol=1e-6)
 
 
-def test_what_is_kept_of_the_encoder(target_path, encoder_file):
+def test_target_records_the_encoder(target_path, encoder_file):
     encoder = files.load(target_path, "target")["encoder"]
     assert encoder["name"] == "tiny.py:Tiny" and encoder["image_size"] == 24 and encoder["from_raw"]
     assert encoder["version"].endswith(hashlib.sha256(ENCODER.encode()).hexdigest()[:12])
-    module, sha = tiny(encoder_file).module, hashlib.sha256()
+    module, sha = load_tiny(encoder_file).module, hashlib.sha256()
     for name in ("conv.bias", "conv.weight"):
         value = module.state_dict()[name]
         sha.update(f"{name} {tuple(value.shape)} torch.float32\0".encode())
@@ -178,17 +177,17 @@ def test_what_is_kept_of_the_encoder(target_path, encoder_file):
     assert encoder["weights"] == sha.hexdigest()
 
 
-def test_the_encoder_serves_images_that_are_not_in_the_source(target_path, encoder_file, source):
+def test_encoder_computes_features_of_new_images(target_path, encoder_file, source):
     target = load_target(target_path, source, CPU, "fp32")
     index = torch.tensor([3, 41])
     x = source.normalised(index, CPU)
     components = files.load(target_path, "target")["components"]
-    encoded = tiny(encoder_file)(resize(source.raw(index, CPU), 24))
+    encoded = load_tiny(encoder_file)(resize(source.raw(index, CPU), 24))
     expected = (encoded - components["mean"]) @ components["components"].T
     torch.testing.assert_close(target.features(x), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_changed_encoder_is_refused_for_new_images(target_path, encoder_file, source):
+def test_changed_encoder_is_an_error_for_new_images(target_path, encoder_file, source):
     target = load_target(target_path, source, CPU, "fp32")
     encoder_file.write_text(ENCODER.replace("manual_seed(3)", "manual_seed(4)"))
     try:
@@ -198,31 +197,31 @@ def test_changed_encoder_is_refused_for_new_images(target_path, encoder_file, so
         encoder_file.write_text(ENCODER)
 
 
-def run_of(folder, flags, *more):
-    """The flags with another run root."""
+def replace_run_root(folder, flags, *more):
+    """Return the flags with another run root."""
     return [*flags[:-1], str(folder), *more]
 
 
-def test_features_from_a_file_equal_those_of_the_encoder(
+def test_features_from_a_file_give_the_same_set_as_the_encoder(
     flags, encoder_file, photos, source, tmp_path
 ):
-    """The whole way: the same table, and the same distilled set to the last bit."""
+    """Compare the targets and the distilled sets. Those of both file formats are bit-identical."""
     safetensors = pytest.importorskip("safetensors.torch")
     paths = sorted((photos / "train").rglob("*.png"))
     pixels = (
         torch.from_numpy(np.stack([decode(path, 24) for path in paths])).permute(0, 3, 1, 2) / 255
     )
-    encoded = tiny(encoder_file)(pixels)
+    encoded = load_tiny(encoder_file)(pixels)
     np.save(tmp_path / "f.npy", encoded.numpy())
     safetensors.save_file({"features": encoded}, str(tmp_path / "f.safetensors"))
     sets = []
     for name in ("encoder", "npy", "safetensors"):
         given = ["--features", str(tmp_path / f"f.{name}")]
         given = ["--encoder", f"{encoder_file}:Tiny"] if name == "encoder" else given
-        here = run_of(tmp_path / name, flags)
+        here = replace_run_root(tmp_path / name, flags)
         pretrain_target.main([*here, *given, "--pca", "5"])
         distill.main([*here, *DISTILL])
-        [path] = files_below(here, "distilled.pt")
+        [path] = find_files(here, "distilled.pt")
         sets.append(load_distilled(path))
     for other in sets[1:]:
         torch.testing.assert_close(other.targets, sets[0].targets, rtol=1e-4, atol=1e-5)
@@ -253,7 +252,7 @@ def test_damaged_files_have_no_row(photos, encoder_file, tmp_path):
     assert originals.from_raw and grey == [i for i in range(120) if i != 7]
 
 
-def test_prepared_images_are_enlarged_where_the_raw_ones_are_gone(tmp_path, capsys):
+def test_prepared_images_are_enlarged_without_the_raw_ones(tmp_path, capsys):
     top = tmp_path / "data" / "pets" / "train"
     top.mkdir(parents=True)
     Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)).save(top / "a.png")
@@ -265,20 +264,18 @@ def test_prepared_images_are_enlarged_where_the_raw_ones_are_gone(tmp_path, caps
     torch.testing.assert_close(pixels, resize(source.raw(torch.tensor([0]), CPU), 48))
 
 
-def test_stopped_and_killed_it_resumes_to_the_same_bytes(
-    flags, encoder_file, tmp_path, monkeypatch
-):
+def test_interrupted_features_resume_to_the_same_bytes(flags, encoder_file, tmp_path, monkeypatch):
     monkeypatch.setattr("models.features.BATCH", 16)
     given = ["--encoder", f"{encoder_file}:Tiny", "--pca", "0"]
-    pretrain_target.main([*run_of(tmp_path / "whole", flags), *given])
-    parts = [*run_of(tmp_path / "parts", flags), *given]
+    pretrain_target.main([*replace_run_root(tmp_path / "whole", flags), *given])
+    parts = [*replace_run_root(tmp_path / "parts", flags), *given]
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping_at([("features", 1)]))
+        patch.setattr(run.Run, "steps", make_stopping_steps([("features", 1)]))
         pretrain_target.main(parts)
     with (
         monkeypatch.context() as patch,
         pytest.raises(KeyboardInterrupt),
-    ):  # ends without a checkpoint, as a kill does
+    ):  # no checkpoint, as after a kill
         write = pretrain_target.FeatureTable.write
 
         def killed(self, start, features):
@@ -289,26 +286,26 @@ def test_stopped_and_killed_it_resumes_to_the_same_bytes(
         pretrain_target.main(parts)
     pretrain_target.main(parts)
     whole, again = (
-        files_below([str(tmp_path / name)], "features.npy") for name in ("whole", "parts")
+        find_files([str(tmp_path / name)], "features.npy") for name in ("whole", "parts")
     )
-    assert whole[0].read_bytes() == again[0].read_bytes() and not files_below(
+    assert whole[0].read_bytes() == again[0].read_bytes() and not find_files(
         [str(tmp_path)], "encoded.npy"
     )
 
 
-def test_every_later_stage_takes_such_a_target(target_path, flags, source):
+def test_later_stages_accept_the_features_of_an_encoder(target_path, flags, source):
     target = load_target(target_path, source, CPU, "fp32")
     method.main(random_features.METHOD, [*flags, "--num-images", "20"])
     method.main(kmeans.METHOD, [*flags, "--num-images", "20"])
     distill.main([*flags, *DISTILL, "--augment-outer"])
-    found = {path.parts[-3]: load_distilled(path) for path in files_below(flags, "distilled.pt")}
+    found = {path.parts[-3]: load_distilled(path) for path in find_files(flags, "distilled.pt")}
     chosen = torch.tensor(found["random_features"].meta["initial"])
     assert torch.equal(found["random_features"].targets, target.features_of(source)[chosen])
     assert found["krr_st"].meta["deviations"]["target.encoder"][0] == "encoder tiny.py:Tiny"
     pretrain.main([*flags, "--width", "0.125", "--steps", "2"])
-    [model] = files_below(flags, "model.pt")
+    [model] = find_files(flags, "model.pt")
     assert files.load(model, "model")["num_outputs"] == 3
-    [krr_st] = [path for path in files_below(flags, "distilled.pt") if "krr_st" in path.parts]
+    [krr_st] = [path for path in find_files(flags, "distilled.pt") if "krr_st" in path.parts]
     fid.main(
         [
             "--distilled",
@@ -322,13 +319,13 @@ def test_every_later_stage_takes_such_a_target(target_path, flags, source):
     )
     [line] = [
         text
-        for path in files_below(flags, "results.jsonl")
+        for path in find_files(flags, "results.jsonl")
         for text in path.read_text().splitlines()
     ]
     assert '"network": "encoder tiny.py:Tiny' in line
 
 
-def test_features_of_test_images_are_those_of_their_raw_images(
+def test_features_of_test_images_are_those_of_the_raw_images(
     target_path, flags, photos, encoder_file, source
 ):
     target = load_target(target_path, source, CPU, "fp32")
@@ -336,27 +333,26 @@ def test_features_of_test_images_are_those_of_their_raw_images(
     stored = target.test_features(source, load_images(flags[1], "test", 32, root), root)
     paths = [photos / "test" / name / "0.png" for name in ("blue", "red")]
     pixels = np.stack([decode(path, 24) for path in paths])
-    features = tiny(encoder_file)(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).double()
+    features = load_tiny(encoder_file)(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).double()
     kept = {name: value.double() for name, value in target.components.items()}
     expected = (features - kept["mean"]) @ kept["components"].T
     torch.testing.assert_close(stored.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_features_without_an_encoder_serve_no_new_images(flags, tmp_path, source, refused_by):
+def test_features_from_a_file_cannot_serve_new_images(flags, tmp_path, source, get_error):
     np.save(tmp_path / "f.npy", np.random.default_rng(0).normal(size=(60, 4)))
-    here = run_of(tmp_path / "runs", flags)
+    here = replace_run_root(tmp_path / "runs", flags)
     pretrain_target.main([*here, "--features", str(tmp_path / "f.npy")])
-    line = refused_by(distill, *here, *DISTILL, "--augment-outer")
+    line = get_error(distill, *here, *DISTILL, "--augment-outer")
     assert "there is no network for new images" in line
-    assert "--reference needs a target network, not" in refused_by(
+    assert "--reference needs a target network, not" in get_error(
         distill, *here, *DISTILL, "--reference"
     )
 
 
 @pytest.fixture
-def refused_by(capsys):
-    """Call a script's main as its command line would; the one line that it prints before exit code
-    2."""
+def get_error(capsys):
+    """Return a function that runs a script which must fail, and returns its one-line error."""
 
     def call(script, *flags):
         capsys.readouterr()
@@ -397,8 +393,8 @@ def refused_by(capsys):
         ("{file}:Tiny --features f.npy", "not allowed with argument --encoder"),
     ],
 )
-def test_encoders_that_cannot_be_used(
-    refused_by, flags, encoder_file, tmp_path, monkeypatch, what, message
+def test_unsuitable_encoders_are_errors(
+    get_error, flags, encoder_file, tmp_path, monkeypatch, what, message
 ):
     if "squeezenet" in what:
         monkeypatch.setattr(
@@ -407,17 +403,17 @@ def test_encoders_that_cannot_be_used(
             lambda name, weights: torchvision.models.squeezenet1_0(),
         )
     words = what.format(file=encoder_file).split()
-    line = refused_by(pretrain_target, *run_of(tmp_path, flags), "--encoder", *words)
+    line = get_error(pretrain_target, *replace_run_root(tmp_path, flags), "--encoder", *words)
     assert message in line and not (tmp_path / "photos").exists()
 
 
-def test_download_that_fails_says_what_to_give(refused_by, flags, tmp_path, monkeypatch):
+def test_failed_download_error_names_the_alternative(get_error, flags, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("network is unreachable")
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
-    line = refused_by(
-        pretrain_target, *run_of(tmp_path, flags), "--encoder", "torchvision:resnet18"
+    line = get_error(
+        pretrain_target, *replace_run_root(tmp_path, flags), "--encoder", "torchvision:resnet18"
     )
     assert "network is unreachable" in line and "--weights" in line
 
@@ -434,16 +430,18 @@ def test_download_that_fails_says_what_to_give(refused_by, flags, tmp_path, monk
         (None, "no such file"),
     ],
 )
-def test_feature_files_that_do_not_fit(refused_by, flags, tmp_path, array, message):
+def test_unsuitable_feature_files_are_errors(get_error, flags, tmp_path, array, message):
     path = tmp_path / "f.npy"
     if isinstance(array, bytes):
         path.write_bytes(array)
     elif array is not None:
         np.save(path, array)
-    assert message in refused_by(pretrain_target, *run_of(tmp_path, flags), "--features", path)
+    assert message in get_error(
+        pretrain_target, *replace_run_root(tmp_path, flags), "--features", path
+    )
 
 
-def test_safetensors_files_that_do_not_fit(tmp_path):
+def test_unsuitable_safetensors_files_are_errors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(
         {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, str(tmp_path / "two.safetensors")
@@ -455,18 +453,18 @@ def test_safetensors_files_that_do_not_fit(tmp_path):
         read_features(tmp_path / "bad.safetensors", 3)
 
 
-def test_missing_packages_say_what_to_install(refused_by, flags, tmp_path, monkeypatch):
+def test_missing_package_error_says_what_to_install(get_error, flags, tmp_path, monkeypatch):
     for package in ("timm", "safetensors"):
         monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "f.safetensors").write_bytes(b"")
-    here = run_of(tmp_path, flags)
-    assert "pip install timm" in refused_by(pretrain_target, *here, "--encoder", "timm:resnet18")
-    line = refused_by(pretrain_target, *here, "--features", tmp_path / "f.safetensors")
+    here = replace_run_root(tmp_path, flags)
+    assert "pip install timm" in get_error(pretrain_target, *here, "--encoder", "timm:resnet18")
+    line = get_error(pretrain_target, *here, "--features", tmp_path / "f.safetensors")
     assert "pip install safetensors" in line
 
 
-def test_torchvision_with_weights_from_a_file(tmp_path):
-    """The features before the classifier, of inputs normalised as the default weights ask for."""
+def test_torchvision_encoder_loads_weights_from_a_file(tmp_path):
+    """Compare with the features before the classifier, of inputs normalised for the weights."""
     torch.manual_seed(0)
     network = torchvision.models.resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
@@ -486,7 +484,7 @@ def test_torchvision_with_weights_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "name", ["vit_b_16", "convnext_tiny", "mobilenet_v3_small", "swin_t", "vgg11"]
 )
-def test_torchvision_networks_lose_their_classifier_only(name, monkeypatch):
+def test_torchvision_networks_lose_only_their_classifier(name, monkeypatch):
     get_model = torchvision.models.get_model
     monkeypatch.setattr(
         torchvision.models, "get_model", lambda name, weights: get_model(name, weights=None)
@@ -496,7 +494,7 @@ def test_torchvision_networks_lose_their_classifier_only(name, monkeypatch):
     assert encoder(torch.rand(1, 3, 224, 224)).shape == (1, widths[name])
 
 
-def test_timm_with_weights_from_a_file(tmp_path):
+def test_timm_encoder_loads_weights_from_a_file(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
@@ -511,7 +509,7 @@ def test_timm_with_weights_from_a_file(tmp_path):
         load_encoder("timm:vit_none", CPU)
 
 
-def test_hub_with_a_local_repository(tmp_path):
+def test_hub_encoder_is_loaded_from_a_local_repository(tmp_path):
     (tmp_path / "hubconf.py").write_text(
         "import torch\n\n\ndef mean_colour(pretrained=True):\n"
         "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
@@ -525,7 +523,7 @@ def test_hub_with_a_local_repository(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder.", "model.backbone."])
-def test_checkpoints_of_other_software_fit_our_target_network(prefix, tmp_path, capsys):
+def test_checkpoints_of_other_libraries_load_into_our_target_network(prefix, tmp_path, capsys):
     torch.manual_seed(0)
     theirs = build("resnet18_target", 32, 0, 0.125).features
     state = {prefix + name: value for name, value in theirs.state_dict().items()}
@@ -550,7 +548,7 @@ def test_checkpoints_of_other_software_fit_our_target_network(prefix, tmp_path, 
         load_matching(ours, tmp_path / "c.ckpt")
 
 
-def test_no_reduction_where_there_is_nothing_to_reduce(tmp_path):
+def test_no_reduction_to_as_many_dimensions_or_more(tmp_path):
     array = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     for count in (0, 4, 9):
         components, facts = reduce_features(array, tmp_path / "f.npy", count)
@@ -560,22 +558,21 @@ def test_no_reduction_where_there_is_nothing_to_reduce(tmp_path):
     assert project(x, None, None) is x
 
 
-def checked(source, features):
+def measure_quality(source, features):
     return quality.feature_quality(source, lambda index: features[index], "convnet3", 0.125, CPU)
 
 
-def test_check_of_the_target_against_an_untrained_student(source, capsys):
-    """Features that are the labels are better than any student's; noise is not, and a warning says
-    so."""
+def test_target_no_better_than_an_untrained_student_gives_a_warning(source, capsys):
+    """Check one-hot labels, which are better than an untrained student, and noise, which is not."""
     good = torch.nn.functional.one_hot(source.labels).float()
-    found = checked(source, good)
+    found = measure_quality(source, good)
     assert (
         found["linear"] == found["knn"] == 100.0
         and found["n"] == 30
         and found["student"] == "convnet3-x0.125"
     )
     noise = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
-    bad = checked(source, noise)
+    bad = measure_quality(source, noise)
     assert not quality.is_better(bad) and bad["untrained"] == found["untrained"]
     quality.print_quality(bad)
     assert "distilling this target cannot help" in capsys.readouterr().err
@@ -583,10 +580,10 @@ def test_check_of_the_target_against_an_untrained_student(source, capsys):
     assert quality.is_better(better | dict(n=1000)) and not quality.is_better(better | dict(n=100))
 
 
-def test_check_leaves_torchs_generator_and_needs_labels(source):
+def test_quality_check_needs_labels_and_keeps_the_state_of_the_generator(source):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    checked(source, torch.rand(60, 2, generator=torch.Generator().manual_seed(0)))
+    measure_quality(source, torch.rand(60, 2, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(torch.get_rng_state(), before)
     unlabelled = argparse.Namespace(labels=None)
     assert quality.feature_quality(unlabelled, None, "convnet3", 1.0, CPU) is None

@@ -1,7 +1,6 @@
-"""The descriptions of tables: each command that follows from one is accepted by its program."""
+"""The commands of each table: every command is accepted by its parser."""
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -27,23 +26,22 @@ SCRIPTS = sorted(
 MORE = ["--oracle", "--probes", "--head"]
 
 
-def listed(*argv):
-    """The commands of a table, as their words after `python`."""
+def list_commands(*argv):
+    """Return the commands of a table, each as the words after `python`."""
     return [task.words for task in make_plan([*map(str, argv)])[1].tasks]
 
 
-def value(words, flag):
+def get_value(words, flag):
     return words[words.index(flag) + 1]
 
 
 def parse(words, monkeypatch):
-    """What the command's own parser makes of it."""
-    made = value(words, "--distilled") if "--distilled" in words else ""
+    """Parse a command with its own parser and return the arguments."""
+    made = get_value(words, "--distilled") if "--distilled" in words else ""
     reduced = made.startswith(("runs/quick/", "runs/departures/"))
     name = f"quick-{made.split('/')[2]}" if reduced else [*made.split("/"), ""][1]
     folder = Path(made).parts[-3] if "/" in made else ""
-    of_gpu = folder.startswith(("cpu_", "cuda_"))  # sets of benchmarks/gpu.sh
-    kind = "class" if not folder else "feature" if of_gpu else registry.targets_of(folder)
+    kind = registry.targets_of(folder) if folder else "class"
     stand_in = SimpleNamespace(meta=dict(preset=name), target_kind=kind)
     monkeypatch.setattr("pretrain.load_distilled", lambda path: stand_in)
     if words[0] == "-m" and words[1] == "distillers":
@@ -57,8 +55,8 @@ def parse(words, monkeypatch):
     return importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:])
 
 
-def without_seeds(words):
-    """Commands that are alike for a parser."""
+def remove_seeds(words):
+    """Return the words that matter to the parser."""
     return tuple(
         word
         for before, word in zip(["", *words], words, strict=False)
@@ -71,15 +69,15 @@ def without_seeds(words):
 def test_each_command_is_accepted_by_its_parser(name, quick, monkeypatch):
     if quick and not TABLES[name].quick:
         return
-    commands = listed(name, "--seeds", 0, *quick)
+    commands = list_commands(name, "--seeds", 0, *quick)
     if any(protocol.name == "full" for protocol in TABLES[name].protocols):
-        commands += listed(name, "--seeds", 0, *quick, "--datasets", "cars", *MORE)
+        commands += list_commands(name, "--seeds", 0, *quick, "--datasets", "cars", *MORE)
     assert len(commands) > 5
-    for words in {without_seeds(words): words for words in commands}.values():
+    for words in {remove_seeds(words): words for words in commands}.values():
         parse(words, monkeypatch)
 
 
-def test_each_table_has_a_script_that_hands_on_its_flags(tmp_path):
+def test_each_table_has_a_script_that_passes_its_flags(tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
     stand_in.chmod(0o755)
@@ -100,7 +98,7 @@ def test_each_table_has_a_script_that_hands_on_its_flags(tmp_path):
     assert tables == {*TABLES}
 
 
-def test_one_script_lists_its_commands():
+def test_dry_run_of_a_script_lists_its_commands():
     done = subprocess.run(
         ["bash", "scripts/run_departures.sh", "--dry-run", "--seeds", "1"],
         cwd=ROOT,
@@ -110,19 +108,19 @@ def test_one_script_lists_its_commands():
         check=True,
     )
     *shown, last = done.stdout.splitlines()
-    assert len(shown) == len(listed("departures", "--seeds", 1)) and last.startswith("0 of ")
+    assert len(shown) == len(list_commands("departures", "--seeds", 1)) and last.startswith("0 of ")
     assert shown[0] == (
         "missing python -m data.prepare tinyimagenet --size 32 --partial --data-root datasets"
     )
     assert shown[-1] == "always  python -m analysis.compare departures runs/departures"
 
 
-def test_what_the_paper_lacks_comes_with_one_flag_each(monkeypatch):
+def test_oracle_probes_and_head_add_commands(monkeypatch):
     flags = ["--seeds", "0 1", "--datasets", "cars", "--methods", "scratch", "random", "krr_st"]
-    usual = listed("table2", *flags)
+    usual = list_commands("table2", *flags)
 
     def more(flag):
-        commands = listed("table2", *flags, flag)
+        commands = list_commands("table2", *flags, flag)
         assert all(words in commands for words in usual)
         assert all(parse(words, monkeypatch) for words in commands)
         return [" ".join(words) for words in commands if words not in usual]
@@ -142,41 +140,41 @@ def test_what_the_paper_lacks_comes_with_one_flag_each(monkeypatch):
     assert len(head) == 2
     assert all("/random/" in each and "--dataset tinyimagenet" in each for each in head)
     with pytest.raises(UserError, match="--oracle --probes --head: nothing to add to table4"):
-        listed("table4", *MORE)
+        list_commands("table4", *MORE)
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table3", "imagenette", "departures"])
-def test_folders_that_commands_name_are_those_that_will_be_made(name, monkeypatch):
+def test_commands_read_the_files_that_earlier_commands_write(name, monkeypatch):
     quick = ["--quick"] if TABLES[name].quick else []
     methods = [each for each in ("scratch", "random", "krr_st") if each in TABLES[name].methods]
-    commands = listed(name, *quick, "--seeds", 0, "--methods", *methods, "--oracle")
-    named = {Path(value(words, "--weights")) for words in commands if words[0] == "finetune.py"}
+    commands = list_commands(name, *quick, "--seeds", 0, "--methods", *methods, "--oracle")
+    named = {Path(get_value(words, "--weights")) for words in commands if words[0] == "finetune.py"}
     made = set()
     for words in commands:
         if words[0] == "pretrain.py":
             args, _ = parse(words, monkeypatch)
-            home = Path(value(words, "--run-root")) / TABLES[name].sources[0].name
+            home = Path(get_value(words, "--run-root")) / TABLES[name].sources[0].name
             home = args.distilled.parent if args.distilled else home / args.name / "seed0"
             folder = home / models.label(args.arch, args.width) / f"seed{args.seed}"
             made.add(folder / "model.pt")
     assert named - {Path("none")} == made and named
 
 
-def test_presets_change_only_settings_that_there_are():
+def test_presets_change_existing_settings_only():
     for name, changes in PRESETS.items():
         for stage, values in changes.items():
             if stage in STAGES:
                 assert values.keys() <= STAGES[stage].keys(), (name, stage)
 
 
-def test_flags_narrow_and_bad_ones_are_refused(capsys):
+def test_flags_select_commands_and_bad_flags_are_errors(capsys):
     flags = ["--methods", "scratch krr_st", "--datasets", "cars", "--seeds", 4]
-    commands = listed("table2", *flags)
+    commands = list_commands("table2", *flags)
     tuned = [words for words in commands if words[0] == "finetune.py"]
-    assert len(tuned) == 2 and all(value(words, "--dataset") == "cars" for words in tuned)
+    assert len(tuned) == 2 and all(get_value(words, "--dataset") == "cars" for words in tuned)
     assert sum(words[0] == "pretrain.py" for words in commands) == 1
     assert ["-m", "distillers"] not in [words[:2] for words in commands]
-    commands = listed("table1", "--methods", "random", "--", "--device", "cuda")
+    commands = list_commands("table1", "--methods", "random", "--", "--device", "cuda")
     assert all(words[-2:] == ["--device", "cuda"] for words in commands if words[0] != "-m")
     for flags, word in (
         (["--methods", "magic"], "--methods magic: not one of scratch"),
@@ -184,9 +182,9 @@ def test_flags_narrow_and_bad_ones_are_refused(capsys):
         (["--sources", "cifar10"], "--sources cifar10: not one of cifar100"),
     ):
         with pytest.raises(UserError, match=word):
-            listed("table1", *flags)
+            list_commands("table1", *flags)
     with pytest.raises(UserError, match="--distill-seeds"):
-        listed("departures", "--distill-seeds", 1)
+        list_commands("departures", "--distill-seeds", 1)
     for words, message in (
         (["table1", "--colour"], "--colour"),
         (["table1", "--jobs", "0"], "must be at least 1"),
@@ -205,19 +203,21 @@ def test_flags_narrow_and_bad_ones_are_refused(capsys):
     )
 
 
-def test_quick_ablations_take_any_source_with_a_quick_preset(monkeypatch):
+def test_quick_ablations_accept_any_source_with_a_quick_preset(monkeypatch):
     sources = [name.removeprefix("quick-") for name in PRESETS if name.startswith("quick-")]
-    commands = listed("ablations", "--quick", "--sources", *sources, "--seeds", 0)
+    commands = list_commands("ablations", "--quick", "--sources", *sources, "--seeds", 0)
     distilled = [words for words in commands if words[0] == "distill.py"]
-    assert {value(words, "--source") for words in distilled} == {*sources}
+    assert {get_value(words, "--source") for words in distilled} == {*sources}
     assert len(distilled) == len(sources) * len(TABLES["ablations"].methods)
-    tenths = {value(w, "--preset"): value(w, "--outer-lr") for w in distilled if "--outer-lr" in w}
+    tenths = {
+        get_value(w, "--preset"): get_value(w, "--outer-lr") for w in distilled if "--outer-lr" in w
+    }
     assert tenths == {f"quick-{name}": "0.0005" for name in sources}
-    assert {value(words, "--arch") for words in commands if words[0] == "pretrain.py"} == {
+    assert {get_value(words, "--arch") for words in commands if words[0] == "pretrain.py"} == {
         PRESETS[f"quick-{name}"]["distill"]["arch"] for name in sources
     }
     with pytest.raises(UserError, match="--sources tinyimagenet"):
-        listed("ablations", "--sources", "tinyimagenet")
+        list_commands("ablations", "--sources", "tinyimagenet")
 
 
 TWO_TARGETS = Table(
@@ -246,26 +246,28 @@ TWO_TARGETS = Table(
 )
 
 
-def test_sets_are_named_by_their_target_network_where_there_are_two(monkeypatch):
+def test_sets_are_named_by_their_target_network_if_there_are_two(monkeypatch):
     plan = Plan(TWO_TARGETS, Choice())
     commands = [task.words for task in plan.tasks]
-    names = [value(w, "--name") for w in commands if w[0] == "distill.py" and "5" in w]
+    names = [get_value(w, "--name") for w in commands if w[0] == "distill.py" and "5" in w]
     assert names == ["krr_st.target", "krr_st.encoder", "krr_st_d1.target", "krr_st_d1.encoder"]
     for words in commands:
         if words[0] == "distill.py":
-            target = value(words, "--name").partition(".")[2]
-            assert value(words, "--target-network") == f"runs/digits/{target}/seed0/target.pt"
-            tenth = "krr_st_d1" in value(words, "--name")
-            assert value(words, "--outer-lr") == ("0.03" if tenth else "0.3")
+            target = get_value(words, "--name").partition(".")[2]
+            assert get_value(words, "--target-network") == f"runs/digits/{target}/seed0/target.pt"
+            tenth = "krr_st_d1" in get_value(words, "--name")
+            assert get_value(words, "--outer-lr") == ("0.03" if tenth else "0.3")
     made = [w for w in commands if w[0] == "pretrain_target.py"]
     assert [("--name" in w, "--encoder" in w) for w in made] == [(False, False), (True, True)]
-    assert sum("random" in words for words in commands) == 2  # once a seed, whatever the target
+    assert (
+        sum("random" in words for words in commands) == 2
+    )  # once per seed, for both target networks
     trained = [w for w in commands if w[0] == "pretrain.py"]
-    assert len(trained) == 2 * 3 * 5 + 3 * 2  # of 5 sets for each pair of seeds, and the oracles
+    assert len(trained) == 2 * 3 * 5 + 3 * 2  # 5 sets per pair of seeds, and the oracles
     oracle = [w for w in trained if "full_10x.encoder" in w]
-    assert len(oracle) == 3 and {value(w, "--steps") for w in oracle} == {"70"}
+    assert len(oracle) == 3 and {get_value(w, "--steps") for w in oracle} == {"70"}
     probes = [task for task in plan.tasks if "linear" in task.words]
-    assert all(value(t.words, "--label-fraction") == "0.1" for t in probes)
+    assert all(get_value(t.words, "--label-fraction") == "0.1" for t in probes)
     assert [leaf.partition("#")[2] for leaf in probes[0].outputs] == [
         "digits_linear_0.1_seed0",
         "digits_linear_seed0",
@@ -277,7 +279,7 @@ def test_sets_are_named_by_their_target_network_where_there_are_two(monkeypatch)
             parse(words, monkeypatch)
 
 
-def test_settings_as_flags():
+def test_settings_are_converted_to_flags():
     settings = dict(outer_lr=1e-3, raw_init=True, bias_column=False, steps=7, encoder="a:b")
     assert to_flags(settings) == [
         "--outer-lr",
@@ -296,49 +298,3 @@ def test_methods_of_all_tables_are_in_the_registry():
         assert {*table.methods} <= registry.TITLES.keys()
         assert registry.base(table.against) in registry.TITLES or table.name == "figures"
         assert len({*table.methods}) == len(table.methods)
-
-
-def test_gpu_script_lists_commands_that_are_accepted_and_compares_their_losses(
-    tmp_path, monkeypatch
-):
-    listing, stand_in = tmp_path / "listing", tmp_path / "python"
-    stand_in.write_text(f"""#!/usr/bin/env bash
-if [ "$1" = - ]; then exec {sys.executable} "$@"; fi
-echo "$*" >> {listing}
-case $* in *benchmarks.speed*) echo "Preset of $4";; esac
-""")
-    stand_in.chmod(0o755)
-    losses = dict(cpu_fp32=[2.0, 1.0] * 5, cuda_fp32=[2.0] * 9 + [1.5], cuda_bf16=[2.0, 1.1] * 5)
-    for name, each in losses.items():
-        folder = tmp_path / "runs" / "digits" / name / "seed0"
-        (folder / "convnet3-x0.25" / "seed0").mkdir(parents=True)
-        log = [dict(phase="distil", step=i, loss=loss) for i, loss in enumerate(each)]
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        found = json.dumps(dict(digest=name, accuracy=90.125)) + "\n"
-        (folder / "convnet3-x0.25" / "seed0" / "results.jsonl").write_text(found)
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", tmp_path / "runs"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=dict(os.environ, PYTHON=str(stand_in)),
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    commands = [
-        line.replace(str(tmp_path / "runs"), "runs").split()
-        for line in listing.read_text().splitlines()
-    ]
-    assert len(commands) == 15
-    for words in commands:
-        parse(words, monkeypatch)
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("cpu_", "cuda_"))]
-    assert [[row[4].strip(","), row[6].strip(";")] for row in rows] == [
-        ["0.0e+00", "0.0e+00"],
-        ["1.0e+00", "1.0e+00"],
-        ["1.0e-01", "1.0e-01"],
-    ]
-    assert [row[9].strip(",") for row in rows] == ["1.5000", "1.9500", "1.5500"] and rows[0][
-        -2
-    ] == "90.12"
-    assert done.stdout.endswith("Preset of cifar100\n" * 2 + "Preset of tinyimagenet\n" * 2)

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed literally in a copy of the repository."""
+"""Follow docs/extending.md literally in a copy of the repository."""
 
 import os
 import re
@@ -19,8 +19,8 @@ COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEFT_OUT = (".git", ".venv", ".*_cache", "__pycache__", "runs", "datasets", "images")
 
 
-def apply(root, section):
-    """Make the changes of a section."""
+def apply_changes(root, section):
+    """Apply the changes of a section to the repository at `root`."""
     for name, language, block in FILE_BLOCK.findall(section):
         path = root / name
         if language == "diff":
@@ -37,7 +37,7 @@ def apply(root, section):
 
 @pytest.fixture(scope="module")
 def followed(roots, tmp_path_factory):
-    """A copy of the repository in which the page was followed: (folder, output by section)."""
+    """Follow the page in a copy of the repository; return (folder, output by section)."""
     root = tmp_path_factory.mktemp("extending") / "repository"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*LEFT_OUT))
     shutil.copytree(
@@ -51,7 +51,7 @@ def followed(roots, tmp_path_factory):
     )
     output = {}
     for title, section in SECTIONS.items():
-        apply(root, section)
+        apply_changes(root, section)
         (commands,) = COMMANDS.findall(section)
         done = subprocess.run(
             ["bash", "-euc", commands], cwd=root, env=environment, capture_output=True, text=True
@@ -61,37 +61,37 @@ def followed(roots, tmp_path_factory):
     return root, output
 
 
-def test_method_is_in_the_results_the_tables_and_the_docs(followed):
+def test_new_method_appears_in_results_tables_and_docs(followed):
     root, output = followed
     assert "means of random images" in output["A new method"]  # analysis.tables
     assert (root / "runs/digits/blend/seed0/distilled.pt").exists()
     assert "python -m distillers blend" in (root / "docs" / "methods.md").read_text()
 
 
-def test_data_set_is_prepared_distilled_and_evaluated(followed):
+def test_new_data_set_is_prepared_distilled_and_evaluated(followed):
     root, output = followed
     assert (root / "runs/patches/random/seed0/distilled.pt").exists()
     (accuracy,) = re.findall(r"-> patches .*: ([\d.]+) %", output["A new data set"])
-    assert float(accuracy) > 60  # of two classes
+    assert float(accuracy) > 60  # two classes
 
 
-def test_network_is_pretrained_and_evaluated(followed):
+def test_new_network_is_pretrained_and_evaluated(followed):
     root, output = followed
     assert (root / "runs/digits/blend/seed0/mlp-x0.25/seed0/model.pt").exists()
     (accuracy,) = re.findall(r"blend mlp -> digits .*: ([\d.]+) %", output["A new network"])
-    assert float(accuracy) > 20  # of ten classes
+    assert float(accuracy) > 20  # ten classes
 
 
-def test_encoder_is_a_target_and_warned_about(followed):
+def test_new_encoder_gives_a_target_with_a_warning(followed):
     root, output = followed
     assert (root / "runs/digits/untrained/seed0/target.pt").exists()
     assert "cannot help" in output["A new encoder"]
 
 
-def test_page_names_all_changed_files(followed):
+def test_page_names_every_changed_file(followed):
     root, _ = followed
     named = set().union(*(FILE_BLOCK.findall(text) for text in SECTIONS.values()))
-    named = {name for name, _, _ in named} | {"docs/methods.md"}  # the last one by a command
+    named = {name for name, _, _ in named} | {"docs/methods.md"}  # changed by a command
     code = [*ROOT.rglob("*.py"), *ROOT.glob("docs/*.md")]
     code = [path.relative_to(ROOT) for path in code if ".venv" not in path.parts]
     changed = {

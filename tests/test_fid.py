@@ -13,12 +13,12 @@ from models import saved
 from utils import files
 from utils.errors import UserError
 
-torch_seed = torch.Generator().manual_seed
+make_generator = torch.Generator().manual_seed
 
 
-def test_diagonal_gaussians():
-    """|m1 - m2|^2 + sum_i (s1_i - s2_i)^2."""
-    g = torch_seed(0)
+def test_distance_of_diagonal_gaussians():
+    """Compare with |m1 - m2|^2 + sum_i (s1_i - s2_i)^2."""
+    g = make_generator(0)
     m1, m2, s1, s2 = (torch.rand(7, generator=g, dtype=torch.float64) for _ in range(4))
     expected = sum(
         (a - b) ** 2 + (c - d) ** 2 for a, b, c, d in zip(m1, m2, s1, s2, strict=True)
@@ -28,9 +28,8 @@ def test_diagonal_gaussians():
     )
 
 
-def test_two_dimensions_by_hand():
-    """(C1 C2)^(1/2) of a 2x2 matrix M has the trace sqrt(tr M + 2 sqrt(det M)); these do not
-    commute."""
+def test_distance_in_two_dimensions():
+    """Use tr M^(1/2) = sqrt(tr M + 2 sqrt(det M)) for M = C1 C2, which do not commute."""
     c1 = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     c2 = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     product = c1 @ c2
@@ -44,8 +43,8 @@ def test_two_dimensions_by_hand():
     )
 
 
-def test_general_case_against_the_eigenvalues_of_the_product():
-    g = torch_seed(1)
+def test_distance_equals_that_from_the_eigenvalues_of_the_product():
+    g = make_generator(1)
     a, b = (torch.randn(6, 9, generator=g, dtype=torch.float64) for _ in range(2))
     c1, c2 = a @ a.T, b @ b.T
     m = torch.randn(2, 6, generator=g, dtype=torch.float64)
@@ -55,10 +54,9 @@ def test_general_case_against_the_eigenvalues_of_the_product():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_fewer_images_than_features(rank):
-    """A projection P of rank r against c P: the square root is known, however singular; and against
-    a full matrix."""
-    q = torch.linalg.qr(torch.randn(40, 40, generator=torch_seed(2), dtype=torch.float64))[0][
+def test_distance_of_singular_covariances(rank):
+    """Compare a projection P of rank r with 9 P, the identity and 0, which have closed forms."""
+    q = torch.linalg.qr(torch.randn(40, 40, generator=make_generator(2), dtype=torch.float64))[0][
         :, :rank
     ]
     p, zero = q @ q.T, torch.zeros(40, dtype=torch.float64)
@@ -72,8 +70,8 @@ def test_fewer_images_than_features(rank):
     assert fid.frechet_distance(zero, p, zero, other) == pytest.approx(rank, rel=1e-9)
 
 
-def test_moments_in_batches():
-    x = torch.randn(50, 4, generator=torch_seed(3)) * torch.tensor([1.0, 10, 0.1, 3]) + 100
+def test_moments_do_not_depend_on_the_batches():
+    x = torch.randn(50, 4, generator=make_generator(3)) * torch.tensor([1.0, 10, 0.1, 3]) + 100
     moments = fid.Moments()
     for part in x.split(7):
         moments.add(part)
@@ -81,7 +79,7 @@ def test_moments_in_batches():
     torch.testing.assert_close(moments.covariance(), torch.cov(x.double().T), rtol=1e-6, atol=1e-9)
 
 
-def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
+def test_command_uses_our_networks_and_stores_results(roots, runs, distilled, tmp_path):
     target, data, own = runs / "target" / "seed0" / "target.pt", roots[:2], tmp_path / "model.pt"
     network = models.build("vgg11", 32, 10, 0.125)  # 64 features
     files.save(own, "model", saved.content(network, "vgg11", 0.125, 32, 10, {"method": "krr_st"}))
@@ -96,7 +94,7 @@ def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
     assert [line["name"] for line in lines] == [
         "fid_target",
         "fid_model",
-    ]  # the third was there already
+    ]  # the third command finds its result
     assert (
         "resnet18_target-x0.125 of digits" in lines[0]["network"]
         and "vgg11-x0.125 of krr_st" in lines[1]["network"]
@@ -122,7 +120,7 @@ def test_command_by_a_network_of_ours(roots, runs, distilled, tmp_path):
             fid.main([*flags, *more])
 
 
-def test_real_images_are_nearer_to_their_source_than_noise(roots, runs, distilled):
+def test_real_images_are_closer_to_their_source_than_noise(roots, runs, distilled):
     d = load_distilled(distilled)
     source = fid.load_images("digits", "train", 32, runs.parents[1] / "data")
     _, features = fid.load_network(
@@ -130,11 +128,11 @@ def test_real_images_are_nearer_to_their_source_than_noise(roots, runs, distille
     )
     d.images = source.normalised(torch.arange(200), "cpu")
     real = fid.measure_fid(d, source, features, torch.device("cpu"))
-    d.images = torch.randn(200, 3, 32, 32, generator=torch_seed(4))
+    d.images = torch.randn(200, 3, 32, 32, generator=make_generator(4))
     assert real < 0.1 * fid.measure_fid(d, source, features, torch.device("cpu"))
 
 
-def test_inception_without_its_package_or_weights(distilled, roots, monkeypatch):
+def test_inception_without_its_package_is_an_error(distilled, roots, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         fid.main(["--distilled", str(distilled), *roots[:2]])

@@ -1,5 +1,4 @@
-"""FRePo: its objective against a formula written out (float64), LAMB against its paper's, and the
-command on digits."""
+"""FRePo: its objective and LAMB against their formulas (float64), and the command on digits."""
 
 import json
 import math
@@ -15,7 +14,7 @@ from distillers import __main__ as distillers
 from distillers import frepo
 from distillers.krr import centred_one_hot
 from distillers.pool import Member, Pool
-from tests.conftest import command, stopping_at
+from tests.conftest import command, make_stopping_steps
 from utils import cli, run
 from utils.optim import LAMB, schedule
 
@@ -55,9 +54,11 @@ class Features:
         return (x.flatten(1) @ self.weight).tanh()
 
 
-def reference(x_real, y_real, x_syn, y_syn, ridge, trace):
-    """Both terms by loops over images, the head by its explicit primal solution; `trace` is held
-    constant."""
+def compute_objective(x_real, y_real, x_syn, y_syn, ridge, trace):
+    """Compute both terms by loops over images, and the head as an explicit primal solution.
+
+    `trace` is held constant.
+    """
     f, g, m = Features().embed(x_syn), Features().embed(x_real), len(x_syn)
     damping = ridge * trace / m
     head = (
@@ -73,19 +74,17 @@ def reference(x_real, y_real, x_syn, y_syn, ridge, trace):
     return squares - margins
 
 
-def test_objective_and_its_gradients():
+def test_objective_and_gradients_equal_the_formula():
     x_real, y_real = randn(1, 7, 3, 4, 4), centred_one_hot(torch.arange(7) % 4, 4).double()
     x, y = randn(2, 5, 3, 4, 4).requires_grad_(), (0.5 * randn(3, 5, 4)).requires_grad_()
     first = y.detach().topk(2).values
-    assert (
-        0 < ((first[:, 0] - first[:, 1]) < 1 / 4).sum() < 5
-    )  # some labels inside the margin, some beyond
+    assert 0 < ((first[:, 0] - first[:, 1]) < 1 / 4).sum() < 5  # some labels within the margin
     ridge, f = 1e-2, Features().embed(x.detach())
     trace = (f @ f.T).trace()
     loss = frepo.objective(Features(), x_real, y_real, x, y, ridge)
     loss.backward()
     torch.testing.assert_close(
-        loss, reference(x_real, y_real, x, y, ridge, trace), rtol=1e-9, atol=0
+        loss, compute_objective(x_real, y_real, x, y, ridge, trace), rtol=1e-9, atol=0
     )
     for tensor in (x, y):
         for seed in range(6):
@@ -93,14 +92,14 @@ def test_objective_and_its_gradients():
             for sign in (1, -1):
                 moved = (tensor + sign * h * direction).detach()
                 pair = (moved, y.detach()) if tensor is x else (x.detach(), moved)
-                ends.append(reference(x_real, y_real, *pair, ridge, trace))
+                ends.append(compute_objective(x_real, y_real, *pair, ridge, trace))
             numeric = (ends[0] - ends[1]) / (2 * h)
             torch.testing.assert_close(
                 (tensor.grad * direction).sum(), numeric, rtol=1e-6, atol=1e-9
             )
 
 
-def test_label_margin_pulls_only_labels_that_are_undecided():
+def test_label_margin_changes_only_labels_within_the_margin():
     y = torch.tensor([[0.9, -0.1, -0.1, -0.1], [0.2, 0.1, 0.0, -0.3]], requires_grad=True)
     margin = frepo.label_margin(y)
     assert margin.item() == pytest.approx(-(0.25 + 0.1) / 2)
@@ -108,13 +107,13 @@ def test_label_margin_pulls_only_labels_that_are_undecided():
     torch.testing.assert_close(y.grad, torch.tensor([[0.0, 0, 0, 0], [-0.5, 0.5, 0, 0]]))
 
 
-def test_centred_one_hot():
+def test_one_hot_labels_are_centred():
     expected = torch.tensor([[-1.0, -1, 3, -1], [3, -1, -1, -1]]) / 4
     torch.testing.assert_close(centred_one_hot(torch.tensor([2, 0]), 4), expected)
 
 
-def test_lamb_follows_its_paper_over_three_steps():
-    """Algorithm 2 with no weight decay; the tensor of zeros takes Adam's own step first."""
+def test_lamb_follows_its_formula_over_three_steps():
+    """Compare with Algorithm 2 without weight decay. A tensor of zeros first takes an Adam step."""
     tensors = [
         randn(0, 4, 3).requires_grad_(),
         torch.zeros(5, dtype=torch.float64, requires_grad=True),
@@ -134,14 +133,14 @@ def test_lamb_follows_its_paper_over_three_steps():
             torch.testing.assert_close(tensor.detach(), value, rtol=1e-12, atol=1e-12)
 
 
-def test_lamb_stands_still_where_there_is_no_gradient():
+def test_lamb_does_not_move_without_a_gradient():
     weights = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
     weights[0].grad = torch.zeros(3)
     LAMB(weights, lr=0.1).step()
     assert all(torch.equal(weight.detach(), torch.ones_like(weight)) for weight in weights)
 
 
-def test_cosine_to_a_tenth():
+def test_schedule_is_a_cosine_to_a_tenth():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     scheduler, rates = schedule(optimizer, "cosine_to_tenth", 100), {}
     for step in range(101):
@@ -151,7 +150,7 @@ def test_cosine_to_a_tenth():
     assert (rates[0], rates[50], rates[100]) == pytest.approx((2.0, 1.1, 0.2))
 
 
-def test_member_takes_the_adam_step_of_half_the_summed_squares():
+def test_member_takes_an_adam_step_on_half_the_summed_squares():
     torch.manual_seed(0)
     member = Member(
         "convnet3", 32, 4, 0.02, torch.device("cpu"), lr=3e-4, weight_decay=0.0, optimizer="adam"
@@ -165,14 +164,14 @@ def test_member_takes_the_adam_step_of_half_the_summed_squares():
     for before, after, gradient in zip(
         network.parameters(), member.network.parameters(), gradients, strict=True
     ):
-        large = gradient.abs() > 1e-4  # Adam's first step is the gradient's sign
+        large = gradient.abs() > 1e-4  # the first step of Adam is the sign of the gradient
         torch.testing.assert_close(
             (after - before)[large], -3e-4 * gradient.sign()[large], rtol=1e-2, atol=0
         )
 
 
-def main(root, *flags, seed=0):
-    """The method in this process, into a run root of its own; the set and its log."""
+def run_method(root, *flags, seed=0):
+    """Run the method in this process; return the set and its log."""
     distillers.main(["frepo", "--run-root", str(root), *TOY, *flags, "--seed", str(seed)])
     folder = root / "digits" / "frepo" / f"seed{seed}"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -205,12 +204,12 @@ def test_initial_labels_shrink_with_the_number_of_classes(data, tmp_path, monkey
         "METHOD",
         frepo.Method(**vars(frepo.METHOD) | dict(choose=lambda *a: torch.arange(20))),
     )
-    d, _ = main(tmp_path, *data, "--outer-lr", "1e-12")
+    d, _ = run_method(tmp_path, *data, "--outer-lr", "1e-12")
     torch.testing.assert_close(d.targets, (torch.eye(40)[source.labels[:20]] - 1 / 40) / 2)
 
 
-def test_objective_falls_on_digits(data, tmp_path):
-    d, log = main(
+def test_objective_decreases_on_digits(data, tmp_path):
+    d, log = run_method(
         tmp_path, *data, "--outer-steps", "30", "--outer-lr", "0.03", "--outer-batch", "100"
     )
     assert d.meta["objective_distilled"] < d.meta["objective_initial"] - 0.1
@@ -223,38 +222,38 @@ def test_objective_falls_on_digits(data, tmp_path):
     assert d.images.isfinite().all() and not d.targets.requires_grad
 
 
-def test_same_seed_same_set_and_another_seed_another(data, tmp_path):
-    first, _ = main(tmp_path / "a", *data)
-    again, _ = main(tmp_path / "b", *data)
-    other, _ = main(tmp_path / "a", *data, seed=1)
+def test_seed_determines_the_set(data, tmp_path):
+    first, _ = run_method(tmp_path / "a", *data)
+    again, _ = run_method(tmp_path / "b", *data)
+    other, _ = run_method(tmp_path / "a", *data, seed=1)
     assert torch.equal(first.images, again.images) and torch.equal(first.targets, again.targets)
     assert not torch.equal(first.images, other.images)
 
 
-def test_members_see_no_more_of_the_set_than_asked(data, tmp_path, monkeypatch):
+def test_members_train_on_at_most_pool_batch_images(data, tmp_path, monkeypatch):
     sizes, step = [], Member.train_step
     monkeypatch.setattr(
         Member, "train_step", lambda self, x, y: (sizes.append((len(x), len(y))), step(self, x, y))
     )
-    main(tmp_path, *data, "--pool-batch", "8")
+    run_method(tmp_path, *data, "--pool-batch", "8")
     assert len(sizes) > 3 and set(sizes) == {(8, 8)}
 
 
-def test_stopped_run_goes_on_to_the_very_same_set(data, tmp_path, monkeypatch):
-    """Stopped once while the pool is made and once while the set is learned."""
+def test_stopped_run_resumes_to_the_same_set(data, tmp_path, monkeypatch):
+    """Stop once while the pool is initialised and once while the set is learned."""
     flags = [*data, "--pool-batch", "15"]
-    whole, log = main(tmp_path / "whole", *flags)
+    whole, log = run_method(tmp_path / "whole", *flags)
 
     for at in (("initialise pool", 0), ("distil", 3)):
         with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-            patch.setattr(run.Run, "steps", stopping_at([at]))
-            main(tmp_path / "parts", *flags)
-    parts, log_of_parts = main(tmp_path / "parts", *flags)
+            patch.setattr(run.Run, "steps", make_stopping_steps([at]))
+            run_method(tmp_path / "parts", *flags)
+    parts, log_of_parts = run_method(tmp_path / "parts", *flags)
     assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)
     assert [line["loss"] for line in log_of_parts] == [line["loss"] for line in log]
 
 
-def test_members_start_afresh_with_a_new_adam():
+def test_reinitialised_member_has_a_new_adam_state():
     pool = Pool(
         1,
         2,
@@ -276,7 +275,7 @@ def test_members_start_afresh_with_a_new_adam():
     assert not member.optimizer.state
 
 
-def test_number_of_images_that_is_no_multiple_of_the_classes(capsys, data, tmp_path):
+def test_number_of_images_must_be_a_multiple_of_the_classes(capsys, data, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.run(
             distillers.main,

@@ -1,5 +1,4 @@
-"""Damaged files are refused in one line that names them, or do no harm: cut, flipped, swapped,
-foreign, hostile."""
+"""Damaged files are one-line errors that name the file, or are read with their correct values."""
 
 import io
 import os
@@ -24,7 +23,7 @@ from utils.run import Run, Tensors
 CPU, SETTINGS = torch.device("cpu"), {"lr": 0.1, "steps": 7, "name": "größe", "flag": True}
 
 
-def a_set():
+def make_set():
     g = torch.Generator().manual_seed(0)
     return Distilled(
         torch.randn(4, 3, 8, 8, generator=g),
@@ -36,7 +35,7 @@ def a_set():
     )
 
 
-def a_network():
+def make_network():
     torch.manual_seed(0)
     return dict(
         network=models.build("convnet3", 32, 0, 0.02).state_dict(),
@@ -49,7 +48,7 @@ def a_network():
 
 
 class Code:
-    """A pickle of this runs a command where it is read as more than data."""
+    """A value whose pickle runs a command when it is loaded as code."""
 
     def __init__(self, command):
         self.command = command
@@ -59,8 +58,8 @@ class Code:
 
 
 @pytest.fixture
-def foreign(tmp_path):
-    """Bytes of files of other kinds, two with code in them, which must not have run at the end."""
+def foreign_files(tmp_path):
+    """Return the bytes of files of other kinds. Two contain code, which must never run."""
     ran = tmp_path / "ran"
     code, image, array, archive = Code(f"touch {ran}"), io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "png")
@@ -71,8 +70,8 @@ def foreign(tmp_path):
     files.save(tmp_path / "sealed", "distilled", {"images": code, "settings": code})
     others = []
     kinds = {
-        "d": ("distilled", a_set().content()),
-        "t": ("target", a_network()),
+        "d": ("distilled", make_set().content()),
+        "t": ("target", make_network()),
         "m": ("model", {}),
     }
     for name, (kind, content) in kinds.items():
@@ -101,11 +100,13 @@ def foreign(tmp_path):
     assert not ran.exists()
 
 
-def damaged(content, count, foreign, seed=0):
-    """`count` variants of bytes: some foreign files, then cut, flipped, swapped, overwritten,
-    lengthened by turns."""
+def vary(content, count, foreign_files, seed=0):
+    """Yield the foreign_files files and `count` variants of `content`.
+
+    In turn, bytes are cut off, flipped, swapped, overwritten and inserted.
+    """
     dice, n = random.Random(seed), len(content)
-    yield from (each for each in foreign if each != content)
+    yield from (each for each in foreign_files if each != content)
     for k in range(count):
         changed = bytearray(content)
         # Every third change is near the end, where the checksum and the archive's directory are.
@@ -134,22 +135,26 @@ def damaged(content, count, foreign, seed=0):
             yield bytes(changed)
 
 
-def same(a, b):
+def are_equal(a, b):
     if torch.is_tensor(a):
         return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return (
-            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+            isinstance(b, dict)
+            and a.keys() == b.keys()
+            and all(are_equal(a[key], b[key]) for key in a)
         )
     return type(a) is type(b) and a == b
 
 
-def feed(path, read, count, foreign, harmless=0):
-    """Give `read` every variant of the file at `path`: a UserError of one line that names the file,
-    or the run's folder where its settings differ, and leaves it as it was, or the values of the
-    whole file (at most `harmless` times)."""
+def read_variants(path, read, count, foreign_files, harmless=0):
+    """Call `read` on every damaged variant of the file at `path`.
+
+    It must raise a UserError of one line that names the folder, and leave the file unchanged. At
+    most `harmless` times, it may return the correct values instead.
+    """
     whole, expected, fed, unharmed = path.read_bytes(), read(), 0, 0
-    for variant in damaged(whole, count, foreign):
+    for variant in vary(whole, count, foreign_files):
         path.write_bytes(variant)
         fed += 1
         try:
@@ -158,31 +163,35 @@ def feed(path, read, count, foreign, harmless=0):
             assert str(path.parent) in str(error) and "\n" not in str(error)
             assert path.read_bytes() == variant
         else:
-            assert same(there, expected), f"variant {fed} was read as something else"
+            assert are_equal(there, expected), f"variant {fed} was read as something else"
             unharmed += 1
     path.write_bytes(whole)
-    assert same(read(), expected) and fed >= count * 0.95 and unharmed <= harmless
+    assert are_equal(read(), expected) and fed >= count * 0.95 and unharmed <= harmless
 
 
-def test_distilled(tmp_path, foreign):
+def test_damaged_distilled_file(tmp_path, foreign_files):
     path = tmp_path / "distilled.pt"
-    files.save(path, "distilled", a_set().content())
-    feed(path, lambda: vars(load_distilled(path)), 600, foreign)
+    files.save(path, "distilled", make_set().content())
+    read_variants(path, lambda: vars(load_distilled(path)), 600, foreign_files)
 
 
-def test_target(tmp_path, foreign):
+def test_damaged_target(tmp_path, foreign_files):
     path = tmp_path / "target.pt"
-    files.save(path, "target", a_network())
+    files.save(path, "target", make_network())
 
     class Source:
         name, image_size, fingerprint = "pets", 32, "f"
 
-    feed(path, lambda: load_target(path, Source, CPU, "fp32").network.state_dict(), 500, foreign)
+    read_variants(
+        path,
+        lambda: load_target(path, Source, CPU, "fp32").network.state_dict(),
+        500,
+        foreign_files,
+    )
 
 
-def checkpointed(folder, steps=2):
-    """A run with checkpoints after 1, ..., `steps` steps, and how to read what a new process would
-    go on from."""
+def write_checkpoints(folder, steps=2):
+    """Write a checkpoint after each of `steps` steps; return a function that resumes the run."""
     run, x = Run(folder, "x.pt", SETTINGS), torch.zeros(5)
     adam = torch.optim.Adam([x.requires_grad_()])
     run.resume(CPU, {"x": Tensors(x=x), "adam": adam})
@@ -201,18 +210,18 @@ def checkpointed(folder, steps=2):
     return read
 
 
-def test_only_checkpoint(tmp_path, foreign):
-    read = checkpointed(tmp_path / "run", steps=1)
-    feed(tmp_path / "run" / "checkpoint.pt", read, 500, foreign)
+def test_damaged_only_checkpoint(tmp_path, foreign_files):
+    read = write_checkpoints(tmp_path / "run", steps=1)
+    read_variants(tmp_path / "run" / "checkpoint.pt", read, 500, foreign_files)
 
 
-def test_newest_of_two_checkpoints(tmp_path, foreign, capsys):
-    """Refused as another kind of file, or left aside, with a warning, for the one before."""
-    read, folder = checkpointed(tmp_path / "run"), tmp_path / "run"
+def test_damaged_newest_checkpoint(tmp_path, foreign_files, capsys):
+    """Expect an error for another kind of file, or else a warning and the previous checkpoint."""
+    read, folder = write_checkpoints(tmp_path / "run"), tmp_path / "run"
     newest = folder / "checkpoint.pt"
     whole, fell_back = newest.read_bytes(), 0
     assert read()["done"] == {"train": 2}
-    for variant in damaged(whole, 200, foreign):
+    for variant in vary(whole, 200, foreign_files):
         newest.write_bytes(variant)
         try:
             there = read()
@@ -221,7 +230,7 @@ def test_newest_of_two_checkpoints(tmp_path, foreign, capsys):
         else:
             assert (
                 there["done"] == {"train": 1} and 0 < there["x"].abs().max() < 0.0015
-            )  # one step of Adam, not two
+            )  # one Adam step
             assert (
                 not newest.exists() and (folder / "checkpoint.damaged.pt").read_bytes() == variant
             )
@@ -232,22 +241,28 @@ def test_newest_of_two_checkpoints(tmp_path, foreign, capsys):
     newest.unlink(missing_ok=True)
     assert (
         read()["done"] == {"train": 1} and not capsys.readouterr().err
-    )  # killed between two renames
+    )  # as after a kill between two renames
 
 
-def test_settings(tmp_path, foreign):
-    checkpointed(tmp_path / "run", steps=1)
+def test_damaged_settings(tmp_path, foreign_files):
+    write_checkpoints(tmp_path / "run", steps=1)
     path = tmp_path / "run" / "config.json"
-    # Harmless: blanks, or a letter's case in an escape of JSON.
-    feed(path, lambda: Run(tmp_path / "run", "x.pt", SETTINGS).settings, 500, foreign, harmless=10)
-    for variant in damaged(path.read_bytes(), 100, foreign):
+    # Blanks and the case of JSON escapes are harmless.
+    read_variants(
+        path,
+        lambda: Run(tmp_path / "run", "x.pt", SETTINGS).settings,
+        500,
+        foreign_files,
+        harmless=10,
+    )
+    for variant in vary(path.read_bytes(), 100, foreign_files):
         path.write_bytes(variant)
         with pytest.raises(UserError):
             Run(tmp_path / "run", "x.pt", SETTINGS | {"lr": 0.2})
 
 
 @pytest.mark.parametrize("name", ["train.npy", "train.labels.npy", "train.json"])
-def test_prepared_images(tmp_path, foreign, name):
+def test_damaged_prepared_images(tmp_path, foreign_files, name):
     for i in range(6):
         path = tmp_path / "pets" / "train" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,9 +279,8 @@ def test_prepared_images(tmp_path, foreign, name):
 
     read()
     path = tmp_path / "prepared" / "pets-8px" / name
-    # Harmless: the record of another format than this version's, which makes it decode the images
-    # anew.
-    feed(path, read, 250, foreign, harmless=20 if name == "train.json" else 0)
+    # A record of another format is harmless: the images are decoded again.
+    read_variants(path, read, 250, foreign_files, harmless=20 if name == "train.json" else 0)
 
 
 @pytest.mark.parametrize(
@@ -286,9 +300,9 @@ def test_prepared_images(tmp_path, foreign, name):
         (dict(meta=None), "meta"),
     ],
 )
-def test_network_files_of_wrong_values_with_a_right_checksum(tmp_path, changes, message):
+def test_network_files_with_wrong_values_and_valid_checksum(tmp_path, changes, message):
     path = tmp_path / "file.pt"
-    content = a_network() | dict(
+    content = make_network() | dict(
         network=models.build("convnet3", 32, 3, 0.02).state_dict(), num_outputs=3, meta={}
     )
     files.save(path, "model", content | changes)
@@ -297,8 +311,8 @@ def test_network_files_of_wrong_values_with_a_right_checksum(tmp_path, changes, 
     assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
 
 
-def test_network_files_that_are_not_finite(tmp_path):
-    content = a_network()
+def test_network_files_with_values_that_are_not_finite(tmp_path):
+    content = make_network()
     content["network"]["features.0.weight"][0, 1, 0, 0] = torch.nan
     files.save(tmp_path / "t.pt", "target", content)
 
@@ -322,7 +336,7 @@ def test_network_files_that_are_not_finite(tmp_path):
         (dict(device="cuda"), "was written on cuda"),
     ],
 )
-def test_checkpoints_of_wrong_values_with_a_right_checksum(tmp_path, changes, message):
+def test_checkpoints_with_wrong_values_and_valid_checksum(tmp_path, changes, message):
     run = Run(tmp_path, "x.pt", SETTINGS)
     content = dict(
         done={"train": 1}, device="cpu", settings=SETTINGS, state={"x": {"x": torch.zeros(5)}}
@@ -343,7 +357,7 @@ def test_checkpoints_of_wrong_values_with_a_right_checksum(tmp_path, changes, me
         (dict(targets=torch.full((4, 5), torch.inf)), "not finite"),
     ],
 )
-def test_distilled_files_of_wrong_values_with_a_right_checksum(tmp_path, changes, message):
-    files.save(tmp_path / "d.pt", "distilled", a_set().content() | changes)
+def test_distilled_files_with_wrong_values_and_valid_checksum(tmp_path, changes, message):
+    files.save(tmp_path / "d.pt", "distilled", make_set().content() | changes)
     with pytest.raises(UserError, match=message):
         load_distilled(tmp_path / "d.pt")

@@ -1,4 +1,4 @@
-"""Noise in place of images, and distillation of knowledge from scratch on whatever images."""
+"""The Gaussian noise baseline, and knowledge distillation into untrained students."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from analysis.tables import document, gather_results
 from data.distilled import load_distilled
 from distillers import gaussian, method
 from evaluation import results
-from tests.conftest import DISTILL, stopping_at
+from tests.conftest import DISTILL, make_stopping_steps
 from utils import run
 from utils.errors import UserError
 
@@ -19,7 +19,7 @@ STUDENT = ["--weights", "none", "--width", "0.125", "--dataset", "digits"]
 
 
 @pytest.fixture
-def made(roots, tmp_path):
+def make_noise(roots, tmp_path):
     def call(seed=0, top="runs"):
         places = [*roots[:2], "--run-root", str(tmp_path / top)]
         method.main(
@@ -33,8 +33,7 @@ def made(roots, tmp_path):
 
 @pytest.fixture
 def student(roots, tmp_path):
-    """Flags of kd.py from scratch under a run root of its own, with a teacher that has hardly been
-    trained."""
+    """Train a teacher for one step; return the flags of kd.py for an untrained student."""
     flags = [*STUDENT, *roots[:2], "--run-root", str(tmp_path)]
     finetune.main([*flags, "--steps", "1"])
     folder = tmp_path / "scratch" / "convnet3-x0.125_32px"
@@ -47,70 +46,71 @@ def student(roots, tmp_path):
     ], folder
 
 
-def test_noise_is_standard_normal_and_has_no_targets(made):
-    d = load_distilled(made())
+def test_noise_is_standard_normal_and_has_no_targets(make_noise):
+    d = load_distilled(make_noise())
     assert (
         d.images.shape == (30, 3, 32, 32) and d.targets.shape == (30, 0) and d.target_kind == "none"
     )
     assert (
         abs(d.images.mean()) < 0.02 and abs(d.images.std() - 1) < 0.02
     )  # 92,160 draws: 6 and 8 standard errors
-    assert torch.equal(d.images, load_distilled(made(top="again")).images)
-    assert not torch.equal(d.images, load_distilled(made(seed=1)).images)
+    assert torch.equal(d.images, load_distilled(make_noise(top="again")).images)
+    assert not torch.equal(d.images, load_distilled(make_noise(seed=1)).images)
 
 
-def test_nothing_can_be_pretrained_on_it(made, roots):
+def test_pretraining_on_noise_is_an_error(make_noise, roots):
     with pytest.raises(UserError, match=r"without targets.*kd\.py"):
-        pretrain.main(["--distilled", str(made()), "--width", "0.125"])
+        pretrain.main(["--distilled", str(make_noise()), "--width", "0.125"])
 
 
-def seen_by(student, monkeypatch):
-    """The batches that kd.py hands to augmentation, while it runs with the flags `student`."""
+def record_batches(flags, monkeypatch):
+    """Run kd.py with `flags` and return the batches (steps, b, 3, S, S) before augmentation."""
     batches = []
     monkeypatch.setattr(kd, "diff_augment", lambda x, generator: batches.append(x.clone()) or x)
-    kd.main(student)
+    kd.main(flags)
     return torch.stack(batches)
 
 
-def test_noise_is_drawn_anew_at_each_step(made, student, monkeypatch):
+def test_noise_is_redrawn_at_each_step(make_noise, student, monkeypatch):
     flags, _ = student
-    batches = seen_by(
-        [*flags, "--distilled", str(made()), "--epochs", "4"], monkeypatch
-    )  # (steps, b, 3, S, S)
-    assert batches.shape == (4, 30, 3, 32, 32)  # as many steps and images as for a set of 30
+    batches = record_batches(
+        [*flags, "--distilled", str(make_noise()), "--epochs", "4"], monkeypatch
+    )
+    assert batches.shape == (4, 30, 3, 32, 32)  # as for a set of 30 images
     assert (
-        len(torch.cat([*batches, load_distilled(made()).images]).flatten(1).unique(dim=0)) == 5 * 30
+        len(torch.cat([*batches, load_distilled(make_noise()).images]).flatten(1).unique(dim=0))
+        == 5 * 30
     )
     assert abs(batches.mean()) < 0.01 and abs(batches.std() - 1) < 0.01
 
 
-def test_other_images_stay_as_they_are(distilled, student, monkeypatch):
+def test_other_images_are_not_redrawn(distilled, student, monkeypatch):
     flags, _ = student
-    batches = seen_by([*flags, "--distilled", str(distilled)], monkeypatch)
+    batches = record_batches([*flags, "--distilled", str(distilled)], monkeypatch)
     images = load_distilled(distilled).images.flatten(1).unique(dim=0)
     assert all(torch.equal(batch.flatten(1).unique(dim=0), images) for batch in batches)
 
 
-def test_stopped_student_of_noise_goes_on_to_the_same_weights(made, student, monkeypatch):
+def test_stopped_student_of_noise_resumes_to_the_same_weights(make_noise, student, monkeypatch):
     flags, folder = student
-    flags = [*flags, "--distilled", str(made()), "--epochs", "4"]
+    flags = [*flags, "--distilled", str(make_noise()), "--epochs", "4"]
     kd.main(flags)
     [artefact] = folder.glob("digits_kd_gaussian-*_seed0/model.pt")
     whole = torch.load(artefact, weights_only=True)["network"]
     artefact.unlink()
     (folder / "results.jsonl").unlink()
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping_at([("train student", 1)]))
+        patch.setattr(run.Run, "steps", make_stopping_steps([("train student", 1)]))
         kd.main(flags)
     kd.main(flags)
     parts = torch.load(artefact, weights_only=True)["network"]
     assert all(torch.equal(value, whole[name]) for name, value in parts.items())
 
 
-def test_students_from_scratch_on_different_images_do_not_collide(
-    made, distilled, student, roots, capsys
+def test_untrained_students_on_different_images_have_different_folders(
+    make_noise, distilled, student, roots, capsys
 ):
-    """Noise, and two sets of the same method and seed that differ in their settings."""
+    """Use noise, and two sets that differ only in their settings."""
     flags, folder = student
     other = folder.parents[1] / "other"
     distill.main(
@@ -127,7 +127,7 @@ def test_students_from_scratch_on_different_images_do_not_collide(
             str(distilled.parents[2] / "target" / "seed0" / "target.pt"),
         ]
     )
-    for path in (made(), distilled, other / "digits" / "krr_st" / "seed0" / "distilled.pt"):
+    for path in (make_noise(), distilled, other / "digits" / "krr_st" / "seed0" / "distilled.pt"):
         kd.main([*flags, "--distilled", str(path)])
     assert "scratch convnet3 -> digits (kd on gaussian images):" in capsys.readouterr().out
     assert len(list(folder.glob("digits_kd_gaussian-*_seed0/model.pt"))) == 1

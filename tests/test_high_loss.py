@@ -1,4 +1,4 @@
-"""The highest-loss images on digits: the errors written out, seeds, resuming, and bad input."""
+"""The highest-loss images of the digits: errors by loops, seeds, resuming, and bad input."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import high_loss
 from models.target import load_target
-from tests.conftest import stopping_at
+from tests.conftest import make_stopping_steps
 from utils import run
 from utils.errors import UserError
 
@@ -17,8 +17,8 @@ TOY = ["--num-images", "20", "--width", "0.03", "--experts", "2", "--log-every",
 
 
 @pytest.fixture
-def made(roots, runs, tmp_path):
-    """Runs the command with the toy target in a run root of its own; the distilled set."""
+def select_images(roots, runs, tmp_path):
+    """Return a function that runs the command with the toy target and returns the set."""
 
     def call(*flags, seed=0, top="runs"):
         target = str(runs / "target" / "seed0" / "target.pt")
@@ -46,8 +46,8 @@ def features(source, runs):
     return target.features_of(source)
 
 
-def naive_errors(k, arch, x, z, lr, momentum, weight_decay, batch_size):
-    """Each image's error under expert k after one epoch, with SGD written out: (n,) float64."""
+def compute_errors(k, arch, x, z, lr, momentum, weight_decay, batch_size):
+    """Compute the error of each image under expert k after one epoch of SGD: (n,) float64."""
     torch.manual_seed(k)
     network = models.build(arch, 32, z.shape[1], 0.03).train()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(k))
@@ -69,32 +69,32 @@ def naive_errors(k, arch, x, z, lr, momentum, weight_decay, batch_size):
 @pytest.mark.parametrize(
     ("arch", "seed"), [("dc_convnet3", 0), ("dc_convnet3", 1), ("convnet3", 0)]
 )
-def test_images_are_those_with_the_highest_error_over_the_experts(
-    made, source, features, arch, seed
+def test_images_have_the_highest_mean_error_of_the_experts(
+    select_images, source, features, arch, seed
 ):
     x = source.normalised(torch.arange(len(source)), "cpu")
     errors = (
         sum(
-            naive_errors(k, arch, x, features, 0.2, 0.8, 1e-2, 300)
+            compute_errors(k, arch, x, features, 0.2, 0.8, 1e-2, 300)
             for k in (2 * seed, 2 * seed + 1)
         )
         / 2
     )
     flags = ["--expert-lr", "0.2", "--expert-momentum", "0.8", "--expert-weight-decay", "1e-2"]
-    d = made("--arch", arch, "--expert-batch", "300", *flags, seed=seed)
+    d = select_images("--arch", arch, "--expert-batch", "300", *flags, seed=seed)
     index = torch.tensor(d.meta["initial"])
     assert len(set(index.tolist())) == 20
     found, expected = errors[index], errors.sort(descending=True).values[:20]
     torch.testing.assert_close(
         found, expected, rtol=1e-3, atol=1e-4
-    )  # the same images, but for ties by rounding
+    )  # equal up to ties by rounding
     assert found.min() > errors.mean()
     assert d.target_kind == "feature" and torch.equal(d.targets, features[index])
     torch.testing.assert_close(d.images, x[index], rtol=0, atol=0)
     assert d.meta["method"] == "high_loss" and d.meta["distance_from_initial"] == 0
 
 
-def test_hardest_are_in_falling_order_and_of_equal_ones_the_first():
+def test_hardest_images_are_sorted_with_the_first_of_ties():
     assert high_loss.select_hardest(torch.tensor([1.0, 5.0, 2.0, 5.0, 0.0]), 3).tolist() == [
         1,
         3,
@@ -102,37 +102,43 @@ def test_hardest_are_in_falling_order_and_of_equal_ones_the_first():
     ]
 
 
-def test_seeds(made):
-    first, again, other = (made(seed=seed, top=top) for seed, top in ((0, "a"), (0, "b"), (1, "a")))
+def test_seed_determines_the_images(select_images):
+    first, again, other = (
+        select_images(seed=seed, top=top) for seed, top in ((0, "a"), (0, "b"), (1, "a"))
+    )
     assert (
         torch.equal(first.images, again.images) and first.meta["initial"] != other.meta["initial"]
     )
 
 
-def test_stopped_run_resumes_to_the_same_set(made, monkeypatch):
-    whole = made("--expert-batch", "300", top="whole")  # 5 steps an epoch
+def test_stopped_run_resumes_to_the_same_set(select_images, monkeypatch):
+    whole = select_images("--expert-batch", "300", top="whole")  # 5 steps per epoch
     with monkeypatch.context() as patch:
         patch.setattr(
-            run.Run, "steps", stopping_at(left := [("experts", 2), ("experts", 4), ("experts", 7)])
+            run.Run,
+            "steps",
+            make_stopping_steps(left := [("experts", 2), ("experts", 4), ("experts", 7)]),
         )
         for _ in range(3):
             with pytest.raises(run.Stopped):
-                made("--expert-batch", "300", top="parts")
+                select_images("--expert-batch", "300", top="parts")
     assert not left
-    assert made("--expert-batch", "300", top="parts").meta["initial"] == whole.meta["initial"]
+    assert (
+        select_images("--expert-batch", "300", top="parts").meta["initial"] == whole.meta["initial"]
+    )
 
 
-def test_more_images_than_there_are(made, tmp_path):
+def test_more_images_than_the_source_has(select_images, tmp_path):
     with pytest.raises(UserError, match="digits has only"):
-        made("--num-images", "5000")
+        select_images("--num-images", "5000")
     assert not (tmp_path / "runs").exists()
 
 
-def test_expert_that_diverges_stops_with_advice(made):
+def test_diverging_expert_is_an_error_with_advice(select_images):
     with pytest.raises(
         UserError, match=r"experts, step \d+ of \d+: .*not finite.*lower the learning rate"
     ):
-        made("--expert-lr", "1e30")
+        select_images("--expert-lr", "1e30")
 
 
 def test_missing_target(roots, tmp_path):

@@ -1,5 +1,4 @@
-"""Sets that others released: each layout there and back to pixels, and what the file cannot tell is
-asked for."""
+"""Released sets of other authors: each layout, and errors for missing facts."""
 
 import shutil
 
@@ -23,14 +22,14 @@ M, S = 6, 32
 
 @pytest.fixture
 def x():
-    """Six images of pixels in [0, 1], (6, 3, 32, 32)."""
+    """Draw six images of pixels in [0, 1], (6, 3, 32, 32)."""
     return torch.rand(M, 3, S, S, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def importer(tmp_path):
-    """Saves `content` as a file `name`, imports it with `flags`, returns the set; `more` are
-    further files."""
+def import_set(tmp_path):
+    """Return a function that saves `content` as a file, imports it with `flags`, and returns the
+    set. `more` has further files."""
 
     def call(name, content, *flags, more=None):
         for each, part in {name: content, **(more or {})}.items():
@@ -62,16 +61,14 @@ def importer(tmp_path):
     return call
 
 
-def normalised(x):
+def normalise(x):
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
-def test_raw_images_with_features_stay_as_the_released_networks_saw_them(
-    importer, x, tmp_path, capsys
-):
-    """KRR-ST's release: x_syn.pt, y_syn.pt, saved as parameters that want a gradient."""
+def test_raw_images_with_features_keep_their_values(import_set, x, tmp_path, capsys):
+    """Read x_syn.pt and y_syn.pt of KRR-ST, saved as parameters that require a gradient."""
     y = torch.randn(M, 5)
-    d = importer(
+    d = import_set(
         "x_syn.pt",
         torch.nn.Parameter(x),
         "--targets",
@@ -99,12 +96,12 @@ def test_raw_images_with_features_stay_as_the_released_networks_saw_them(
     assert (tmp_path / "runs" / "tinyimagenet" / "released" / "seed0" / "images.png").is_file()
 
 
-def test_normalised_images_with_class_indices_in_two_files(importer, x):
-    """MTT's images_best.pt and labels_best.pt."""
+def test_normalised_images_with_class_indices_are_read_from_two_files(import_set, x):
+    """Read images_best.pt and labels_best.pt of MTT."""
     labels = torch.tensor([0, 0, 1, 1, 4, 4], dtype=torch.int32)
-    d = importer(
+    d = import_set(
         "images_best.pt",
-        normalised(x),
+        normalise(x),
         "--targets",
         "labels_best.pt",
         "--normalised",
@@ -112,14 +109,13 @@ def test_normalised_images_with_class_indices_in_two_files(importer, x):
         more={"labels_best.pt": labels},
     )
     assert d.target_kind == "class" and d.targets.tolist() == labels.tolist() and d.num_outputs == 5
-    torch.testing.assert_close(d.images, normalised(x))
+    torch.testing.assert_close(d.images, normalise(x))
     torch.testing.assert_close(d.pixels(), x, rtol=0, atol=1e-6)
 
 
-def test_pairs_of_images_and_labels_beside_lists_of_accuracies(importer, x):
-    """DC's, DSA's and DM's res_*.pt: one pair for each experiment; NumPy's numbers among the
-    accuracies."""
-    data = [[normalised(x), torch.arange(M)], [normalised(1 - x), torch.arange(M) + 1]]
+def test_pairs_beside_lists_of_accuracies_are_read(import_set, x):
+    """Read res_*.pt of DC, DSA and DM: a pair per experiment, and accuracies as NumPy numbers."""
+    data = [[normalise(x), torch.arange(M)], [normalise(1 - x), torch.arange(M) + 1]]
     content = {
         "data": data,
         "accs_all_exps": {"ConvNet": [np.float64(0.3), np.float64(0.4)], "n": np.int64(2)},
@@ -128,14 +124,14 @@ def test_pairs_of_images_and_labels_beside_lists_of_accuracies(importer, x):
         UserError,
         match=r"2 arrays .* choose one by --images-entry \(found: data\.0\.0 \(6, 3, 32, 32",
     ):
-        importer("res.pt", content, "--normalised", STATS)
-    d = importer("res.pt", content, "--normalised", STATS, "--images-entry", "data.1.0")
+        import_set("res.pt", content, "--normalised", STATS)
+    d = import_set("res.pt", content, "--normalised", STATS, "--images-entry", "data.1.0")
     torch.testing.assert_close(d.pixels(), 1 - x, rtol=0, atol=1e-6)
     assert d.targets.tolist() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("core", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
-def test_numbers_of_numpy_1_and_2_are_read_as_data(tmp_path, core):
+def test_numbers_of_numpy_1_and_2_are_read(tmp_path, core):
     torch.save(
         {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(1)},
         tmp_path / "a.pt",
@@ -147,17 +143,17 @@ def test_numbers_of_numpy_1_and_2_are_read_as_data(tmp_path, core):
     assert importing.read(tmp_path / "a.pt")["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_one_pair_in_one_file(importer, x):
-    d = importer("data.pt", (normalised(x), torch.arange(M)), "--normalised", STATS)
+def test_pair_in_one_file_is_read(import_set, x):
+    d = import_set("data.pt", (normalise(x), torch.arange(M)), "--normalised", STATS)
     assert d.targets.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_channels_last_images_with_soft_labels_of_numpy(importer, x):
-    """KIP's npz: (m, S, S, 3) in float64, labels of zero mean."""
+def test_channels_last_images_with_soft_labels_are_read(import_set, x):
+    """Read the npz file of KIP: images (m, S, S, 3) in float64, labels with mean zero."""
     soft = np.eye(10)[:M] - 0.1
-    d = importer(
+    d = import_set(
         "kip.npz",
-        {"images": normalised(x).permute(0, 2, 3, 1).double().numpy(), "labels": soft},
+        {"images": normalise(x).permute(0, 2, 3, 1).double().numpy(), "labels": soft},
         "--target-kind",
         "soft",
         "--normalised",
@@ -168,9 +164,9 @@ def test_channels_last_images_with_soft_labels_of_numpy(importer, x):
     assert d.images.is_contiguous()
 
 
-def test_bytes_are_divided_and_one_hot_rows_become_classes(importer, x):
+def test_bytes_are_scaled_and_one_hot_rows_become_class_indices(import_set, x):
     content = (x * 255).round().byte()
-    d = importer(
+    d = import_set(
         "x.npy",
         content.permute(0, 2, 3, 1).numpy(),
         "--normalise",
@@ -182,17 +178,17 @@ def test_bytes_are_divided_and_one_hot_rows_become_classes(importer, x):
         more={"y.npy": np.eye(7)[[6, 1, 1, 0, 2, 3]]},
     )
     assert d.targets.tolist() == [6, 1, 1, 0, 2, 3]
-    torch.testing.assert_close(d.images, normalised(content.float() / 255))
+    torch.testing.assert_close(d.images, normalise(content.float() / 255))
     torch.testing.assert_close(d.pixels(), content.float() / 255, rtol=0, atol=1e-6)
 
 
-def test_images_alone_for_the_distillation_of_knowledge(importer, x):
-    d = importer("x.pt", x, "--target-kind", "none", "--normalise", "imagenet")
+def test_images_without_targets_are_read(import_set, x):
+    d = import_set("x.pt", x, "--target-kind", "none", "--normalise", "imagenet")
     assert d.targets.shape == (M, 0) and d.std[0] == pytest.approx(0.229)
     torch.testing.assert_close(d.images[:, 1], (x[:, 1] - 0.456) / 0.224)
 
 
-def test_statistics_of_the_source_come_from_its_images(tmp_path, x):
+def test_source_statistics_are_those_of_its_images(tmp_path, x):
     torch.save((x, torch.arange(M)), tmp_path / "data.pt")
     source = load_images("digits", "train", 32, tmp_path)
     flags = [
@@ -227,11 +223,11 @@ def test_statistics_of_the_source_come_from_its_images(tmp_path, x):
     torch.testing.assert_close(d.pixels(), x, rtol=0, atol=1e-6)
 
 
-def test_the_command_and_the_next_stage(tmp_path, x, capsys):
+def test_imported_set_can_be_pretrained_on(tmp_path, x, capsys):
     torch.save(x, tmp_path / "x.pt")
     torch.save(
         torch.tensor([3.0, 3.0, 1.0, 0.0, 9.0, 9.0]), tmp_path / "y.pt"
-    )  # class indices kept as floats
+    )  # class indices as floats
     words = [
         "-m",
         "distillers",
@@ -265,9 +261,9 @@ def test_the_command_and_the_next_stage(tmp_path, x, capsys):
 FEATURES = {"y.pt": torch.randn(M, 5)}
 
 
-def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, x, tmp_path):
+def test_missing_flag_error_describes_the_file_and_names_the_flag(import_set, x, tmp_path):
     with pytest.raises(UserError) as refused:
-        importer("x.pt", x * 2 - 1, "--targets", "y.pt", more=FEATURES)
+        import_set("x.pt", x * 2 - 1, "--targets", "y.pt", more=FEATURES)
     text = str(refused.value)
     assert (
         "\n" not in text
@@ -342,18 +338,18 @@ def test_a_missing_answer_says_what_was_found_and_which_flag_gives_it(importer, 
         (["--normalised", "none", "--target-kind", "none", "--method", "../x"], {}, "plain word"),
     ],
 )
-def test_bad_answers(importer, x, tmp_path, flags, more, message):
+def test_wrong_flags_are_errors(import_set, x, tmp_path, flags, more, message):
     with pytest.raises(UserError, match=message):
-        importer("x.pt", x, *flags, more=more)
+        import_set("x.pt", x, *flags, more=more)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "stats", ["mtt", "0.5,0.5/0.2,0.2,0.2", "0.5,0.5,0.5/0.2,0,0.2", "125,122,114/51,50,51"]
 )
-def test_statistics_that_are_none(importer, x, stats, capsys):
+def test_invalid_statistics_are_errors(import_set, x, stats, capsys):
     with pytest.raises(SystemExit):
-        importer("x.pt", x, "--target-kind", "none", "--normalised", stats)
+        import_set("x.pt", x, "--target-kind", "none", "--normalised", stats)
     shown = capsys.readouterr().err
     assert "R,G,B/R,G,B" in shown and shown.count("\n") == 1
 
@@ -369,14 +365,14 @@ def test_statistics_that_are_none(importer, x, stats, capsys):
         ({"x": shutil.rmtree}, "more than data"),
     ],
 )
-def test_bad_images(importer, content, message):
+def test_unsuitable_images_are_errors(import_set, content, message):
     with pytest.raises(UserError, match=message):
-        importer("x.pt", content, "--normalised", "none", "--target-kind", "none")
+        import_set("x.pt", content, "--normalised", "none", "--target-kind", "none")
 
 
-def test_bytes_cannot_be_normalised_already(importer):
+def test_normalised_bytes_are_an_error(import_set):
     with pytest.raises(UserError, match="bytes are pixels"):
-        importer(
+        import_set(
             "x.pt",
             torch.zeros(M, 3, S, S, dtype=torch.uint8),
             "--normalised",
@@ -386,7 +382,7 @@ def test_bytes_cannot_be_normalised_already(importer):
         )
 
 
-def test_files_that_are_no_data(tmp_path):
+def test_unreadable_files_are_errors(tmp_path):
     np.savez(tmp_path / "objects.npz", images=np.array([{"a": shutil.rmtree}], dtype=object))
     (tmp_path / "text.npz").write_text("not an archive")
     (tmp_path / "text.pt").write_text("not a tensor")
@@ -410,16 +406,18 @@ def test_files_that_are_no_data(tmp_path):
         ("soft", torch.tensor(1.0), "a scalar"),
     ],
 )
-def test_distilled_files_with_unfit_targets(tmp_path, kind, targets, message):
+def test_distilled_files_with_invalid_targets_are_errors(tmp_path, kind, targets, message):
     d = Distilled(torch.rand(3, 3, S, S), targets, kind, torch.zeros(3), torch.ones(3), {})
     files.save(tmp_path / "d.pt", "distilled", d.content())
     with pytest.raises(UserError, match=message):
         load_distilled(tmp_path / "d.pt")
 
 
-def test_pretraining_recipes_by_kind_source_and_network(tmp_path):
-    """facts of the released code: 500 images a batch for soft labels, 256 for MobileNet at 64 px,
-    10 for ImageNette."""
+def test_soft_label_recipe_depends_on_source_and_network(tmp_path):
+    """Check the batch sizes of the released code for soft labels.
+
+    They are 500, 256 for MobileNet at 64 px, and 10 for ImageNette.
+    """
     d = Distilled(
         torch.rand(3, 3, S, S), torch.rand(3, 4), "soft", torch.zeros(3), torch.ones(3), {}
     )

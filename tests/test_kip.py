@@ -1,5 +1,4 @@
-"""KIP: its kernels against finite wide networks and the arc-cosine formulas, its objective against
-a formula written out (float64), and the real command on digits."""
+"""KIP: kernels against wide networks and arc-cosine formulas, the objective, and the command."""
 
 import json
 import math
@@ -14,7 +13,7 @@ from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
 from distillers import kip, ntk
-from tests.conftest import command, stopping_at
+from tests.conftest import command, make_stopping_steps
 from utils import cli, run
 
 TOY = [
@@ -32,15 +31,14 @@ TOY = [
 CONV = ["--kernel", "conv", "--depth", "1", "--num-images", "10", "--outer-batch", "20"]
 
 
-def images(seed, n, size=5):
+def make_images(seed, n, size=5):
     return torch.randn(
         n, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
 
 
-def empirical(name, x, y, depth, width, inits):
-    """sum over parameters of df(x)/dw df(y)/dw, averaged over `inits` random networks of finite
-    width."""
+def estimate_kernel(name, x, y, depth, width, inits):
+    """Sum df(x)/dw df(y)/dw over the parameters; average over `inits` networks of finite width."""
     total = 0
     for seed in range(inits):
         g = torch.Generator().manual_seed(seed)
@@ -82,9 +80,9 @@ def empirical(name, x, y, depth, width, inits):
     [("fc", 1, 2000), ("fc", 3, 500), ("conv", 1, 500), ("conv", 3, 200)],
 )
 def test_kernel_is_the_limit_of_a_wide_network(name, depth, width, inits=16):
-    x, y = images(0, 3, 4), images(1, 2, 4)
-    y[0] = x[0] + 0.1 * y[0]  # a pair that is close
-    wide, ours = empirical(name, x, y, depth, width, inits), ntk.KERNELS[name](x, y, depth)
+    x, y = make_images(0, 3, 4), make_images(1, 2, 4)
+    y[0] = x[0] + 0.1 * y[0]  # a close pair
+    wide, ours = estimate_kernel(name, x, y, depth, width, inits), ntk.KERNELS[name](x, y, depth)
     error = (ours - wide).abs().max()
     assert error < 8 * ours.max() / math.sqrt(width * inits)
     others = [
@@ -97,7 +95,7 @@ def test_kernel_is_the_limit_of_a_wide_network(name, depth, width, inits=16):
 
 
 def test_fc_kernel_equals_the_arc_cosine_formulas():
-    x, y, depth = images(0, 3), images(1, 2), 2
+    x, y, depth = make_images(0, 3), make_images(1, 2), 2
 
     def arc(
         a,
@@ -124,9 +122,9 @@ def test_fc_kernel_equals_the_arc_cosine_formulas():
             assert ntk.fc(x, y, depth)[i, j].item() == pytest.approx(theta, rel=1e-12)
 
 
-def test_conv_kernel_by_loops_over_every_pair_of_pixels():
-    """One and two layers, of all offsets between pixels, not only of equal ones."""
-    x, y, size = images(2, 1, 3), images(3, 1, 3), 3
+def test_conv_kernel_equals_loops_over_pairs_of_pixels():
+    """Compare for one and two layers, with all offsets between pixels."""
+    x, y, size = make_images(2, 1, 3), make_images(3, 1, 3), 3
     places = [(r, c) for r in range(size) for c in range(size)]
     shifts = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)]
 
@@ -160,9 +158,7 @@ def test_conv_kernel_by_loops_over_every_pair_of_pixels():
                 for p, q in s[key]:
                     norm = math.sqrt(s[a][p, p] * s[b][q, q])
                     angle = math.acos(max(-1.0, min(1.0, s[key][p, q] / norm)))
-                    slopes[p, q] = (math.pi - angle) / (
-                        2 * math.pi
-                    )  # of "xy", the last one, in the end
+                    slopes[p, q] = (math.pi - angle) / (2 * math.pi)  # the kernel between x and y
                     k[key][p, q] = norm * (
                         math.sin(angle) / (2 * math.pi) + slopes[p, q] * math.cos(angle)
                     )
@@ -173,7 +169,7 @@ def test_conv_kernel_by_loops_over_every_pair_of_pixels():
 
 @pytest.mark.parametrize("name", ["fc", "conv"])
 def test_kernel_is_symmetric_and_positive_definite(name):
-    x = images(0, 12)
+    x = make_images(0, 12)
     k = ntk.kernel(name, x, x, 3)
     torch.testing.assert_close(k, k.T, rtol=1e-12, atol=0)
     assert torch.linalg.eigvalsh(k).min() > 1e-3
@@ -184,9 +180,9 @@ def test_kernel_is_symmetric_and_positive_definite(name):
 
 @pytest.mark.parametrize("name", ["fc", "conv"])
 def test_chunks_change_neither_values_nor_gradients(name):
-    x, results = images(0, 7), []
+    x, results = make_images(0, 7), []
     for chunk in (1, 3 * 25 * 2, 10**9):
-        y = images(1, 3).requires_grad_()
+        y = make_images(1, 3).requires_grad_()
         k = ntk.kernel(name, x, y, 2, chunk)
         (k * torch.arange(21.0).reshape(7, 3)).sum().backward()
         assert k.shape == (7, 3)
@@ -196,17 +192,17 @@ def test_chunks_change_neither_values_nor_gradients(name):
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-10, atol=1e-12)
 
 
-def reference(name, x_real, y_real, x, y, ridge, depth, trace):
-    """The objective from the kernel's values, with the trace of the ridge held constant."""
+def compute_objective(name, x_real, y_real, x, y, ridge, depth, trace):
+    """Compute the objective from the kernel, with the trace of the ridge held constant."""
     k = ntk.KERNELS[name]
     damped = k(x, x, depth) + ridge * trace / len(x) * torch.eye(len(x), dtype=torch.float64)
     return 0.5 * (y_real - k(x_real, x, depth) @ torch.linalg.inv(damped) @ y).square().mean()
 
 
 @pytest.mark.parametrize(("name", "depth"), [("fc", 3), ("conv", 2)])
-def test_objective_and_its_gradient(name, depth):
-    """By central deviations; one image of each set holds an area of the same colour."""
-    x_real, x = images(0, 6), images(1, 4)
+def test_objective_and_gradient_equal_the_formula(name, depth):
+    """Compare with central differences. One image of each set has an area of constant colour."""
+    x_real, x = make_images(0, 6), make_images(1, 4)
     x_real[0, :, :3], x[0, :, :3] = 0.3, 0.3
     labels = torch.eye(3, dtype=torch.float64)
     y_real, y = labels[[0, 1, 2, 0, 1, 2]], labels[[0, 1, 2, 0]] - 1 / 3
@@ -217,7 +213,7 @@ def test_objective_and_its_gradient(name, depth):
     loss.backward()
     x_real = x_real.float().double()
     torch.testing.assert_close(
-        loss, reference(name, x_real, y_real, x, y, ridge, depth, trace), rtol=1e-10, atol=0
+        loss, compute_objective(name, x_real, y_real, x, y, ridge, depth, trace), rtol=1e-10, atol=0
     )
     for tensor, other in ((x, y), (y, x)):
         for seed in range(4):
@@ -225,12 +221,12 @@ def test_objective_and_its_gradient(name, depth):
                 tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
             )
             if tensor is x:
-                direction[0, :, :3] = 0  # the cone's tip: no derivative there
+                direction[0, :, :3] = 0  # no derivative at 0
             h, ends = 1e-5, []
             for sign in (1, -1):
                 moved = (tensor + sign * h * direction).detach()
                 pair = (moved, other.detach()) if tensor is x else (other.detach(), moved)
-                ends.append(reference(name, x_real, y_real, *pair, ridge, depth, trace))
+                ends.append(compute_objective(name, x_real, y_real, *pair, ridge, depth, trace))
             numeric = (ends[0] - ends[1]) / (2 * h)
             torch.testing.assert_close(
                 (tensor.grad * direction).sum(), numeric, rtol=1e-5, atol=1e-9
@@ -238,14 +234,14 @@ def test_objective_and_its_gradient(name, depth):
 
 
 def test_gradient_is_finite_where_images_are_equal_or_opposite():
-    x = images(0, 2).requires_grad_()
+    x = make_images(0, 2).requires_grad_()
     k = ntk.kernel("conv", torch.cat([x.detach(), -x.detach(), torch.zeros_like(x)]), x, 3)
     (k.sum() + ntk.kernel("conv", x, x, 3).sum()).backward()
     assert x.grad.isfinite().all() and x.grad.abs().max() < 100
 
 
-def main(root, *flags, seed=0):
-    """The method in this process, into a run root of its own; the set and its log."""
+def run_method(root, *flags, seed=0):
+    """Run the method in this process; return the set and its log."""
     distillers.main(["kip", "--run-root", str(root), *TOY, *flags, "--seed", str(seed)])
     folder = root / "digits" / "kip" / f"seed{seed}"
     return load_distilled(folder / "distilled.pt"), [
@@ -272,38 +268,38 @@ def test_command_writes_balanced_images_with_their_labels(data_root, data, tmp_p
     assert 0 < (d.images - start).abs().max() < 0.5  # five steps of at most about 0.04
 
 
-def test_objective_falls_on_digits(data, tmp_path):
-    d, log = main(tmp_path, *data, "--outer-steps", "30", "--outer-batch", "300")
+def test_objective_decreases_on_digits(data, tmp_path):
+    d, log = run_method(tmp_path, *data, "--outer-steps", "30", "--outer-batch", "300")
     assert d.meta["objective_distilled"] < 0.7 * d.meta["objective_initial"]
     assert len(log) == 30
 
 
-def test_learned_labels_move_and_help(data, tmp_path):
-    plain, _ = main(tmp_path / "a", *data, "--outer-steps", "20")
-    learned, _ = main(tmp_path / "b", *data, "--outer-steps", "20", "--learn-labels")
+def test_learned_labels_change_and_lower_the_objective(data, tmp_path):
+    plain, _ = run_method(tmp_path / "a", *data, "--outer-steps", "20")
+    learned, _ = run_method(tmp_path / "b", *data, "--outer-steps", "20", "--learn-labels")
     fixed = torch.eye(10)[torch.arange(10).repeat_interleave(2)] - 0.1
     assert torch.allclose(plain.targets, fixed) and (learned.targets - fixed).abs().max() > 0.05
     assert not learned.targets.requires_grad
 
 
-def test_same_seed_same_set_and_another_seed_another(data, tmp_path):
-    first, _ = main(tmp_path / "a", *data)
-    again, _ = main(tmp_path / "b", *data)
-    other, _ = main(tmp_path / "a", *data, seed=1)
+def test_seed_determines_the_set(data, tmp_path):
+    first, _ = run_method(tmp_path / "a", *data)
+    again, _ = run_method(tmp_path / "b", *data)
+    other, _ = run_method(tmp_path / "a", *data, seed=1)
     assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
 
 
-def test_stopped_run_goes_on_to_the_very_same_set(data, tmp_path, monkeypatch):
-    whole, log = main(tmp_path / "whole", *data, "--learn-labels")
+def test_stopped_run_resumes_to_the_same_set(data, tmp_path, monkeypatch):
+    whole, log = run_method(tmp_path / "whole", *data, "--learn-labels")
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping_at([("distil", 2)]))
-        main(tmp_path / "parts", *data, "--learn-labels")
-    parts, log_of_parts = main(tmp_path / "parts", *data, "--learn-labels")
+        patch.setattr(run.Run, "steps", make_stopping_steps([("distil", 2)]))
+        run_method(tmp_path / "parts", *data, "--learn-labels")
+    parts, log_of_parts = run_method(tmp_path / "parts", *data, "--learn-labels")
     assert torch.equal(parts.images, whole.images) and torch.equal(parts.targets, whole.targets)
     assert [line["loss"] for line in log_of_parts] == [line["loss"] for line in log]
 
 
-def test_batches_are_balanced_until_they_are_everything(data_root):
+def test_batches_are_balanced_or_all_images(data_root):
     source = load_images("digits", "train", 32, data_root)
     g = torch.Generator().manual_seed(0)
     counts = [
@@ -324,7 +320,7 @@ def test_batches_are_balanced_until_they_are_everything(data_root):
         (["--num-images", "15"], "not a multiple"),
     ],
 )
-def test_bad_flags(capsys, data, tmp_path, flags, word):
+def test_bad_flags_are_errors(capsys, data, tmp_path, flags, word):
     with pytest.raises(SystemExit) as stop:
         cli.run(distillers.main, ["kip", *TOY, *data, "--run-root", str(tmp_path), *flags])
     assert stop.value.code == 2 and word in capsys.readouterr().err

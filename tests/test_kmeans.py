@@ -1,5 +1,4 @@
-"""The k-means baseline on real digits: the true nearest images, each once, balanced; without labels
-too."""
+"""The k-means baseline on the digits, with and without labels."""
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from utils.errors import UserError
 
 
 @pytest.fixture
-def made(roots, runs, tmp_path):
-    """Runs the command with the toy target in a run root of its own; the distilled set."""
+def select_images(roots, runs, tmp_path):
+    """Return a function that runs the command with the toy target and returns the set."""
 
     def call(*flags, seed=0, top="runs"):
         target = str(runs / "target" / "seed0" / "target.pt")
@@ -41,22 +40,24 @@ def features(source, runs):
     return target.features_of(source).numpy()
 
 
-def indices(d, source):
-    """Where each distilled image lies in the source, which must hold it."""
+def find_indices(d, source):
+    """Find each distilled image in the source."""
     real = source.normalised(torch.arange(len(source)), "cpu").flatten(1)
     distance = torch.stack([(real - x).abs().amax(1) for x in d.images.flatten(1)])
     assert (distance.amin(1) < 1e-6).all()
     return distance.argmin(1).numpy()
 
 
-def test_chosen_images_are_the_nearest_to_each_classs_centroids(made, source, features):
+def test_chosen_images_are_the_nearest_to_the_centroids_of_their_class(
+    select_images, source, features
+):
     from sklearn.cluster import KMeans
 
-    d = made("--num-images", "40")
+    d = select_images("--num-images", "40")
     assert d.target_kind == "class" and d.targets.tolist() == [
         c for c in range(10) for _ in range(4)
     ]
-    chosen = indices(d, source)
+    chosen = find_indices(d, source)
     assert len(set(chosen.tolist())) == 40
     for c in range(10):
         members = np.flatnonzero(source.labels.numpy() == c)
@@ -85,34 +86,34 @@ def test_two_centroids_with_the_same_nearest_image_get_two_images():
     ).tolist() == [2, 3, 0, 1]
 
 
-def test_summed_error_is_the_distance_to_the_nearest_chosen(monkeypatch):
-    monkeypatch.setattr(kmeans, "ROWS", 4)  # in parts
+def test_summed_error_is_the_distance_to_the_nearest_chosen_image(monkeypatch):
+    monkeypatch.setattr(kmeans, "ROWS", 4)  # several parts
     g = torch.Generator().manual_seed(0)
     f, chosen = torch.randn(11, 3, generator=g), torch.randn(4, 3, generator=g)
     expected = sum(min(((a - b) ** 2).sum().item() for b in chosen) for a in f)
     assert kmeans.sum_distances(f, chosen) == pytest.approx(expected, rel=1e-5)
 
 
-def test_labels_can_be_ignored(made, source, features):
-    d = made("--num-images", "25", "--ignore-labels")  # no multiple of the ten classes
-    assert d.target_kind == "feature" and d.meta["initial"] == indices(d, source).tolist()
+def test_labels_can_be_ignored(select_images, source, features):
+    d = select_images("--num-images", "25", "--ignore-labels")  # not a multiple of the ten classes
+    assert d.target_kind == "feature" and d.meta["initial"] == find_indices(d, source).tolist()
     np.testing.assert_array_equal(d.targets.numpy(), features[d.meta["initial"]])
 
 
-def test_they_cover_the_source_better_than_random_images(made):
-    d = made("--num-images", "100")
+def test_chosen_images_cover_the_source_better_than_random_ones(select_images):
+    d = select_images("--num-images", "100")
     assert d.meta["objective_distilled"] < 0.9 * d.meta["objective_initial"]
 
 
-def test_seeds(made):
+def test_seed_determines_the_images(select_images):
     first, again, other = (
-        made("--num-images", "20", seed=seed, top=top)
+        select_images("--num-images", "20", seed=seed, top=top)
         for seed, top in ((0, "a"), (0, "b"), (1, "a"))
     )
     assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
 
 
-def test_mini_batches_beyond_a_size(source, features, monkeypatch):
+def test_large_sources_use_mini_batches(source, features, monkeypatch):
     f = torch.from_numpy(features)
     whole = kmeans.sum_distances(f, kmeans.fit_centroids(f, 10, 0))
     monkeypatch.setattr(kmeans, "MOST_PAIRS", 10 * len(f) - 1)
@@ -120,7 +121,7 @@ def test_mini_batches_beyond_a_size(source, features, monkeypatch):
     assert parts != whole and parts < 1.3 * whole
 
 
-def test_without_labels_over_all_images_with_the_targets_features(tmp_path, source):
+def test_source_without_labels_gives_target_features(tmp_path, source):
     folder, data = tmp_path / "photos", tmp_path / "data"
     folder.mkdir()
     for i in range(40):
@@ -151,7 +152,7 @@ def test_without_labels_over_all_images_with_the_targets_features(tmp_path, sour
     flags += ["--target-network", tmp_path / "target.pt", "--num-images", 7]
     method.main(kmeans.METHOD, [str(word) for word in flags])
     d = load_distilled(tmp_path / "runs" / photos.name / "kmeans" / "seed0" / "distilled.pt")
-    assert d.target_kind == "feature" and len(set(indices(d, photos).tolist())) == 7
+    assert d.target_kind == "feature" and len(set(find_indices(d, photos).tolist())) == 7
     target = load_target(tmp_path / "target.pt", photos, torch.device("cpu"), "fp32")
     torch.testing.assert_close(d.targets, target.features(d.images), rtol=1e-4, atol=1e-5)
 
@@ -159,7 +160,7 @@ def test_without_labels_over_all_images_with_the_targets_features(tmp_path, sour
 @pytest.mark.parametrize(
     ("m", "message"), [(25, "not a multiple of digits's 10 classes"), (2000, "fewer than 200")]
 )
-def test_numbers_that_cannot_be_balanced(made, tmp_path, m, message):
+def test_number_of_images_must_be_a_multiple_of_the_classes(select_images, tmp_path, m, message):
     with pytest.raises(UserError, match=message):
-        made("--num-images", str(m))
+        select_images("--num-images", str(m))
     assert not (tmp_path / "runs").exists()

@@ -1,5 +1,4 @@
-"""The ridge head against its primal solution, and the meta-gradient against central deviations
-(float64)."""
+"""The ridge head and its gradient against the primal solution and central differences."""
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from distillers import krr
 from distillers.krr import ridge_predict, with_bias
 
 
-def features(generator, *shape):
+def draw_features(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
@@ -19,7 +18,7 @@ def features(generator, *shape):
 @pytest.mark.parametrize(("m", "d_h"), [(6, 20), (20, 6)])
 def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias):
     g = torch.Generator().manual_seed(0)
-    f_real, f_syn, y = features(g, 9, d_h), features(g, m, d_h), features(g, m, 4)
+    f_real, f_syn, y = draw_features(g, 9, d_h), draw_features(g, m, d_h), draw_features(g, m, 4)
     ours = ridge_predict(f_real, f_syn, y, 1e-3, per_image, bias)
     if bias:
         f_real, f_syn = with_bias(f_real), with_bias(f_syn)
@@ -36,8 +35,8 @@ def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias
 def test_bias_column_predicts_a_constant_that_features_alone_cannot():
     g = torch.Generator().manual_seed(1)
     f_real, f_syn, y = (
-        features(g, 5, 3),
-        features(g, 40, 3),
+        draw_features(g, 5, 3),
+        draw_features(g, 40, 3),
         torch.full((40, 2), 7.0, dtype=torch.float64),
     )
     torch.testing.assert_close(ridge_predict(f_real, f_syn, y, 1e-12), torch.full_like(y[:5], 7.0))
@@ -45,13 +44,12 @@ def test_bias_column_predicts_a_constant_that_features_alone_cannot():
 
 
 def test_meta_gradients_agree_with_central_differences():
-    """d loss / d X_s and d loss / d Y_s through a ConvNet in eval mode, with the trace of the ridge
-    held constant."""
+    """Check d loss / d X_s and d loss / d Y_s through a ConvNet, with a constant ridge."""
     torch.manual_seed(0)
     network = models.build("convnet3", 32, 4, width=0.03).double()
     network(
         torch.randn(16, 3, 32, 32, dtype=torch.float64)
-    )  # running statistics that are not 0 and 1
+    )  # running statistics other than 0 and 1
     network.eval().requires_grad_(False)
     x_real, y_real = (
         torch.randn(12, 3, 32, 32, dtype=torch.float64),
@@ -87,12 +85,12 @@ def test_meta_gradients_agree_with_central_differences():
             )
 
 
-def test_float32_prediction_is_near_float64_at_the_default_ridge():
+def test_float32_prediction_is_close_to_float64_at_the_default_ridge():
     g = torch.Generator().manual_seed(2)
     f_real, f_syn, y = (
-        features(g, 50, 400).relu(),
-        features(g, 200, 400).relu(),
-        features(g, 200, 16),
+        draw_features(g, 50, 400).relu(),
+        draw_features(g, 200, 400).relu(),
+        draw_features(g, 200, 16),
     )
     exact = ridge_predict(f_real, f_syn, y, 1e-6)
     ours = ridge_predict(f_real.float(), f_syn.float(), y.float(), 1e-6)
@@ -103,8 +101,8 @@ def test_float32_prediction_is_near_float64_at_the_default_ridge():
 def indefinite(m=4):
     """A symmetric matrix with eigenvalues -0.5 and 1, and right-hand sides."""
     g = torch.Generator().manual_seed(3)
-    q = torch.linalg.qr(features(g, m, m)).Q
-    return q @ torch.diag(torch.tensor([-0.5, 1, 1, 1]).double()) @ q.T, features(g, m, 2)
+    q = torch.linalg.qr(draw_features(g, m, m)).Q
+    return q @ torch.diag(torch.tensor([-0.5, 1, 1, 1]).double()) @ q.T, draw_features(g, m, 2)
 
 
 def solve_without_reading(monkeypatch, *args, **kwargs):
@@ -119,14 +117,14 @@ def solve_without_reading(monkeypatch, *args, **kwargs):
 @pytest.mark.parametrize("safe", [False, True])
 def test_solve_on_a_gpu_equals_that_on_a_cpu(safe, monkeypatch):
     g, fallbacks = torch.Generator().manual_seed(0), []
-    f = features(g, 6, 9)
-    k, y = (f @ f.T).requires_grad_(), features(g, 6, 3).requires_grad_()
+    f = draw_features(g, 6, 9)
+    k, y = (f @ f.T).requires_grad_(), draw_features(g, 6, 3).requires_grad_()
     ours, theirs = krr.solve(k, 1e-3, y), torch.linalg.inv(k + 1e-3 * torch.eye(6).double()) @ y
     there = solve_without_reading(monkeypatch, k, 1e-3, y, fallbacks, safe)
     assert fallbacks == [False]
     assert torch.equal(there, ours)
     torch.testing.assert_close(ours, theirs)
-    weights = features(g, 6, 3)
+    weights = draw_features(g, 6, 3)
     expected = torch.autograd.grad((theirs * weights).sum(), [k, y])
     for solution in (ours, there):
         found = torch.autograd.grad((solution * weights).sum(), [k, y], retain_graph=True)
@@ -180,7 +178,7 @@ def test_number_of_factorisations(device, ridge, expected):
 def test_refined_float32_factor_is_near_float64():
     """The loss of precision of a float32 factor at the default ridge, and its correction."""
     g = torch.Generator().manual_seed(4)
-    f, y = with_bias(features(g, 300, 500).relu()), features(g, 300, 16).requires_grad_()
+    f, y = with_bias(draw_features(g, 300, 500).relu()), draw_features(g, 300, 16).requires_grad_()
     k = (f @ f.T).requires_grad_()
     damping = 1e-6 * k.trace().detach()
     exact = krr.solve(k, damping, y)
@@ -192,7 +190,7 @@ def test_refined_float32_factor_is_near_float64():
         return ((found - expected).norm() / expected.norm()).item()
 
     assert error(refined, exact) < error(rough, exact) / 20 and error(refined, exact) < 1e-5
-    weights = features(g, 300, 16)
+    weights = draw_features(g, 300, 16)
     found, expected = (
         torch.autograd.grad((each * weights).sum(), [k, y]) for each in (refined, exact)
     )
@@ -206,10 +204,10 @@ def test_inner_products_with_tf32_are_scoped(monkeypatch):
     monkeypatch.setattr(krr, "_inner", lambda a, b: seen.append(matmul.allow_tf32) or product(a, b))
     assert not matmul.allow_tf32
     g = torch.Generator().manual_seed(5)
-    a, b = features(g, 4, 7).requires_grad_(), features(g, 5, 7).requires_grad_()
+    a, b = draw_features(g, 4, 7).requires_grad_(), draw_features(g, 5, 7).requires_grad_()
     ours, plain = krr._Tf32Inner.apply(a, b), a @ b.T
     assert seen == [True] and not matmul.allow_tf32
-    weights = features(g, 4, 5)
+    weights = draw_features(g, 4, 5)
     torch.testing.assert_close(
         *(torch.autograd.grad((each * weights).sum(), [a, b]) for each in (ours, plain))
     )

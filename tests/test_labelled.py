@@ -1,4 +1,4 @@
-"""DM, DSA and MTT: formulas against naive ones in float64, and the real commands at toy size."""
+"""DM, DSA and MTT: formulas against loops in float64, and the commands at toy size."""
 
 import json
 
@@ -13,7 +13,7 @@ from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
 from distillers import dm, dsa, labelled, matching
-from tests.conftest import stopping_at
+from tests.conftest import make_stopping_steps
 from utils import run
 from utils.errors import UserError
 from utils.sampling import Randomness
@@ -42,11 +42,11 @@ TOY = dict(
 )
 
 
-def normal(seed, *shape):
+def draw_normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def tiny_network(num_outputs=3):
+def make_network(num_outputs=3):
     torch.manual_seed(0)
     return models.build("dc_convnet3", 32, num_outputs, width=0.03).double()
 
@@ -58,7 +58,7 @@ def source(small_root):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few draws to measure with, which is faster."""
+    """Measure objectives with few draws."""
     for module, name in (
         (dm, "MEASUREMENT_NETWORKS"),
         (dsa, "MEASUREMENT_NETWORKS"),
@@ -67,11 +67,11 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, name, 2)
 
 
-# The formulas
+# Formulas
 
 
 def test_mean_distance_equals_loops_over_classes_and_images():
-    f_real, f_syn = normal(0, 7, 5), normal(1, 6, 5)
+    f_real, f_syn = draw_normal(0, 7, 5), draw_normal(1, 6, 5)
     y_real, y_syn = torch.tensor([0, 2, 1, 2, 2, 0, 1]), torch.tensor([0, 1, 2, 2, 1, 0])
     expected = 0.0
     for c in range(3):
@@ -85,11 +85,8 @@ def test_mean_distance_equals_loops_over_classes_and_images():
 
 
 @pytest.mark.parametrize("images_in_a_pass", [1, 24, 10_000])
-def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(
-    source, monkeypatch, images_in_a_pass
-):
-    """Loss and gradient of DM, from the pieces: one draw of augmentation and one of real images for
-    each class."""
+def test_dm_does_not_depend_on_the_classes_per_pass(source, monkeypatch, images_in_a_pass):
+    """Compare loss and gradient for the same augmentations and real images of each class."""
     device = torch.device("cpu")
     real = labelled.ClassBatches(source, 8, device)
     torch.manual_seed(0)
@@ -112,7 +109,7 @@ def test_dm_in_passes_of_several_classes_equals_one_class_at_a_time(
 
 
 def test_gradient_distance_equals_loops_over_rows():
-    real, syn = ([normal(s, 4, 3, 2, 2), normal(s + 1, 2, 7)] for s in (0, 10))
+    real, syn = ([draw_normal(s, 4, 3, 2, 2), draw_normal(s + 1, 2, 7)] for s in (0, 10))
     expected = 0.0
     for a, b in zip(real, syn, strict=True):
         for row in range(len(a)):
@@ -128,7 +125,7 @@ def test_gradient_distance_equals_loops_over_rows():
     )
 
 
-def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
+def test_gradient_distance_of_a_zero_row_is_one_with_a_finite_gradient():
     syn = torch.zeros(1, 3, requires_grad=True)
     distance = dsa.gradient_distance([torch.ones(1, 3)], [syn])
     distance.backward()
@@ -136,7 +133,7 @@ def test_gradient_distance_at_a_row_of_zeros_is_one_with_a_finite_gradient():
 
 
 def test_weight_gradients_are_those_of_convolutions_and_head_only():
-    network, x = tiny_network().float(), normal(0, 4, 3, 32, 32).float()
+    network, x = make_network().float(), draw_normal(0, 4, 3, 32, 32).float()
     F.cross_entropy(network(x), torch.full((4,), 2)).backward()
     expected = [
         m.weight.grad for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
@@ -149,9 +146,9 @@ def test_weight_gradients_are_those_of_convolutions_and_head_only():
 
 def test_dsa_image_gradient_agrees_with_central_differences():
     network, x_real, x = (
-        tiny_network().double(),
-        normal(0, 5, 3, 32, 32),
-        normal(1, 2, 3, 32, 32).requires_grad_(),
+        make_network().double(),
+        draw_normal(0, 5, 3, 32, 32),
+        draw_normal(1, 2, 3, 32, 32).requires_grad_(),
     )
 
     def gradients(x, create_graph=False):
@@ -162,7 +159,7 @@ def test_dsa_image_gradient_agrees_with_central_differences():
     g_real = gradients(x_real)
     dsa.gradient_distance(g_real, gradients(x, create_graph=True)).backward(inputs=[x])
     for seed in range(4):
-        direction, h = normal(seed + 5, *x.shape), 1e-6
+        direction, h = draw_normal(seed + 5, *x.shape), 1e-6
         up, down = (
             dsa.gradient_distance(g_real, gradients(x.detach() + s * h * direction))
             for s in (1, -1)
@@ -186,11 +183,11 @@ def test_dsa_image_gradient_agrees_with_central_differences():
         (100, (50, 10)),
     ],
 )
-def test_loops_by_images_per_class(per_class, expected):
+def test_dsa_loops_depend_on_the_images_per_class(per_class, expected):
     assert dsa.loop_counts(per_class) == expected
 
 
-def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(source):
+def test_class_batches_have_distinct_images_of_one_class(source):
     real = labelled.ClassBatches(source, 18, torch.device("cpu"))
     for label in range(10):
         members = source.normalised((source.labels == label).nonzero()[:, 0], "cpu")
@@ -200,11 +197,11 @@ def test_class_batches_hold_one_class_without_repetition_and_all_of_a_small_one(
         assert same.sum(1).tolist() == [1] * len(drawn) and same.sum(0).max() == 1
 
 
-# The commands
+# Commands
 
 
 def distil(method, top, small_root, *flags, seed=0):
-    """The real command in this process: the set, its log, and its folder."""
+    """Run a command in this process; return the set, its log, and its folder."""
     words = [
         "--source",
         "few",
@@ -225,7 +222,7 @@ def distil(method, top, small_root, *flags, seed=0):
 
 
 @pytest.mark.parametrize("method", TOY)
-def test_same_seed_same_set_and_another_seed_another(method, small_root, tmp_path):
+def test_seed_determines_the_set(method, small_root, tmp_path):
     first, log = distil(method, tmp_path / "a", small_root)
     again, _ = distil(method, tmp_path / "b", small_root)
     other, _ = distil(method, tmp_path / "a", small_root, seed=1)
@@ -236,7 +233,7 @@ def test_same_seed_same_set_and_another_seed_another(method, small_root, tmp_pat
 
 
 @pytest.mark.parametrize("method", TOY)
-def test_start_is_the_set_of_random(method, small_root, source, tmp_path):
+def test_methods_start_from_the_set_of_random(method, small_root, source, tmp_path):
     start, _ = distil(method, tmp_path, small_root, "--outer-lr", "0")
     chosen = balanced_subset(source, 20, 0)
     torch.testing.assert_close(start.images, source.normalised(chosen, "cpu"), rtol=0, atol=0)
@@ -244,13 +241,13 @@ def test_start_is_the_set_of_random(method, small_root, source, tmp_path):
 
 
 @pytest.mark.parametrize("method", TOY)
-def test_stopped_run_goes_on_to_the_very_same_set(method, small_root, tmp_path, monkeypatch):
+def test_stopped_run_resumes_to_the_same_set(method, small_root, tmp_path, monkeypatch):
     stops = [("distil", 0), ("distil", 2)]
     if method == "mtt":
-        stops = [("expert 0", 4), ("expert 1", 2), *stops]  # within an epoch
+        stops = [("expert 0", 4), ("expert 1", 2), *stops]  # in the middle of an epoch
     whole, log = distil(method, tmp_path / "whole", small_root)
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "steps", stopping_at(left := [*stops]))
+        patch.setattr(run.Run, "steps", make_stopping_steps(left := [*stops]))
         for _ in stops:
             with pytest.raises(run.Stopped):
                 distil(method, tmp_path / "parts", small_root)
@@ -281,8 +278,7 @@ def test_stopped_run_goes_on_to_the_very_same_set(method, small_root, tmp_path, 
 def test_distillation_of_digits_lowers_the_objective(
     method, share, flags, small_root, tmp_path, monkeypatch
 ):
-    """For DSA under one and the same network each time: over fresh ones so few steps are lost in
-    the noise."""
+    """Check a few steps. DSA uses the same network each time, because few steps are noisy."""
 
     def same_network(*args):
         torch.manual_seed(0)
@@ -294,23 +290,23 @@ def test_distillation_of_digits_lowers_the_objective(
     assert learned.images.isfinite().all()
 
 
-# What a user gives that cannot work
+# Bad input
 
 
 @pytest.mark.parametrize("method", TOY)
-def test_batch_norm_is_refused(method, small_root, tmp_path):
+def test_batch_norm_is_an_error(method, small_root, tmp_path):
     with pytest.raises(UserError, match=r"convnet3 has batch norm.*dc_convnet3, dc_convnet4"):
         distil(method, tmp_path, small_root, "--arch", "convnet3")
 
 
 @pytest.mark.parametrize("method", TOY)
-def test_number_that_is_no_multiple_of_the_classes(method, small_root, tmp_path):
+def test_number_of_images_must_be_a_multiple_of_the_classes(method, small_root, tmp_path):
     with pytest.raises(UserError, match="not a multiple"):
         distil(method, tmp_path, small_root, "--num-images", "15")
 
 
 @pytest.mark.parametrize("method", TOY)
-def test_loss_that_is_not_finite_stops_with_advice(method, small_root, tmp_path):
+def test_infinite_loss_is_an_error_with_advice(method, small_root, tmp_path):
     with pytest.raises(
         UserError, match=r"distil, step \d+ of \d+: .* is not finite.*lower the learning rate"
     ):
@@ -318,7 +314,7 @@ def test_loss_that_is_not_finite_stops_with_advice(method, small_root, tmp_path)
     assert not (tmp_path / "few" / method / "seed0" / "distilled.pt").exists()
 
 
-def test_images_without_labels(tmp_path):
+def test_source_without_labels_is_an_error(tmp_path):
     for i in range(3):
         save_image(torch.rand(3, 32, 32), tmp_path / f"{i}.png")
     for method in TOY:

@@ -1,4 +1,4 @@
-"""Low-rank sets: the formulas written out in float64, the budget and the file, and the command."""
+"""Low-rank sets: formulas in float64, budget, file format, and the command."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from data.subsets import random_subset
 from distillers import low_rank
 from distillers.krr import ridge_predict
 from models.target import load_target
-from tests.conftest import DISTILL, stopping_at
+from tests.conftest import DISTILL, make_stopping_steps
 from utils import files, run
 from utils.errors import UserError
 from utils.presets import preset
@@ -28,16 +28,18 @@ BUDGET = ["--num-images", "6", "--bases", "12", "--target-bases", "10", "--base-
 TURNED = ["--views", "rotations"]
 
 
-def normal(seed, *shape):
+def draw_normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# The formulas
+# Formulas
 
 
-def enlarged(low, size):
-    """Bilinear enlargement of (s, s) to (size, size), pixel by pixel: pixel i lies at
-    (i + 1/2) s / size - 1/2 between the small ones."""
+def enlarge(low, size):
+    """Enlarge (s, s) to (size, size) pixel by pixel.
+
+    Pixel i is at (i + 1/2) s / size - 1/2 between the small pixels.
+    """
     side, out = len(low), torch.zeros(size, size, dtype=low.dtype)
 
     def neighbours(i):
@@ -51,41 +53,42 @@ def enlarged(low, size):
     return out
 
 
-def some_factors(m=3, u=4, v=5, d=6, side=2, h=2, shifts=True):
+def make_factors(m=3, u=4, v=5, d=6, side=2, h=2, shifts=True):
     given = dict(
-        c_x=normal(0, m, u),
-        b_x=normal(1, u, 3 * side * side),
-        c_y=normal(2, m, v),
-        b_y=normal(3, v, d),
+        c_x=draw_normal(0, m, u),
+        b_x=draw_normal(1, u, 3 * side * side),
+        c_y=draw_normal(2, m, v),
+        b_y=draw_normal(3, v, d),
     )
     if shifts:
         given |= dict(
-            w1=normal(4, 3, v, h), b1=normal(5, 3, h), w2=normal(6, 3, h, v), b2=normal(7, 3, v)
+            w1=draw_normal(4, 3, v, h),
+            b1=draw_normal(5, 3, h),
+            w2=draw_normal(6, 3, h, v),
+            b2=draw_normal(7, 3, v),
         )
     return given
 
 
 def test_images_are_enlarged_sums_of_bases():
-    f = some_factors(shifts=False)
+    f = make_factors(shifts=False)
     x, y = factors.materialise(f, 6)
     assert x.shape == (3, 3, 6, 6) and y.shape == (3, 6)
     for i in range(3):
         low = sum(f["c_x"][i, u] * f["b_x"][u] for u in range(4)).reshape(3, 2, 2)
         for colour in range(3):
-            torch.testing.assert_close(x[i, colour], enlarged(low[colour], 6))
+            torch.testing.assert_close(x[i, colour], enlarge(low[colour], 6))
         torch.testing.assert_close(y[i], sum(f["c_y"][i, v] * f["b_y"][v] for v in range(5)))
 
 
-def test_rotated_views_come_after_with_the_predicted_targets():
-    f = some_factors()
+def test_rotated_views_follow_with_predicted_targets():
+    f = make_factors()
     x, y = factors.materialise(f, 6)
     assert x.shape == (12, 3, 6, 6) and y.shape == (12, 6)
     for k in range(1, 4):
         for i in range(3):
             turned = x[i]
-            for _ in range(
-                k
-            ):  # a quarter turn counterclockwise: the last column becomes the first row
+            for _ in range(k):  # counterclockwise: the last column becomes the first row
                 turned = torch.stack([turned[:, :, -1 - row] for row in range(6)], dim=1)
             torch.testing.assert_close(x[3 * k + i], turned)
             c = f["c_y"][i]
@@ -97,8 +100,8 @@ def test_rotated_views_come_after_with_the_predicted_targets():
             torch.testing.assert_close(y[3 * k + i], (c + shift) @ f["b_y"])
 
 
-def a_set(learned, shifts=None, size=32):
-    """A `LowRank` with given tensors."""
+def make_set(learned, shifts=None, size=32):
+    """Make a `LowRank` with the given tensors."""
     syn = low_rank.LowRank.__new__(low_rank.LowRank)
     syn.learned, syn.shifts, syn.size, syn.finished = learned, shifts or {}, size, False
     return syn
@@ -107,24 +110,24 @@ def a_set(learned, shifts=None, size=32):
 def test_gradients_of_the_outer_loss_agree_with_central_differences():
     torch.manual_seed(0)
     network = models.build("convnet3", 32, 0, width=0.02).double().eval()
-    f_real, y_real = normal(8, 9, network.feature_dim), normal(9, 9, 6)
+    f_real, y_real = draw_normal(8, 9, network.feature_dim), draw_normal(9, 9, 6)
     start = {
-        name: each for name, each in some_factors(m=3, side=8).items() if name in factors.NAMES
+        name: each for name, each in make_factors(m=3, side=8).items() if name in factors.NAMES
     }
-    start["c_views"] = normal(10, 3, 3, 5)
+    start["c_views"] = draw_normal(10, 3, 3, 5)
 
     def loss(learned):
-        x, y = a_set(learned, shifts=dict(w1=None)).compose()
+        x, y = make_set(learned, shifts=dict(w1=None)).compose()
         return F.mse_loss(ridge_predict(f_real, network.embed(x), y, 1e-2), y_real)
 
     learned = {name: each.clone().requires_grad_() for name, each in start.items()}
-    x, y = a_set(learned, shifts=dict(w1=None)).compose()
+    x, y = make_set(learned, shifts=dict(w1=None)).compose()
     assert len(x) == len(y) == 12
-    # The ridge, a factor on the kernel's trace, is held constant in the gradient: so it is here.
+    # The gradient holds the ridge constant, so the differences do too.
     trace = (torch.cat([network.embed(x), torch.ones(12, 1)], 1) ** 2).sum().item()
 
     def fixed_ridge(learned):
-        x, y = a_set(learned, shifts=dict(w1=None)).compose()
+        x, y = make_set(learned, shifts=dict(w1=None)).compose()
         a, b = (torch.cat([f, torch.ones(len(f), 1)], 1) for f in (network.embed(x), f_real))
         dual = torch.linalg.solve(a @ a.T + 1e-2 * trace * torch.eye(12, dtype=torch.float64), y)
         return ((b @ a.T @ dual - y_real) ** 2).mean()
@@ -132,41 +135,41 @@ def test_gradients_of_the_outer_loss_agree_with_central_differences():
     loss(learned).backward()
     torch.testing.assert_close(loss(start), fixed_ridge(start), rtol=1e-5, atol=1e-8)
     for name, value in start.items():
-        direction, h = normal(11, *value.shape), 1e-5
+        direction, h = draw_normal(11, *value.shape), 1e-5
         up, down = (fixed_ridge(start | {name: value + s * h * direction}) for s in (1, -1))
         ours = (learned[name].grad * direction).sum()
         torch.testing.assert_close(ours, (up - down) / (2 * h), rtol=1e-4, atol=1e-9)
 
 
-def test_principal_components_are_orthonormal_and_lose_least():
-    rows = normal(0, 20, 7).float()
+def test_principal_components_are_orthonormal_with_the_smallest_error():
+    rows = draw_normal(0, 20, 7).float()
     b = low_rank.fit_components(rows, 3)
     torch.testing.assert_close(b @ b.T, torch.eye(3), rtol=1e-5, atol=1e-5)
     lost = (rows - rows @ b.T @ b).square().sum()
     torch.testing.assert_close(
         lost, torch.linalg.svdvals(rows)[3:].square().sum(), rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(b, low_rank.fit_components(rows, 5)[:3])  # the leading ones first
+    torch.testing.assert_close(b, low_rank.fit_components(rows, 5)[:3])  # sorted by variance
 
 
-def test_balance_leaves_the_product_and_evens_the_sizes():
-    c, b = 50 * normal(0, 4, 3), 0.1 * normal(1, 3, 5)
+def test_balancing_keeps_the_product_and_equalises_the_norms():
+    c, b = 50 * draw_normal(0, 4, 3), 0.1 * draw_normal(1, 3, 5)
     ratio = low_rank.balancing_ratio(c, b)
     torch.testing.assert_close((c / ratio) @ (b * ratio), c @ b)
     torch.testing.assert_close((c / ratio).square().mean(), (b * ratio).square().mean())
 
 
-def test_shift_networks_fit_what_they_can(tmp_path):
-    """The share that is explained, which noise lowers."""
-    c_y = normal(0, 60, 5).float()
+def test_shift_networks_explain_less_variance_of_noise(tmp_path):
+    """Check the share of the variance that the networks explain, without and with noise."""
+    c_y = draw_normal(0, 60, 5).float()
     truth = {name: each.float() for name, each in low_rank.build_shifts(5, 4, 9, CPU).items()}
     for noise, least, most in ((0.0, 0.9, 1.0), (3.0, 0.0, 0.7)):
         c_views = (
             c_y
             + factors.predict_shifts(c_y, **truth).detach()
-            + noise * normal(1, 3, 60, 5).float()
+            + noise * draw_normal(1, 3, 60, 5).float()
         )
-        syn = a_set(dict(c_y=c_y, c_views=c_views), low_rank.build_shifts(5, 4, 0, CPU))
+        syn = make_set(dict(c_y=c_y, c_views=c_views), low_rank.build_shifts(5, 4, 0, CPU))
         syn.adam = torch.optim.Adam([*syn.shifts.values()], 0.01)
         this = run.Run(tmp_path / str(noise), "x.pt", {})
         this.resume(CPU, {})
@@ -177,10 +180,10 @@ def test_shift_networks_fit_what_they_can(tmp_path):
         assert r2 == pytest.approx(1 - (error / variance).item(), rel=1e-4)
 
 
-# The budget
+# Budget
 
 
-def settings(**given):
+def make_settings(**given):
     return SimpleNamespace(
         **(preset("digits", "distill") | dict(bases=20, target_bases=8, num_images=10) | given)
     )
@@ -190,8 +193,8 @@ def settings(**given):
 @pytest.mark.parametrize(
     ("n_plain", "u", "v", "side"), [(10, 20, 8, 16), (3, 5, 5, 8), (100, 200, 100, 16)]
 )
-def test_budget_is_met_and_spent(views, n_plain, u, v, side):
-    args = settings(num_images=n_plain, bases=u, target_bases=v, base_size=side, views=views)
+def test_set_uses_its_budget_and_no_more(views, n_plain, u, v, side):
+    args = make_settings(num_images=n_plain, bases=u, target_bases=v, base_size=side, views=views)
     m = low_rank.count_images(args, 10**6, 32, 128, v)
     numbers = m * u + u * 3 * side**2 + m * v + v * 128
     if views == "rotations":
@@ -217,19 +220,19 @@ def test_budget_is_met_and_spent(views, n_plain, u, v, side):
         (dict(num_images=500), "but the source has 1,000; lower it"),
     ],
 )
-def test_settings_that_do_not_go_together(given, message):
-    args = settings(**given)
+def test_inconsistent_settings_are_errors(given, message):
+    args = make_settings(**given)
     with pytest.raises(UserError) as error:
         low_rank.count_images(args, 1000, 32, 128, args.target_bases)
     assert message in str(error.value)
 
 
-# The command
+# Command
 
 
 @pytest.fixture
-def made(roots, runs, tmp_path):
-    """Runs distill.py in this process with the toy target; the set, its log, and its file."""
+def distil(roots, runs, tmp_path):
+    """Return a function that runs distill.py and returns the set, its log, and its file."""
 
     def call(*flags, top="runs", seed=0):
         target = [
@@ -249,8 +252,8 @@ def made(roots, runs, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("views", low_rank.VIEWS)
-def test_file_takes_the_room_and_gives_the_images_that_it_claims(made, views):
-    set_ = made("--views", views)
+def test_file_has_the_stated_size_and_images(distil, views):
+    set_ = distil("--views", views)
     d, content = set_.d, files.load(set_.path, "distilled")
     f, width = content["factors"], d.targets.shape[1]
     numbers = sum(each.numel() for each in f.values())
@@ -262,7 +265,7 @@ def test_file_takes_the_room_and_gives_the_images_that_it_claims(made, views):
     count = 4 * m if views == "rotations" else m
     assert d.images.shape == (count, 3, 32, 32) and d.targets.shape == (count, width)
     low = (f["c_x"] @ f["b_x"]).view(m, 3, 8, 8)
-    torch.testing.assert_close(d.images[5, 1], enlarged(low[5, 1], 32), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d.images[5, 1], enlarge(low[5, 1], 32), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(d.targets[:m], f["c_y"] @ f["b_y"])
     if views == "rotations":
         torch.testing.assert_close(d.images[2 * m :][:m], d.images[:m].flip(2, 3))
@@ -273,8 +276,8 @@ def test_file_takes_the_room_and_gives_the_images_that_it_claims(made, views):
     assert (set_.path.parent / "images.png").is_file()
 
 
-def test_start_is_the_projection_of_random_images_and_their_targets(made, roots, runs):
-    set_ = made(*TURNED, "--outer-lr", "1e-12")
+def test_initial_set_is_the_projection_of_random_images_and_targets(distil, roots, runs):
+    set_ = distil(*TURNED, "--outer-lr", "1e-12")
     source = load_images("digits", "train", 32, roots[1])
     target = load_target(runs / "target" / "seed0" / "target.pt", source, CPU, "fp32")
     f = files.load(set_.path, "distilled")["factors"]
@@ -293,18 +296,18 @@ def test_start_is_the_projection_of_random_images_and_their_targets(made, roots,
 
 @pytest.mark.long
 @pytest.mark.parametrize("views", low_rank.VIEWS)
-def test_stopped_run_resumes_to_the_same_file(made, monkeypatch, views):
+def test_stopped_run_resumes_to_the_same_file(distil, monkeypatch, views):
     stops = [("initialise pool", 1), ("distil", 1), ("distil", 3), ("fit shifts", 50)]
     stops = stops if views == "rotations" else stops[:3]
     monkeypatch.setattr(low_rank, "SHIFT_STEPS", 60)
-    whole = made("--views", views, top="whole")
+    whole = distil("--views", views, top="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "steps", stopping_at(left := [*stops]))
+        patch.setattr(run.Run, "steps", make_stopping_steps(left := [*stops]))
         for _ in stops:
             with pytest.raises(run.Stopped):
-                made("--views", views, top="parts")
+                distil("--views", views, top="parts")
     assert not left
-    parts = made("--views", views, top="parts")
+    parts = distil("--views", views, top="parts")
     assert parts.path.read_bytes() == whole.path.read_bytes()
     assert torch.equal(parts.d.images, whole.d.images) and torch.equal(
         parts.d.targets, whole.d.targets
@@ -312,7 +315,7 @@ def test_stopped_run_resumes_to_the_same_file(made, monkeypatch, views):
 
 
 @pytest.mark.long
-def test_learning_lowers_the_outer_loss(made):
+def test_learning_lowers_the_outer_loss(distil):
     flags = [
         "--outer-steps",
         "40",
@@ -323,41 +326,41 @@ def test_learning_lowers_the_outer_loss(made):
         "--pool-steps",
         "10",
     ]
-    d = made(*TURNED, *flags).d
+    d = distil(*TURNED, *flags).d
     assert d.meta["outer_loss_distilled"] < 0.9 * d.meta["outer_loss_initial"]
     assert 0 < d.meta["shift_r2"] <= 1
 
 
 @pytest.mark.long
-def test_seeds(made):
-    first, again, other = (made(seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a")))
+def test_seed_determines_the_set(distil):
+    first, again, other = (distil(seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a")))
     assert torch.equal(first.images, again.images)
     assert first.images.shape == other.images.shape and not torch.equal(first.images, other.images)
 
 
-def test_later_stages_take_it_as_any_set(made):
-    set_ = made(*TURNED)
+def test_later_stages_accept_low_rank_sets(distil):
+    set_ = distil(*TURNED)
     pretrain.main(["--distilled", str(set_.path), "--epochs", "2", "--width", "0.1"])
     meta = files.load(next(set_.path.parent.rglob("model.pt")), "model")["meta"]
     assert meta["num_images"] == 6 and meta["method"] == "krr_st_low_rank"
 
 
-def test_plain_set_keeps_its_name_and_its_file(distilled):
+def test_plain_set_has_its_usual_name_and_format(distilled):
     content = files.load(distilled, "distilled")
     assert "factors" not in content and distilled.parent.parent.name == "krr_st"
 
 
-def test_pixels_as_they_are(made):
-    d = made("--raw-init").d
+def test_raw_init_learns_pixels(distil):
+    d = distil("--raw-init").d
     assert d.mean.tolist() == [0, 0, 0] and (d.images - d.pixels()).abs().mean() < 0.05
 
 
-def test_settings_that_do_not_go_together_end_the_command(made):
+def test_command_exits_with_an_error_for_inconsistent_settings(distil):
     with pytest.raises(UserError, match="--views sideways: must be none or rotations"):
-        made("--views", "sideways")
+        distil("--views", "sideways")
 
 
-# Files of something else
+# Invalid files
 
 
 def change(f, name, value):
@@ -381,9 +384,9 @@ def change(f, name, value):
         (lambda f: f | dict(b1=torch.tensor(1.0)), "do not fit"),
     ],
 )
-def test_factors_that_are_none_are_named(distilled, tmp_path, spoil, message):
+def test_invalid_factors_are_errors(distilled, tmp_path, spoil, message):
     content = files.load(distilled, "distilled")
-    good = {name: each.float() for name, each in some_factors(side=8).items()}
+    good = {name: each.float() for name, each in make_factors(side=8).items()}
     path = tmp_path / "distilled.pt"
     content = {k: v for k, v in content.items() if k not in ("kind", "format")}
     content |= dict(images=None, targets=None, image_size=32)

@@ -1,4 +1,4 @@
-"""MTT and MKDT: the loss and its gradients against naive ones in float64, and the real commands."""
+"""MTT and MKDT: loss and gradients against plain autograd in float64, and the commands."""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import high_loss, matching, unroll
 from models.target import load_target
-from tests.conftest import stopping_at
+from tests.conftest import make_stopping_steps
 from utils import files, run
 from utils.errors import UserError
 
@@ -34,30 +34,32 @@ TOY += ["--max-start", "2", "--match-epochs", "2", "--log-every", "1"]
 METHODS = ["mtt", "mkdt"]
 
 
-def normal(seed, *shape):
+def draw_normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few draws to measure with, which is faster."""
+    """Measure objectives with few draws."""
     monkeypatch.setattr(matching, "MEASUREMENT_STARTS", 2)
 
 
-# The formulas
+# Formulas
 
 
 @pytest.fixture(params=["class", "feature"])
 def unrolled(request):
-    """A tiny network, theta*_t, theta*_{t+M}, images and targets in three inner batches, and the
-    rate; and the loss the naive way: one graph through all steps."""
+    """Return a tiny matching problem with three inner batches.
+
+    Its `naive` computes the loss with one graph through all steps.
+    """
     torch.manual_seed(0)
     network = models.build("dc_convnet3", 32, 3, width=0.03).double()
     start = unroll.flatten_parameters(network)
-    goal = start + 0.05 * normal(1, len(start))
-    x, rate = normal(2, 6, 3, 32, 32).requires_grad_(), torch.tensor(0.03, dtype=torch.float64)
+    goal = start + 0.05 * draw_normal(1, len(start))
+    x, rate = draw_normal(2, 6, 3, 32, 32).requires_grad_(), torch.tensor(0.03, dtype=torch.float64)
     features = request.param == "feature"
-    y = normal(3, 6, 3).requires_grad_() if features else torch.tensor([0, 1, 2, 0, 1, 2])
+    y = draw_normal(3, 6, 3).requires_grad_() if features else torch.tensor([0, 1, 2, 0, 1, 2])
     parts = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 5]), torch.tensor([1, 4, 5])]
 
     def naive(x, y, rate):
@@ -91,17 +93,17 @@ def unrolled(request):
     )
 
 
-def learned(u):
-    """The loss and its gradients by the images, by the targets if learned, and by the rate."""
+def compute_gradients(u):
+    """Return the loss and its gradients with respect to images, learned targets and rate."""
     loss, by_batch, by_rate = matching.matching_loss(u.network, u.start, u.goal, u.batches, u.rate)
     rows = [part for batch in u.batches for part in batch if part.requires_grad]
     torch.autograd.backward(rows, [part for parts in by_batch for part in parts])
     return loss, [each.grad for each in u.leaves], by_rate
 
 
-def test_loss_and_gradients_equal_one_graph_through_all_steps(unrolled):
+def test_loss_and_gradients_equal_those_of_one_graph(unrolled):
     u = unrolled
-    loss, ours, by_rate = learned(u)
+    loss, ours, by_rate = compute_gradients(u)
     rate = u.rate.clone().requires_grad_()
     expected = u.naive(u.x, u.y, rate)
     *theirs, for_rate = torch.autograd.grad(expected, (*u.leaves, rate))
@@ -113,11 +115,11 @@ def test_loss_and_gradients_equal_one_graph_through_all_steps(unrolled):
 
 def test_gradients_agree_with_central_differences(unrolled):
     u, h = unrolled, 1e-6
-    _, ours, by_rate = learned(u)
+    _, ours, by_rate = compute_gradients(u)
     values = {"x": u.x.detach(), "y": u.y.detach(), "rate": u.rate}
     for name, gradient in [*zip("xy", ours, strict=False), ("rate", by_rate)]:
         for seed in range(3):
-            direction = normal(seed + 5, *values[name].shape)
+            direction = draw_normal(seed + 5, *values[name].shape)
             up, down = (
                 u.naive(**(values | {name: values[name] + s * h * direction})).detach()
                 for s in (1, -1)
@@ -140,7 +142,7 @@ def test_loss_is_one_at_the_start_and_zero_at_the_goal(unrolled):
     assert loss.item() == pytest.approx(0, abs=1e-20)
 
 
-def test_flat_parameters_come_back_by_name():
+def test_flat_parameters_are_restored_by_name():
     torch.manual_seed(0)
     network = models.build("dc_convnet3", 32, 3, width=0.03)
     for name, value in unroll.unflatten_parameters(
@@ -149,13 +151,15 @@ def test_flat_parameters_come_back_by_name():
         assert torch.equal(value, network.get_parameter(name))
 
 
-# The commands
+# Commands
 
 
 @pytest.fixture
 def distil(roots, runs, small_root, tmp_path):
-    """Runs a command in this process; the set, its log, and the experts' files. MTT learns from 200
-    digits in class folders, MKDT from all digits with the toy target."""
+    """Return a function that runs a command and returns the set, its log, and the expert files.
+
+    MTT uses the class folders `few`; MKDT uses all digits and the toy target.
+    """
 
     def call(name, *flags, seed=0, top="runs"):
         places = ["--run-root", str(tmp_path / top), "--seed", str(seed), "--preset", "digits"]
@@ -192,9 +196,7 @@ def features(digits, runs):
     return target.features_of(digits)
 
 
-def test_mkdt_starts_from_the_images_that_high_loss_picks(
-    distil, digits, features, roots, runs, tmp_path
-):
+def test_mkdt_starts_from_the_images_of_high_loss(distil, digits, features, roots, runs, tmp_path):
     still = ["--outer-lr", "0", "--target-lr", "0", "--rate-lr", "0"]
     target = ["--target-network", str(runs / "target" / "seed0" / "target.pt")]
     places = [*roots[:2], "--run-root", str(tmp_path), *target]
@@ -222,7 +224,7 @@ def test_mkdt_learns_images_targets_and_rate(distil):
         assert moved == [place == i for i in range(3)]
 
 
-def test_mkdt_same_seed_same_set_and_another_seed_another(distil):
+def test_seed_determines_the_set_of_mkdt(distil):
     first, again, other = (
         distil("mkdt", seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a"))
     )
@@ -230,11 +232,11 @@ def test_mkdt_same_seed_same_set_and_another_seed_another(distil):
     assert not torch.equal(first.images, other.images)
 
 
-def test_mkdt_stopped_run_resumes_to_the_same_set(distil, monkeypatch):
+def test_stopped_mkdt_resumes_to_the_same_set(distil, monkeypatch):
     stops = [("expert 0", 4), ("expert 1", 2), ("expert 1", 5), ("distil", 0), ("distil", 2)]
     whole = distil("mkdt", top="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "steps", stopping_at(left := [*stops]))
+        patch.setattr(run.Run, "steps", make_stopping_steps(left := [*stops]))
         for _ in stops:
             with pytest.raises(run.Stopped):
                 distil("mkdt", top="parts")
@@ -261,7 +263,7 @@ def test_mkdt_on_digits_lowers_the_objective(distil):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_experts_are_trained_once_and_again_when_what_decides_them_changes(distil, name):
+def test_experts_are_reused_until_their_settings_change(distil, name):
     times = {path: path.stat().st_mtime_ns for path in distil(name).experts}
     assert len(times) == 2
     again = distil(
@@ -281,7 +283,7 @@ def test_experts_are_trained_once_and_again_when_what_decides_them_changes(disti
     assert len(distil(name, "--expert-lr", "0.02", seed=3).experts) == 5
 
 
-def test_experts_of_another_target_are_others(distil, runs, tmp_path):
+def test_another_target_has_its_own_experts(distil, runs, tmp_path):
     content = files.load(runs / "target" / "seed0" / "target.pt", "target")
     content["network"][
         "features.0.0.weight"
@@ -297,10 +299,10 @@ def test_experts_of_another_target_are_others(distil, runs, tmp_path):
     assert len(distil("mkdt", "--target-network", str(tmp_path / "target.pt"), seed=1).experts) == 4
 
 
-def test_expert_holds_the_parameters_of_sgd_after_each_epoch_and_the_errors_after_the_first(
+def test_expert_has_the_parameters_of_each_epoch_and_the_errors_of_the_first(
     distil, digits, features
 ):
-    """In one batch an epoch: v = 0.9 v + gradient + 1e-4 theta, theta = theta - lr v."""
+    """Use one batch per epoch: v = 0.9 v + gradient + 1e-4 theta, theta = theta - lr v."""
     made = distil("mkdt", "--expert-batch", "2000", "--expert-lr", "0.05", "--outer-steps", "1")
     x, errors = digits.normalised(torch.arange(len(digits)), "cpu"), []
     for k, path in enumerate(made.experts):
@@ -332,8 +334,8 @@ def test_expert_holds_the_parameters_of_sgd_after_each_epoch_and_the_errors_afte
     )
 
 
-def test_mtt_expert_holds_the_parameters_of_plain_sgd(distil, small_root, monkeypatch):
-    """Without augmentation, in one batch an epoch: theta_{t+1} = theta_t - lr * gradient."""
+def test_mtt_expert_has_the_parameters_of_plain_sgd(distil, small_root, monkeypatch):
+    """Use one batch per epoch without augmentation: theta_{t+1} = theta_t - lr * gradient."""
     monkeypatch.setattr("distillers.experts.diff_augment", lambda x, generator: x)
     made = distil("mtt", "--expert-batch", "1000", "--expert-lr", "0.05", "--outer-steps", "1")
     source = load_images("few", "train", 32, small_root)
@@ -364,11 +366,11 @@ def test_learned_rate_is_updated_and_stays_positive(distil, name):
     rates = [
         *(line["rate"] for line in made.log),
         made.d.meta["learned_rate"],
-    ]  # each before its step
+    ]  # values before each step
     assert rates[0] == pytest.approx(first) and min(rates) > 0 and len({*rates}) == len(rates)
-    if name == "mkdt":  # eight steps at its rate of 0.1 diverge on so few images
+    if name == "mkdt":  # the default 0.1 diverges on few images
         return
-    # Eight inner steps where the expert took one: unlimited, the rate would fall below 0.
+    # Without a limit, the rate would become negative: eight inner steps match one expert step.
     flags = ["--experts", "1", "--expert-batch", "2000", "--max-start", "1", "--match-epochs", "1"]
     flags += ["--outer-steps", "1", "--inner-steps", "8", "--outer-lr", "0", "--rate-lr", "10000"]
     rate = distil(name, *flags, top="pushed").d.meta["learned_rate"]
@@ -378,17 +380,17 @@ def test_learned_rate_is_updated_and_stays_positive(distil, name):
 # The learned rate in pretrain.py
 
 
-def pretrained(path, *flags):
-    """The learning rate of a pre-training, and its deviations."""
+def pretrain_network(path, *flags):
+    """Pre-train a network; return its learning rate and its deviations."""
     pretrain.main(["--distilled", str(path), "--epochs", "1", "--width", "0.05", *flags])
     content = files.load(next(path.parent.rglob("model.pt")), "model")
     return content["meta"]["settings"]["lr"], content["meta"]["deviations"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_pretraining_takes_the_learned_rate(distil, name, capsys):
+def test_pretraining_uses_the_learned_rate(distil, name, capsys):
     made = distil(name, "--rate-lr", "1e-3")
-    rate, changed = pretrained(made.path)
+    rate, changed = pretrain_network(made.path)
     assert rate == made.d.meta["learned_rate"] and "pretrain.lr" not in changed
     assert "learned with the set" in capsys.readouterr().out
 
@@ -396,14 +398,14 @@ def test_pretraining_takes_the_learned_rate(distil, name, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"), [(["--ignore-learned-rate"], 0.1), (["--lr", "0.02"], 0.02)]
 )
-def test_pretraining_at_another_rate(distil, flags, expected):
-    rate, changed = pretrained(distil("mkdt").path, *flags)
+def test_pretraining_can_use_another_rate(distil, flags, expected):
+    rate, changed = pretrain_network(distil("mkdt").path, *flags)
     assert rate == expected
     assert changed.get("pretrain.lr") == (None if expected == 0.1 else [0.02, 0.1])
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, float("nan"), "fast"])
-def test_learned_rate_that_is_none(distilled, tmp_path, rate):
+def test_invalid_learned_rate_is_an_error(distilled, tmp_path, rate):
     content = files.load(distilled, "distilled")
     content["meta"]["learned_rate"] = rate
     del content["kind"], content["format"]
@@ -412,30 +414,30 @@ def test_learned_rate_that_is_none(distilled, tmp_path, rate):
         pretrain.main(["--distilled", str(tmp_path / "distilled.pt")])
 
 
-# What a user gives that cannot work
+# Bad input
 
 
-def test_batch_norm_is_refused_before_an_expert_is_trained(distil, tmp_path):
+def test_batch_norm_is_an_error_before_experts_are_trained(distil, tmp_path):
     with pytest.raises(UserError, match=r"convnet3 has batch norm.*dc_convnet3, dc_convnet4"):
         distil("mkdt", "--arch", "convnet3")
     assert not list(tmp_path.rglob("expert.pt"))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_expert_that_diverges_stops_with_advice(distil, name):
+def test_diverging_expert_is_an_error_with_advice(distil, name):
     message = r"expert 0, step \d+ of \d+: .* is not finite.*lower the learning rate"
     with pytest.raises(UserError, match=message):
         distil(name, "--expert-lr", "1e30")
 
 
-def test_loss_that_is_not_finite_stops_with_advice(distil, tmp_path):
+def test_infinite_loss_is_an_error_with_advice(distil, tmp_path):
     message = r"distil, step \d+ of \d+: .* is not finite.*lower the learning rate"
     with pytest.raises(UserError, match=message):
         distil("mkdt", "--outer-lr", "1e38")
     assert not list(tmp_path.rglob("distilled.pt"))
 
 
-def test_more_images_than_there_are(distil):
+def test_more_images_than_the_source_has(distil):
     with pytest.raises(UserError, match="digits has only"):
         distil("mkdt", "--num-images", "5000")
 
@@ -445,7 +447,7 @@ def test_missing_target(distil, tmp_path):
         distil("mkdt", "--target-network", str(tmp_path / "none.pt"))
 
 
-def test_damaged_expert_is_named(distil):
+def test_damaged_expert_is_an_error_with_its_name(distil):
     path = distil("mkdt").experts[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

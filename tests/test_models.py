@@ -1,4 +1,4 @@
-"""Feature widths and parameter counts of every network, as the paper's networks have them."""
+"""Feature dimensions and parameter counts of every network, as in the paper."""
 
 import pytest
 import torch
@@ -28,14 +28,14 @@ EXPECTED = [
 ]
 
 
-def parameters(module):
+def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize(("arch", "size", "width", "count"), EXPECTED)
-def test_feature_width_and_parameters(arch, size, width, count):
+def test_feature_dimension_and_parameters_are_those_of_the_paper(arch, size, width, count):
     network = models.build(arch, size, 7).eval()
-    assert parameters(network.features) == count
+    assert count_parameters(network.features) == count
     with torch.no_grad():
         x = torch.randn(2, 3, size, size)
         assert network.embed(x).shape == (2, width)
@@ -43,24 +43,23 @@ def test_feature_width_and_parameters(arch, size, width, count):
     assert network(x).shape == (2, 7)
 
 
-def test_head_of_the_paper():
-    assert parameters(models.build("convnet3", 32, 512).fc) == 4_194_816
+def test_head_is_linear():
+    assert count_parameters(models.build("convnet3", 32, 512).fc) == 4_194_816
 
 
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize(
     "arch", [name for name in models.ARCHITECTURES if name != "resnet50_target"]
 )
-def test_every_network_narrow_at_every_size(arch, size):
+def test_every_network_accepts_every_size_and_small_widths(arch, size):
     network = models.build(arch, size, 4, width=0.125)
     loss = network(torch.randn(2, 3, size, size)).square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-def test_instance_norm_treats_each_image_by_itself():
-    """Its output is each channel of each image minus its mean over its deviation, and no image sees
-    another."""
+def test_instance_norm_normalises_each_image_separately():
+    """Compare with the normalisation of each channel of each image."""
     network, x = (
         models.build("dc_convnet3", 32, 4, width=0.05).double(),
         torch.randn(3, 3, 32, 32).double(),
@@ -74,7 +73,7 @@ def test_instance_norm_treats_each_image_by_itself():
     assert network.features[1].weight.shape == network.features[1].bias.shape == (6,)
 
 
-def test_resnet50_target():
+def test_resnet50_target_has_the_parameters_of_resnet50():
     network = models.build("resnet50_target", 64, 0).eval()
     with torch.no_grad():
         assert network(torch.randn(1, 3, 64, 64)).shape == (1, 2048)
@@ -94,7 +93,7 @@ def test_resnet_maps_have_the_paper_sizes():
 @pytest.mark.parametrize(
     ("arch", "zero"), [("resnet18", True), ("resnet10", True), ("resnet18_target", False)]
 )
-def test_residual_branches_start_at_zero_but_for_the_target(arch, zero):
+def test_residual_branches_start_at_zero_except_in_the_target(arch, zero):
     norms = [
         m for name, m in models.build(arch, 32, 1).features.named_modules() if name.endswith(".bn2")
     ]
@@ -107,7 +106,7 @@ def test_subsampled_convolution_equals_the_strided_one():
     torch.testing.assert_close(ours(x), torch.nn.functional.conv2d(x, ours.weight, stride=2))
 
 
-def test_same_seed_same_network_and_torchvision_names():
+def test_seed_determines_the_network_with_names_of_torchvision():
     built = []
     for _ in range(2):
         torch.manual_seed(3)

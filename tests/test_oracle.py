@@ -1,5 +1,4 @@
-"""Pre-training on all of a source: the recipe of a distilled set with other images, and its row in
-the tables."""
+"""The oracle: pre-training on all images of a source, and its row in the tables."""
 
 import importlib
 import json
@@ -16,7 +15,7 @@ from data.images import load_images
 from distillers import method
 from models.saved import load_model
 from models.target import load_target
-from tests.conftest import command, stopping_at
+from tests.conftest import command, make_stopping_steps
 from utils import files, run
 from utils.errors import UserError
 from utils.presets import preset
@@ -26,7 +25,7 @@ PLACE = "full/seed0/convnet3-x0.125"
 
 @pytest.fixture
 def toy(roots, runs, tmp_path):
-    """Flags of a toy oracle on digits, in a run root of its own."""
+    """Return the flags of a toy oracle on the digits."""
     return [
         "--source",
         "digits",
@@ -47,14 +46,12 @@ def source(data_root):
     return load_images("digits", "train", 32, data_root)
 
 
-def losses(folder):
+def read_losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(
-    toy, roots, runs, source, tmp_path
-):
-    """So it is the recipe for features, on X_t and g_phi(X_t); and the loss falls."""
+def test_oracle_equals_pretraining_on_a_set_of_all_images(toy, roots, runs, source, tmp_path):
+    """Check that the oracle uses the recipe for features on X_t and g_phi(X_t), and learns."""
     steps = ["--steps", "25", "--batch-size", "100"]
     pretrain.main([*toy, *steps])
     target = load_target(
@@ -66,7 +63,7 @@ def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(
     )
     whole.meta |= dict(source="digits", method="all", preset="digits")
     files.save(tmp_path / "all" / "distilled.pt", "distilled", whole.content())
-    with pytest.MonkeyPatch.context() as patch:  # no flag --steps where the recipe counts epochs
+    with pytest.MonkeyPatch.context() as patch:  # this recipe counts epochs
         recipe = preset("digits", "pretrain", "feature") | dict(epochs=0, steps=25)
         patch.setattr(
             pretrain, "preset", lambda name, stage, *kind: recipe if kind else preset(name, stage)
@@ -83,12 +80,12 @@ def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(
                 "1",
             ]
         )
-    oracle, of_set = (
+    oracle, feature_recipe = (
         tmp_path / top for top in (f"digits/{PLACE}/seed0", "all/convnet3-x0.125/seed0")
     )
-    curve = losses(oracle)
-    assert curve == losses(of_set) and len(curve) == 25 and curve[-1] < 0.5 * curve[0]
-    expected = load_model(of_set / "model.pt")["network"]
+    curve = read_losses(oracle)
+    assert curve == read_losses(feature_recipe) and len(curve) == 25 and curve[-1] < 0.5 * curve[0]
+    expected = load_model(feature_recipe / "model.pt")["network"]
     made = load_model(oracle / "model.pt")["network"]
     assert (
         all(torch.equal(value, expected[name]) for name, value in made.items())
@@ -96,8 +93,8 @@ def test_same_bits_as_pre_training_on_a_distilled_set_of_all_images(
     )
 
 
-def test_first_loss_and_gradient_are_those_of_the_mean_squared_error(toy, runs, source, tmp_path):
-    """Batches of the whole source: the first line of the log does not depend on the order."""
+def test_first_loss_and_gradient_equal_those_of_the_mean_squared_error(toy, runs, source, tmp_path):
+    """Use the whole source as one batch, so that the order does not matter."""
     pretrain.main([*toy, "--steps", "1", "--batch-size", str(len(source))])
     target = load_target(
         runs / "target" / "seed0" / "target.pt", source, torch.device("cpu"), "fp32"
@@ -116,12 +113,12 @@ def test_first_loss_and_gradient_are_those_of_the_mean_squared_error(toy, runs, 
     assert line["gradient"] == pytest.approx(norm.item(), rel=1e-3)
 
 
-def test_stopped_it_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
-    toy = [*toy, "--steps", "20", "--batch-size", "100"]  # into the second epoch
+def test_stopped_oracle_resumes_to_the_same_weights(toy, tmp_path, monkeypatch):
+    toy = [*toy, "--steps", "20", "--batch-size", "100"]  # ends in the second epoch
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     pretrain.main([*toy, "--run-root", whole])
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping_at([("pre-train", 6)]))
+        patch.setattr(run.Run, "steps", make_stopping_steps([("pre-train", 6)]))
         pretrain.main([*toy, "--run-root", parts])
     pretrain.main([*toy, "--run-root", parts])
     first, again = (load_model(f"{top}/digits/{PLACE}/seed0/model.pt") for top in (whole, parts))
@@ -130,7 +127,7 @@ def test_stopped_it_goes_on_to_the_same_weights(toy, tmp_path, monkeypatch):
     )
 
 
-def test_as_many_steps_as_the_distilled_set_of_the_preset():
+def test_oracle_takes_as_many_steps_as_the_set_of_the_preset():
     for name, wanted in (
         ("cifar100", 4000),
         ("tinyimagenet", 8000),
@@ -138,15 +135,15 @@ def test_as_many_steps_as_the_distilled_set_of_the_preset():
         ("imagenette", 1000),
         ("quick-tinyimagenet", 240),
     ):
-        recipe, of_set = (
+        recipe, feature_recipe = (
             preset(name, "pretrain", "source", "convnet4"),
             preset(name, "pretrain", "feature", "convnet4"),
         )
         assert recipe["steps"] == wanted and recipe["epochs"] == 0
-        assert {key for key in recipe if recipe[key] != of_set[key]} == {"steps", "epochs"}
+        assert {key for key in recipe if recipe[key] != feature_recipe[key]} == {"steps", "epochs"}
 
 
-def test_its_file_says_what_it_is_and_its_row_is_the_oracle(toy, roots, tmp_path):
+def test_model_records_the_oracle_and_tables_have_its_row(toy, roots, tmp_path):
     pretrain.main([*toy, "--steps", "2"])
     path = tmp_path / f"digits/{PLACE}/seed0/model.pt"
     meta = load_model(path)["meta"]
@@ -163,7 +160,7 @@ def test_its_file_says_what_it_is_and_its_row_is_the_oracle(toy, roots, tmp_path
     assert "| full source (oracle) (convnet3-x0.125 at 32 px, m = 1437, digits) |" in shown
 
 
-def test_it_can_have_a_name_that_is_no_sets(toy, tmp_path):
+def test_name_of_a_method_is_an_error(toy, tmp_path):
     pretrain.main([*toy, "--steps", "2", "--name", "full_10x.encoder"])
     path = tmp_path / "digits/full_10x.encoder/seed0/convnet3-x0.125/seed0/model.pt"
     assert load_model(path)["meta"]["method"] == "full_10x.encoder"
@@ -172,7 +169,7 @@ def test_it_can_have_a_name_that_is_no_sets(toy, tmp_path):
             pretrain.main([*toy, "--name", name])
 
 
-def test_pre_training_on_a_set_knows_nothing_of_the_flags_for_a_source(weights, distilled):
+def test_pretraining_on_a_set_records_no_flags_of_a_source(weights, distilled):
     config = json.loads((weights.parent / "config.json").read_text())["settings"]
     assert not {"target_network", "preset", "image_size"} & config.keys()
     own = {
@@ -183,7 +180,7 @@ def test_pre_training_on_a_set_knows_nothing_of_the_flags_for_a_source(weights, 
     assert own == {"pretrain.epochs": [3, 300]}
 
 
-def test_flags_that_do_not_go_together(toy, distilled, tmp_path, capsys):
+def test_inconsistent_flags_are_errors(toy, distilled, tmp_path, capsys):
     both = ["--distilled", str(distilled)]
     for flags, word in (
         ([*toy, *both], "not allowed with"),
@@ -202,8 +199,8 @@ def test_flags_that_do_not_go_together(toy, distilled, tmp_path, capsys):
         pretrain.main([*toy[:4], "--run-root", str(tmp_path)])
 
 
-def made(*flags):
-    """Distil by a command's own main; the set that it wrote."""
+def distil(*flags):
+    """Run a method and return the set that it writes."""
     words = [str(flag) for flag in flags]
     if words[0] == "krr_st":
         chosen = distill.METHOD
@@ -238,12 +235,14 @@ KRR = [
         ("kip", ["--outer-steps", 2, "--outer-batch", 32]),
     ],
 )
-def test_distance_from_the_initial_images(roots, runs, source, tmp_path, capsys, name, flags):
-    """In float64, from the set's own images and the pixels that it started from."""
+def test_distance_from_the_initial_images_is_stored_and_printed(
+    roots, runs, source, tmp_path, capsys, name, flags
+):
+    """Compare with the distance between the set and its initial pixels in float64."""
     target = (
         ["--target-network", runs / "target" / "seed0" / "target.pt"] if name == "krr_st" else []
     )
-    d = made(name, *roots[:2], "--run-root", tmp_path, "--num-images", 10, *target, *flags)
+    d = distil(name, *roots[:2], "--run-root", tmp_path, "--num-images", 10, *target, *flags)
     pixels = d.images.double() * d.std[:, None, None] + d.mean[:, None, None]
     initial = source.pixels[torch.tensor(d.meta["initial"])].permute(0, 3, 1, 2).double() / 255
     moved = ((pixels - initial) / source.std.double()[:, None, None]).square().mean().sqrt().item()
@@ -254,16 +253,16 @@ def test_distance_from_the_initial_images(roots, runs, source, tmp_path, capsys,
     )
 
 
-def test_no_distance_where_there_is_none(roots, runs, tmp_path, capsys):
+def test_other_methods_have_no_distance(roots, runs, tmp_path, capsys):
     target = ["--target-network", runs / "target" / "seed0" / "target.pt"]
     for name, flags in (
         ("random", []),
         ("random_features", target),
         ("kmeans", target),
     ):  # real images
-        d = made(name, *roots[:2], "--run-root", tmp_path, "--num-images", 10, *flags)
+        d = distil(name, *roots[:2], "--run-root", tmp_path, "--num-images", 10, *flags)
         assert d.meta["distance_from_initial"] == 0 and len(set(d.meta["initial"])) == 10
     capsys.readouterr()
-    noise = made("gaussian", *roots[:2], "--run-root", tmp_path, "--num-images", 10)
+    noise = distil("gaussian", *roots[:2], "--run-root", tmp_path, "--num-images", 10)
     assert noise.meta["initial"] is None and "distance_from_initial" not in noise.meta
     assert "moved" not in capsys.readouterr().out

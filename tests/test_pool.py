@@ -1,4 +1,4 @@
-"""The model pool: what the released code got wrong (departure D5) must not come back."""
+"""The model pool. Departure D5 of the released code must not be the default."""
 
 import torch
 
@@ -15,13 +15,13 @@ NETWORK = dict(
 )
 
 
-def set_of(m=3):
+def make_set(m=3):
     g = torch.Generator().manual_seed(0)
     return torch.randn(m, 3, 32, 32, generator=g), torch.randn(m, 4, generator=g)
 
 
-def visited(pool, draws, keep_count=False):
-    """Steps of the member drawn, at each of `draws` draws, with training left out."""
+def draw_members(pool, draws, keep_count=False):
+    """Draw members without training them; return the steps of the member at each draw."""
     g = torch.Generator().manual_seed(0)
     seen = []
     for member in pool.members:
@@ -39,35 +39,35 @@ def visited(pool, draws, keep_count=False):
     return seen
 
 
-def test_count_restarts_and_share_of_untrained_members_stays_near_one_in_t():
+def test_step_counts_restart_and_untrained_members_stay_rare():
     t, size = 20, 4
     pool = Pool(size, t, torch.Generator().manual_seed(1), **NETWORK)
     for member, age in zip(pool.members, pool.ages, strict=True):
         member.steps = age
-    seen = visited(pool, 10 * t * size)
+    seen = draw_members(pool, 10 * t * size)
     late = seen[len(seen) // 2 :]
     share = sum(steps == 0 for steps in late) / len(late)
     assert 0.5 / (t + 1) < share < 2 / (t + 1)
-    assert set(late) == set(range(t + 1))  # every age is met, T itself just before the restart
+    assert set(late) == set(range(t + 1))  # every age occurs, including T
 
 
 def test_released_pool_ends_with_untrained_members_only():
     t, size = 20, 4
     pool = Pool(size, t, torch.Generator().manual_seed(1), **NETWORK)
-    seen = visited(pool, 10 * t * size, keep_count=True)
+    seen = draw_members(pool, 10 * t * size, keep_count=True)
     assert set(seen[len(seen) // 2 :]) == {0}
 
 
-def test_reset_starts_network_optimiser_and_count_afresh():
+def test_reset_reinitialises_network_optimiser_and_count():
     pool = Pool(1, 2, torch.Generator().manual_seed(0), **NETWORK)
-    member, (x, y) = pool.members[0], set_of()
+    member, (x, y) = pool.members[0], make_set()
     first = member.network.fc.weight.detach().clone()
     for expected in (1, 2, 0, 1):
         pool.advance(member, x, y)
         assert member.steps == expected
         if expected == 0:
             assert not torch.equal(member.network.fc.weight, first)
-            assert not member.optimizer.state  # no momentum of the network before
+            assert not member.optimizer.state  # no momentum from the previous network
             norm = member.network.features[1]
             assert (norm.running_mean == 0).all() and (norm.running_var == 1).all()
     assert member.optimizer.state
@@ -81,7 +81,7 @@ def test_initial_ages_are_below_t():
 
 def test_train_step_is_one_sgd_step_on_the_mean_squared_error():
     pool = Pool(1, 5, torch.Generator().manual_seed(0), **NETWORK)
-    member, (x, y) = pool.members[0], set_of()
+    member, (x, y) = pool.members[0], make_set()
     before = {name: p.detach().clone() for name, p in member.network.named_parameters()}
     loss = (member.network.train()(x) - y).square().mean()
     grads = dict(
@@ -95,9 +95,9 @@ def test_train_step_is_one_sgd_step_on_the_mean_squared_error():
         )
 
 
-def test_embedding_neither_trains_nor_moves_running_statistics():
+def test_embedding_does_not_change_weights_or_running_statistics():
     pool = Pool(1, 5, torch.Generator().manual_seed(0), **NETWORK)
-    member, (x, _) = pool.members[0], set_of()
+    member, (x, _) = pool.members[0], make_set()
     before = {name: value.clone() for name, value in member.network.state_dict().items()}
     x.requires_grad_()
     member.embed(x).sum().backward()

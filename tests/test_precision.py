@@ -13,7 +13,7 @@ import pretrain
 import pretrain_target
 from analysis import tables
 from distillers import dm, method
-from tests.conftest import DISTILL, PRETRAIN, stopping_at
+from tests.conftest import DISTILL, PRETRAIN, make_stopping_steps
 from utils import device, files, run
 from utils.errors import UserError
 
@@ -191,7 +191,7 @@ def test_run_resumed_in_another_precision_is_refused(in_bf16):
     _, flags = in_bf16
     words = ["--source", "digits", *DISTILL, "--outer-lr", "0.01", "--name", "resumed"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "steps", stopping_at([("distil", 1)]))
+        patch.setattr(run.Run, "steps", make_stopping_steps([("distil", 1)]))
         with pytest.raises(run.Stopped):
             distill.main([*words, *flags])
     with pytest.raises(UserError, match="precision: bf16 stored, fp32 now"):
@@ -202,7 +202,9 @@ def test_resume_in_bf16_is_bit_identical(in_bf16):
     place, flags = in_bf16
     words = [*DISTILL, "--name", "parts"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "steps", stopping_at([("initialise pool", 1), ("distil", 1)]))
+        patch.setattr(
+            run.Run, "steps", make_stopping_steps([("initialise pool", 1), ("distil", 1)])
+        )
         for _ in range(2):
             with pytest.raises(run.Stopped):
                 distill.main(["--source", "digits", *words, *flags])
@@ -218,7 +220,7 @@ def test_resume_in_bf16_is_bit_identical(in_bf16):
     copy.write_bytes((place / "digits" / "krr_st" / "seed0" / "distilled.pt").read_bytes())
     words = ["--distilled", str(copy), *PRETRAIN, *flags]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "steps", stopping_at([("pre-train", 1)]))
+        patch.setattr(run.Run, "steps", make_stopping_steps([("pre-train", 1)]))
         with pytest.raises(run.Stopped):
             pretrain.main(words)
     pretrain.main(words)

@@ -1,4 +1,4 @@
-"""Evaluation changes nothing, does not depend on its batch size, and measures what it says."""
+"""Evaluation does not change the network or depend on the batch size; probes equal formulas."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from evaluation import probes
 CPU = torch.device("cpu")
 
 
-def images(n=90, classes=3, seed=0, signal=0.6):
-    """Noise with a class-dependent brightness."""
+def make_images(n=90, classes=3, seed=0, signal=0.6):
+    """Make noise images whose brightness depends on the class."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     x = torch.rand(n, 32, 32, 3, generator=g) * (1 - signal) + signal * labels[
@@ -24,29 +24,29 @@ def images(n=90, classes=3, seed=0, signal=0.6):
     )
 
 
-def network(seed=0, outputs=3):
+def make_network(seed=0, outputs=3):
     torch.manual_seed(seed)
     built = models.build("convnet3", 32, outputs, width=0.05)
     built(torch.randn(8, 3, 32, 32))  # moves the running statistics
     return built
 
 
-def test_evaluating_restores_modes_and_changes_no_buffer():
-    net = network().train()
+def test_evaluation_restores_modes_and_changes_no_buffer():
+    net = make_network().train()
     net.features[1].eval()
     modes = [module.training for module in net.modules()]
     state = {name: value.clone() for name, value in net.state_dict().items()}
     for batch_statistics in (False, True):
-        probes.accuracy(net, images(), CPU, batch_statistics=batch_statistics)
-    probes.knn_accuracy(net.embed, images(), images(seed=1), CPU)
-    probes.linear_accuracy(net.embed, images(), images(seed=1), CPU)
+        probes.accuracy(net, make_images(), CPU, batch_statistics=batch_statistics)
+    probes.knn_accuracy(net.embed, make_images(), make_images(seed=1), CPU)
+    probes.linear_accuracy(net.embed, make_images(), make_images(seed=1), CPU)
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_batch_size_does_not_matter(monkeypatch):
-    net, data = network(), images()
+def test_results_do_not_depend_on_the_batch_size(monkeypatch):
+    net, data = make_network(), make_images()
     results = []
     for size in (7, 90):
         monkeypatch.setattr(probes, "BATCH", size)
@@ -56,7 +56,7 @@ def test_batch_size_does_not_matter(monkeypatch):
 
 
 def test_accuracy_is_the_share_of_correct_eval_mode_predictions():
-    net, data = network().train(), images()
+    net, data = make_network().train(), make_images()
     accuracy = probes.accuracy(net, data, CPU)
     predicted = net.eval()(data.normalised(torch.arange(90), CPU)).argmax(1)
     assert accuracy == pytest.approx(100 * (predicted == data.labels).double().mean().item())
@@ -64,7 +64,7 @@ def test_accuracy_is_the_share_of_correct_eval_mode_predictions():
 
 def test_batch_statistics_are_those_of_training_mode(monkeypatch):
     monkeypatch.setattr(probes, "BATCH", 1000)
-    net, data = network(), images()
+    net, data = make_network(), make_images()
     accuracy = probes.accuracy(net, data, CPU, batch_statistics=True)
     predicted = net.train()(data.normalised(torch.arange(90), CPU)).argmax(1)
     assert accuracy == pytest.approx(
@@ -73,7 +73,7 @@ def test_batch_statistics_are_those_of_training_mode(monkeypatch):
 
 
 def test_knn_follows_its_formula():
-    net, train, test = network().eval(), images(40), images(20, seed=1)
+    net, train, test = make_network().eval(), make_images(40), make_images(20, seed=1)
     with torch.no_grad():
         bank, queries = (net.embed(d.normalised(torch.arange(len(d)), CPU)) for d in (train, test))
     correct = 0
@@ -89,7 +89,11 @@ def test_knn_follows_its_formula():
 def test_linear_probe_agrees_with_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 
-    net, train, test = network().eval(), images(60, signal=0.05), images(200, seed=1, signal=0.05)
+    net, train, test = (
+        make_network().eval(),
+        make_images(60, signal=0.05),
+        make_images(200, seed=1, signal=0.05),
+    )
     with torch.no_grad():
         f, q = (
             net.embed(d.normalised(torch.arange(len(d)), CPU)).double().numpy()

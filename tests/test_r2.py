@@ -1,4 +1,4 @@
-"""The protocol r2 of finetune.py: how well a pre-trained head predicts the target's features."""
+"""The protocol r2 of finetune.py: R^2 of a pre-trained head for the target features."""
 
 import json
 
@@ -17,7 +17,7 @@ from utils.errors import UserError
 CPU = torch.device("cpu")
 
 
-def test_r2_is_the_share_of_the_variance_over_all_dimensions():
+def test_r2_is_the_explained_variance_over_all_dimensions():
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn(50, 3, generator=generator, dtype=torch.float64) * torch.tensor([1, 5, 9])
     predicted = targets + torch.randn(50, 3, generator=generator, dtype=torch.float64)
@@ -49,11 +49,11 @@ def test_command_compares_the_head_with_the_target_on_test_images(
     torch.testing.assert_close(stored, features, rtol=1e-4, atol=1e-4)
 
     before = len(lines)
-    command("finetune.py", *words)  # it is already in results.jsonl
+    command("finetune.py", *words)  # already in results.jsonl
     assert len((weights.parent / "results.jsonl").read_text().splitlines()) == before
 
 
-def test_other_targets_and_numbers_of_labels_are_errors(weights, roots, tmp_path, capsys):
+def test_other_targets_and_label_flags_are_errors(weights, roots, tmp_path, capsys):
     words = ["--weights", str(weights), "--dataset", "digits", *roots, "--protocol", "r2"]
     other = [*roots[:2], "--run-root", str(tmp_path)]
     command("pretrain_target.py", "--source", "digits", *TARGET, *other, "--seed", "1")

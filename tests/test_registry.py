@@ -1,4 +1,4 @@
-"""The registry of methods against the modules and settings that it names."""
+"""The registry of methods agrees with the modules and settings that it names."""
 
 import importlib
 

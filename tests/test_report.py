@@ -1,5 +1,4 @@
-"""The report: one HTML file that shows what is there, names what is damaged, and needs no other
-file."""
+"""The report: one self-contained HTML file about all runs, including damaged ones."""
 
 import base64
 import html.parser
@@ -20,7 +19,7 @@ from analysis import report
 from data.distilled import load_distilled
 from data.images import load_images
 from evaluation import results
-from tests.test_tables import line
+from tests.test_tables import make_line
 from utils import files
 from utils.errors import UserError
 
@@ -28,8 +27,7 @@ HOSTILE = """<script>alert('&"$x_1$')</script>"""
 
 
 class Parsed(html.parser.HTMLParser):
-    """The tags, attributes, text and pictures of a page; each tag must be closed where it should
-    be."""
+    """The tags, attributes, text and pictures of a page. Tags must be closed in order."""
 
     def __init__(self, page):
         super().__init__()
@@ -59,7 +57,7 @@ class Parsed(html.parser.HTMLParser):
         self.text += "" if self.open and self.open[-1] == "style" else f" {data}"
 
 
-def read(root, roots, tmp_path):
+def read_report(root, roots, tmp_path):
     out = tmp_path / "out" / "page.html"
     report.main([str(root), *roots[:2], "--out", str(out)])
     page = Parsed(out.read_text())
@@ -99,40 +97,38 @@ def read(root, roots, tmp_path):
 
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch):
-    """t-SNE takes most of a report's time."""
+    """Use few points, because t-SNE takes most of the time of a report."""
     monkeypatch.setattr(report, "MOST_POINTS", 60)
 
 
 @pytest.fixture
 def root(roots, weights, tmp_path):
-    """A run root of its own with a toy target, a distilled set and a network on it."""
+    """Copy a toy target, a distilled set and a network to a new run root."""
     for folder in ("target/seed0", "krr_st/seed0", "krr_st/seed0/convnet3-x0.125/seed0"):
         (tmp_path / "runs" / "digits" / folder).mkdir(parents=True, exist_ok=True)
         for path in (Path(roots[3]) / "digits" / folder).iterdir():
-            if (
-                path.is_file() and path.name != "results.jsonl"
-            ):  # not what other tests have left there
+            if path.is_file() and path.name != "results.jsonl":  # written by other tests
                 shutil.copy2(path, tmp_path / "runs" / "digits" / folder)
     return tmp_path / "runs"
 
 
-def unfinished(folder, log, command="python -m distillers dm", **settings):
+def write_unfinished_run(folder, log, command="python -m distillers dm", **settings):
     folder.mkdir(parents=True)
     content = dict(command=[command], settings=settings, versions={})
     files.write_json(folder / "config.json", content)
     (folder / "log.jsonl").write_text(log)
 
 
-def test_what_it_shows_of_finished_runs(root, roots, tmp_path):
+def test_report_shows_finished_runs(root, roots, tmp_path):
     results.append(
         root / "digits" / "krr_st" / "seed0" / "convnet3-x0.125" / "seed0",
-        line(61.5, dataset="digits"),
+        make_line(61.5, dataset="digits"),
     )
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    page = read(root, roots, tmp_path)
+    page = read_report(root, roots, tmp_path)
     assert {
         path: path.stat().st_mtime_ns for path in root.rglob("*")
-    } == before  # nothing is changed
+    } == before  # the report changes no file
     assert "61.50 ± 0.00 (n=1)" in page.text and "Left out" not in page.text
     linked = {Path(link).name for link in page.links if "krr_st/seed0/" in link}
     assert linked == {"distilled.pt", "images.png", "config.json", "log.jsonl"}
@@ -144,7 +140,7 @@ def test_what_it_shows_of_finished_runs(root, roots, tmp_path):
         "outer_steps",
         "4",
         "300",
-    ]  # here, and the preset's
+    ]  # value and preset
     assert page.text.index("outer_steps", changed) < page.text.index("other settings", changed)
     moved = load_distilled(root / "digits" / "krr_st" / "seed0" / "distilled.pt").meta[
         "distance_from_initial"
@@ -158,14 +154,14 @@ def test_what_it_shows_of_finished_runs(root, roots, tmp_path):
     } <= page.pictures.keys()
     assert any(title.endswith("convnet3-x0.125: pre-train") for title in page.pictures)
     again = (tmp_path / "out" / "page.html").read_bytes()
-    read(root, roots, tmp_path)
+    read_report(root, roots, tmp_path)
     assert (tmp_path / "out" / "page.html").read_bytes() == again
 
 
-def test_pictures_are_those_of_the_set(root, roots, data_root, tmp_path):
+def test_report_has_the_images_of_the_set(root, roots, data_root, tmp_path):
     d = load_distilled(root / "digits" / "krr_st" / "seed0" / "distilled.pt")
     source = load_images("digits", "train", 32, data_root)
-    page = read(root, roots, tmp_path)
+    page = read_report(root, roots, tmp_path)
     initial = source.pixels[torch.tensor(d.meta["initial"])].permute(0, 3, 1, 2) / 255
     for title, pixels in (("distilled", d.pixels()), ("initial", initial)):
         [shown] = page.pictures[title]
@@ -178,16 +174,16 @@ def test_pictures_are_those_of_the_set(root, roots, data_root, tmp_path):
         min(sum(abs(a - b) for a, b in zip(c, wanted, strict=True)) for c in colours)
         for wanted in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xAA, 0xAA, 0xAA))
     ]
-    assert max(near) < 30  # X_s, Y_s and X_t, in a palette
+    assert max(near) < 30  # X_s, Y_s and X_t, with a palette
 
 
-def test_initial_images_are_left_out_where_the_source_is_not_there(root, tmp_path):
-    page = read(root, ["--data-root", str(tmp_path / "nothing")], tmp_path)
+def test_initial_images_are_omitted_without_the_source(root, tmp_path):
+    page = read_report(root, ["--data-root", str(tmp_path / "nothing")], tmp_path)
     assert "distilled" in page.pictures and "initial" not in page.pictures
     assert "digits at 32 px is not prepared" in page.text and not (tmp_path / "nothing").exists()
 
 
-def test_unfinished_runs_and_half_written_logs(root, roots, tmp_path):
+def test_report_shows_unfinished_runs_and_incomplete_logs(root, roots, tmp_path):
     lines = [dict(phase="distil", step=s, of=1200, loss=1 / s, seconds=1.0) for s in (50, 100)]
     lines += [
         dict(phase="distil", step=150, of=1200, loss=float("nan")),
@@ -196,13 +192,13 @@ def test_unfinished_runs_and_half_written_logs(root, roots, tmp_path):
         dict(phase="distil", step=200, of=1200, loss={}),
     ]
     log = "".join(json.dumps(each) + "\n" for each in lines) + '[1, 2]\n{"phase": "dist'
-    unfinished(
+    write_unfinished_run(
         root / "digits" / "dm" / "seed0", log, preset="digits", num_images=30, outer_steps=1200
     )
-    unfinished(root / "digits" / "mtt" / "seed0", "", num_images=30)
+    write_unfinished_run(root / "digits" / "mtt" / "seed0", "", num_images=30)
     Image.new("RGB", (700, 300), "red").save(root / "digits" / "dm" / "seed0" / "images.png")
     (root / "digits" / "dm" / "seed0" / "log.jsonl").write_bytes(log.encode() + b"\xff\xfe")
-    page = read(root, roots, tmp_path)
+    page = read_report(root, roots, tmp_path)
     assert (
         "unfinished: distil, step 200 of 1,200" in page.text
         and "unfinished, no log yet" in page.text
@@ -212,7 +208,7 @@ def test_unfinished_runs_and_half_written_logs(root, roots, tmp_path):
     assert len(page.pictures["distil: loss"]) == 2  # of KRR-ST, and what is a number of dm's
 
 
-def test_damaged_files_are_named_and_left_out(root, roots, tmp_path):
+def test_damaged_files_are_listed_and_left_out(root, roots, tmp_path):
     made = root / "digits" / "krr_st" / "seed0"
     for name in ("a", "b", "c"):
         shutil.copytree(
@@ -232,7 +228,7 @@ def test_damaged_files_are_named_and_left_out(root, roots, tmp_path):
     (root / "digits" / "c" / "seed0" / "distilled.pt").unlink()
     broken[3].write_bytes(b"\x89PNG no picture")
     broken[4].parent.mkdir()
-    good = line(61.5, dataset="digits")
+    good = make_line(61.5, dataset="digits")
     wrong = [
         dict(digest="a"),
         good | dict(deviations=[1]),
@@ -243,7 +239,7 @@ def test_damaged_files_are_named_and_left_out(root, roots, tmp_path):
         good | dict(label_fraction="x"),
     ]
     broken[4].write_text("".join(json.dumps(each) + "\n" for each in [good, *wrong]))
-    page = read(root, roots, tmp_path)
+    page = read_report(root, roots, tmp_path)
     left_out = page.text[page.text.index("Left out") : page.text.index("Results ")]
     assert all(str(path) in left_out for path in broken)
     assert all(
@@ -255,13 +251,13 @@ def test_damaged_files_are_named_and_left_out(root, roots, tmp_path):
     )  # of the whole set, and of the one whose settings are damaged
 
 
-def test_names_and_values_are_text(root, roots, tmp_path):
+def test_names_and_values_are_escaped(root, roots, tmp_path):
     folder = root / HOSTILE.replace("/", "") / "<b>&" / "seed0"
     log = "".join(
         json.dumps({"phase": HOSTILE, "step": s, "<i>$\\frac{$": s}) + "\n" for s in (1, 2)
     )
-    unfinished(folder, log, preset=HOSTILE, num_images=3, note=HOSTILE)
-    unfinished(
+    write_unfinished_run(folder, log, preset=HOSTILE, num_images=3, note=HOSTILE)
+    write_unfinished_run(
         folder / "convnet$3" / "seed0",
         log.replace("<i>$\\\\frac{$", "loss"),
         loss="mse",
@@ -269,34 +265,36 @@ def test_names_and_values_are_text(root, roots, tmp_path):
     )
     results.append(
         folder,
-        line(50.0, dataset="digits", method=HOSTILE, source="<em>", deviations={"<s>": ["<q>", 1]}),
+        make_line(
+            50.0, dataset="digits", method=HOSTILE, source="<em>", deviations={"<s>": ["<q>", 1]}
+        ),
     )
-    page = read(root, roots, tmp_path)  # where a tag of these would be found
+    page = read_report(root, roots, tmp_path)  # where a tag of these would be found
     assert page.text.count(HOSTILE) >= 4 and "<b>&" in page.text and "<em>" in page.text
     assert any("convnet$3" in title for title in page.pictures)
 
 
-def test_many_runs_stay_a_small_page(root, roots, tmp_path):
+def test_page_of_many_runs_is_small(root, roots, tmp_path):
     below = root / "digits" / "krr_st" / "seed0" / "convnet3-x0.125"
     log = "".join(
         json.dumps(dict(phase="pre-train", step=s, of=300, loss=1 / s)) + "\n"
         for s in range(1, 300)
     )
     for seed in range(1, 120):
-        unfinished(below / f"seed{seed}", log, "pretrain.py", loss="mse", lr=0.5)
-        unfinished(root / "digits" / f"set{seed}" / "seed0", "", num_images=3)
-    page = read(root, roots, tmp_path)
+        write_unfinished_run(below / f"seed{seed}", log, "pretrain.py", loss="mse", lr=0.5)
+        write_unfinished_run(root / "digits" / f"set{seed}" / "seed0", "", num_images=3)
+    page = read_report(root, roots, tmp_path)
     [title] = [title for title in page.pictures if title.endswith("(8 of 120 runs)")]
     assert len(page.pictures[title]) == 1 and page.text.count("lr 0.5 (0.1)") == 119
     assert "t-SNE of the features" not in page.pictures  # for few sets only
     assert (tmp_path / "out" / "page.html").stat().st_size < 1e6
 
 
-def test_nothing_to_show(roots, tmp_path):
+def test_folder_without_runs_is_an_error(roots, tmp_path):
     with pytest.raises(UserError, match="contains no runs"):
         report.main([str(tmp_path), *roots[:2]])
     with pytest.raises(UserError, match="no such folder"):
         report.main([str(tmp_path / "x"), *roots[:2]])
-    results.append(tmp_path, line(61.5))
+    results.append(tmp_path, make_line(61.5))
     report.main([str(tmp_path), *roots[:2]])
     assert "61.50 ± 0.00 (n=1)" in (tmp_path / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Results in a file: several processes add to it, and none is lost."""
+"""Several processes add results to the same file."""
 
 import fcntl
 import subprocess
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.long
-def test_appending_by_several_processes_loses_nothing_and_writes_nothing_twice(tmp_path):
+def test_several_processes_append_each_result_once(tmp_path):
     code = (
         "import sys; from pathlib import Path; from evaluation import results\n"
         "for i in range(100):\n"
@@ -32,7 +32,7 @@ def test_appending_by_several_processes_loses_nothing_and_writes_nothing_twice(t
     assert (tmp_path / "results.jsonl").read_text().count("\n") == 401
 
 
-def test_lock_of_results_is_waited_for(tmp_path):
+def test_append_waits_for_the_lock(tmp_path):
     results.append(tmp_path, dict(digest="a"))
     with open(tmp_path / "results.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

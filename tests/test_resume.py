@@ -1,4 +1,4 @@
-"""Every training loop, stopped in the middle and called again, ends with the very same weights."""
+"""Every training loop, stopped and resumed, gives the same weights as an uninterrupted one."""
 
 import pytest
 import torch
@@ -12,9 +12,8 @@ from utils import files, run
 
 
 @pytest.fixture
-def stopping(monkeypatch):
-    """Makes the next training loop stop after its second step, as a signal would; then undoes
-    itself."""
+def stop_next_loop(monkeypatch):
+    """Return a function that makes the next training loop stop after its second step."""
 
     def arm():
         whole = run.Run.steps
@@ -33,31 +32,31 @@ def stopping(monkeypatch):
     return arm
 
 
-def weights_of(path, kind):
+def load_weights(path, kind):
     return files.load(path, kind)["network"]
 
 
-def check(main, flags, artefact, kind, stopping, expected):
-    stopping()
+def check_resuming(main, flags, artefact, kind, stop_next_loop, expected):
+    stop_next_loop()
     with pytest.raises(run.Stopped):
         main(flags)
     assert not artefact.exists() and (artefact.parent / "checkpoint.pt").exists()
     main(flags)
-    resumed = weights_of(artefact, kind)
+    resumed = load_weights(artefact, kind)
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
 
 
 @pytest.mark.parametrize("script", ["pretrain_target", "pretrain", "finetune", "kd"])
-def test_stopped_training_goes_on_to_the_same_weights(
-    script, roots, distilled, weights, tmp_path, stopping
+def test_stopped_training_resumes_to_the_same_weights(
+    script, roots, distilled, weights, tmp_path, stop_next_loop
 ):
     data, teacher = (
         roots[:2],
         ["--weights", "none", "--width", "0.125", "--dataset", "digits", "--steps", "1"],
     )
     copies = {}
-    for name in ("whole", "parts"):  # pre-trained weights beside which the results go
+    for name in ("whole", "parts"):  # the results go beside these weights
         copies[name] = tmp_path / name / "model.pt"
         copies[name].parent.mkdir()
         copies[name].write_bytes(weights.read_bytes())
@@ -120,10 +119,10 @@ def test_stopped_training_goes_on_to_the_same_weights(
     kind = "target" if script == "pretrain_target" else "model"
     flags, artefact = call("whole")
     main(flags)
-    check(main, *call("parts"), kind, stopping, weights_of(artefact, kind))
+    check_resuming(main, *call("parts"), kind, stop_next_loop, load_weights(artefact, kind))
 
 
-def test_checkpoint_of_another_kind_of_device_is_refused(tmp_path):
+def test_checkpoint_of_another_kind_of_device_is_an_error(tmp_path):
     first = run.Run(tmp_path, "x.pt", {})
     first.resume(torch.device("cpu"), {})
     first.checkpoint()
@@ -140,7 +139,7 @@ def test_lines_logged_after_the_checkpoint_are_dropped(tmp_path):
             if step == stop_after:
                 return
 
-    logging(5, stop_after=2)  # dies without a checkpoint
+    logging(5, stop_after=2)  # no checkpoint, as after a kill
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"phase": "tra')  # in the middle of a line
     logging(5)

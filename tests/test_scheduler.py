@@ -1,4 +1,4 @@
-"""Tasks are carried out in order, once, whoever else works on the run folder."""
+"""Tasks run once and in order, also if several processes share the run folder."""
 
 import json
 import shutil
@@ -17,8 +17,7 @@ from tests.conftest import ROOT
 
 
 def make_tasks(top, *rows):
-    """Tasks of a little script that adds an x to a file in `top`: (file, names of the files that it
-    needs)."""
+    """Make tasks that append an x to a file in `top`. A row is (file, files that it needs...)."""
     (top / "make.py").write_text(
         "import sys, time; time.sleep(0.05); open(sys.argv[1], 'a').write('x')"
     )
@@ -28,7 +27,7 @@ def make_tasks(top, *rows):
     return made.tasks
 
 
-def do(tasks, top, jobs=1):
+def carry_out(tasks, top, jobs=1):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return scheduler.carry_out(tasks, jobs, top / "runs")
@@ -39,20 +38,20 @@ def do(tasks, top, jobs=1):
 
 def test_tasks_wait_for_the_files_that_they_name(tmp_path, capfd):
     tasks = make_tasks(tmp_path, ("b", "a"), ("a",))
-    assert [len(task.needs) for task in tasks] == [0, 0]  # those above only
+    assert [len(task.needs) for task in tasks] == [0, 0]  # tasks wait for earlier ones only
     tasks = make_tasks(tmp_path, ("a",), ("b", "a"), ("c", "b"), ("d",), ("d", "a"))
     needs = [[Path(each.outputs[0]).name for each in task.needs] for task in tasks]
     assert needs == [[], ["a"], ["b"], []]
-    assert do(tasks, tmp_path, jobs=2) == 0
+    assert carry_out(tasks, tmp_path, jobs=2) == 0
     out = capfd.readouterr().out
     shown = [line.split()[-1] for line in out.splitlines() if line.startswith("$")]
     assert {name: (tmp_path / name).read_text() for name in "abcd"} == dict.fromkeys("abcd", "x")
     assert len(shown) == 4
-    assert do(make_tasks(tmp_path, ("a",), ("b", "a")), tmp_path) == 0
+    assert carry_out(make_tasks(tmp_path, ("a",), ("b", "a")), tmp_path) == 0
     assert (tmp_path / "a").read_text() == "x"
 
 
-def test_tasks_wait_for_evaluations_of_networks_that_they_name():
+def test_tasks_wait_for_evaluations_that_they_name():
     made = TaskList()
     made.add(["x.py", "first"], "a")
     made.wait()
@@ -80,16 +79,16 @@ def test_task_is_done_when_all_its_outputs_exist(tmp_path):
     assert task.is_done() and task.time_spent() == (5.0, 1.0)
 
 
-def test_a_failure_stops_only_what_needs_it(tmp_path, capfd):
+def test_failed_task_stops_dependent_tasks_only(tmp_path, capfd):
     tasks = make_tasks(tmp_path, ("a",), ("b", "a"), ("c",))
     tasks[0].words = ["-c", "raise SystemExit(3)"]
-    assert do(tasks, tmp_path) == 1
+    assert carry_out(tasks, tmp_path) == 1
     assert (tmp_path / "c").exists() and not (tmp_path / "b").exists()
     error = capfd.readouterr().err
     assert "failed (3)" in error and "1 failed; 1 dependent commands did not run" in error
 
 
-def test_a_task_that_another_process_runs_is_left_to_it(tmp_path):
+def test_task_of_another_process_is_not_run(tmp_path):
     [task] = make_tasks(tmp_path, ("a",))
     held = scheduler.acquire_lock(task, tmp_path)
     assert held and scheduler.acquire_lock(task, tmp_path) is None
@@ -97,11 +96,11 @@ def test_a_task_that_another_process_runs_is_left_to_it(tmp_path):
     scheduler.acquire_lock(task, tmp_path).close()
 
 
-def test_estimate_from_what_took_how_long(tmp_path):
+def test_estimate_uses_the_times_of_finished_tasks(tmp_path):
     for seed in (0, 1, 2):
         run = tmp_path / f"seed{seed}"
         run.mkdir()
-        # The first two were resumed after step 20 and count their seconds anew.
+        # The first two were resumed after step 20, so their seconds restart.
         resumed = [(10, 4.0), (20, 9.0), (30, 1.0), (100, 21.0)]
         steps = resumed if seed < 2 else [(25, 10.0)]
         log = [dict(phase="p", step=step, of=100, seconds=seconds) for step, seconds in steps]
@@ -149,44 +148,44 @@ cli.run(experiments.main)
 
 
 @pytest.mark.long
-def test_a_toy_table_killed_and_started_again(roots, runs, tmp_path):
-    """Two processes on one run root, with two jobs each; stopped, killed, and resumed."""
-    shutil.copytree(runs / "target", tmp_path / "digits" / "target")  # done already
+def test_killed_table_resumes(roots, runs, tmp_path):
+    """Run two processes with two jobs each on one run root; stop, kill and resume them."""
+    shutil.copytree(runs / "target", tmp_path / "digits" / "target")  # done before
     places = [*roots[:2], "--run-root", str(tmp_path)]
     words = [sys.executable, "-c", TOY, "toy", *places, "--jobs", "2"]
     flags = ["--", "--log-every", "1"]
     out = open(tmp_path / "out.txt", "w+")  # noqa: SIM115
 
-    def begin():
+    def start():
         return subprocess.Popen([*words, *flags], cwd=ROOT, stdout=out, stderr=out)
 
-    def reach(condition):
+    def wait_until(condition):
         deadline = time.time() + 240
         while not condition():
             assert time.time() < deadline, (tmp_path / "out.txt").read_text()
             time.sleep(0.05)
 
     log = tmp_path / "digits" / "krr_st" / "seed0" / "log.jsonl"
-    first = begin()
-    reach(lambda: log.is_file() and log.read_text().count("\n") > 2)
+    first = start()
+    wait_until(lambda: log.is_file() and log.read_text().count("\n") > 2)
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=1800) == 130 and (log.parent / "checkpoint.pt").is_file()
     assert not (log.parent / "distilled.pt").exists()
     before = log.read_text().splitlines()
 
-    pair = [begin(), begin()]
-    reach(lambda: any(len(results.read(p)) for p in log.parent.rglob("results.jsonl")))
-    pair[0].kill()  # what it had begun goes on, and the other waits for that
+    pair = [start(), start()]
+    wait_until(lambda: any(len(results.read(p)) for p in log.parent.rglob("results.jsonl")))
+    pair[0].kill()  # its commands go on, and the other process waits for them
     assert pair[1].wait(timeout=1800) == 0, (tmp_path / "out.txt").read_text()
     shown = (tmp_path / "out.txt").read_text()
-    assert log.read_text().splitlines()[: len(before)] == before  # resumed, not done again
+    assert log.read_text().splitlines()[: len(before)] == before  # resumed, not restarted
     for seed in (0, 1):
         lines = results.read(log.parent / "convnet3-x0.125" / f"seed{seed}" / "results.jsonl")
         names = [f"digits_{name}_seed{seed}" for name in ("full", "linear", "linear_0.1")]
         assert sorted(line["name"] for line in lines) == sorted(names)
         [full] = [line for line in lines if line["protocol"] == "full"]
         assert full["deviations"]["finetune.steps"] == [2, 100]
-        assert shown.count(f"--dataset digits --seed {seed}") == 2  # each was begun once
+        assert shown.count(f"--dataset digits --seed {seed}") == 2  # each command ran once
     assert "(n=2)" in shown and "KRR-ST" in shown
     listing = subprocess.run(
         [*words, "--dry-run", *flags], cwd=ROOT, capture_output=True, text=True

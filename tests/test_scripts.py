@@ -1,4 +1,4 @@
-"""Every script as a user runs it, at toy size, each in a process of its own."""
+"""Every script at toy size, each in its own process."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from utils import files
 from utils.errors import UserError
 
 
-def test_target_file_carries_settings_statistics_and_accuracy(runs):
+def test_target_file_has_settings_statistics_and_quality(runs):
     target = files.load(runs / "target" / "seed0" / "target.pt", "target")
     assert (
         target["settings"]["epochs"] == 1
@@ -40,7 +40,7 @@ def test_target_file_carries_settings_statistics_and_accuracy(runs):
     assert log[-1]["step"] == 1437 // 128 and log[-1]["loss"] > 0
 
 
-def test_distilled_file_log_and_picture(distilled):
+def test_distill_writes_set_picture_and_settings(distilled):
     d = load_distilled(distilled)
     assert (
         d.images.shape == (20, 3, 32, 32)
@@ -55,7 +55,7 @@ def test_distilled_file_log_and_picture(distilled):
     )
 
 
-def test_finished_run_is_not_done_again_and_other_settings_are_refused(distilled, roots):
+def test_finished_run_is_not_repeated_and_other_settings_are_an_error(distilled, roots):
     before = distilled.stat().st_mtime_ns
     assert "already exists" in command("distill.py", "--source", "digits", *DISTILL, *roots).stdout
     other = command(
@@ -66,7 +66,7 @@ def test_finished_run_is_not_done_again_and_other_settings_are_refused(distilled
 
 
 @pytest.mark.long
-def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs, tmp_path):
+def test_interrupted_command_writes_a_checkpoint_and_resumes(roots, runs, tmp_path):
     words = [
         "distill.py",
         *DISTILL,
@@ -102,7 +102,7 @@ def test_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(roots, runs,
     assert load_distilled(log.parent / "distilled.pt").images.isfinite().all()
 
 
-def test_random_images_with_features_are_what_distillation_starts_from(roots, runs, distilled):
+def test_distillation_starts_from_random_images_with_features(roots, runs, distilled):
     command(
         "-m", "distillers", "random_features", "--source", "digits", "--num-images", "20", *roots
     )
@@ -113,22 +113,22 @@ def test_random_images_with_features_are_what_distillation_starts_from(roots, ru
     )
     assert (
         real.images - load_distilled(distilled).images
-    ).abs().max() < 0.1  # four small steps away
+    ).abs().max() < 0.1  # after four small steps
 
 
-def untrained(tmp_path, folder):
-    """Flags of finetune.py for an untrained network on digits, in a run root of its own."""
+def make_untrained_flags(tmp_path, folder):
+    """Return the flags of finetune.py for an untrained network on the digits."""
     words = ["--weights", "none", "--arch", "convnet3", "--width", "0.125", "--image-size", "32"]
     words += ["--dataset", "digits", "--data-root", tmp_path / "data"]
     return [*map(str, [*words, "--run-root", tmp_path / folder])]
 
 
-def results_by_name(folder):
+def read_results(folder):
     [path] = folder.rglob("results.jsonl")
     return {line["name"]: line for line in results.read(path)}
 
 
-def test_probes_for_several_numbers_of_labels_compute_the_features_once(tmp_path, monkeypatch):
+def test_probes_with_several_numbers_of_labels_compute_features_once(tmp_path, monkeypatch):
     calls, outputs = [], probes.outputs
 
     def counted(function, images, *args):
@@ -136,14 +136,20 @@ def test_probes_for_several_numbers_of_labels_compute_the_features_once(tmp_path
         return outputs(function, images, *args)
 
     monkeypatch.setattr(probes, "outputs", counted)
-    together = [*untrained(tmp_path, "a"), "--protocol", "linear", "--label-fraction"]
+    together = [*make_untrained_flags(tmp_path, "a"), "--protocol", "linear", "--label-fraction"]
     finetune.main([*together, "0.05", "0.5", "1"])
     assert calls == [1437, 360]
     for share in ("0.05", "0.5"):
-        alone = [*untrained(tmp_path, "b"), "--protocol", "linear", "--label-fraction", share]
+        alone = [
+            *make_untrained_flags(tmp_path, "b"),
+            "--protocol",
+            "linear",
+            "--label-fraction",
+            share,
+        ]
         finetune.main(alone)
-    finetune.main([*untrained(tmp_path, "b"), "--protocol", "linear"])  # all labels
-    found = [results_by_name(tmp_path / name) for name in "ab"]
+    finetune.main([*make_untrained_flags(tmp_path, "b"), "--protocol", "linear"])  # all labels
+    found = [read_results(tmp_path / name) for name in "ab"]
     assert (
         found[0].keys()
         == found[1].keys()
@@ -153,28 +159,28 @@ def test_probes_for_several_numbers_of_labels_compute_the_features_once(tmp_path
         assert line["digest"] == found[1][name]["digest"]
         assert line["accuracy"] == pytest.approx(found[1][name]["accuracy"], abs=0.3)
     calls.clear()
-    finetune.main([*together, "0.05", "0.2", "1"])  # two are there already
-    assert calls == [sum(-(-n // 5) for n in class_sizes(tmp_path)), 360]
-    assert len(results_by_name(tmp_path / "a")) == 4
+    finetune.main([*together, "0.05", "0.2", "1"])  # two exist already
+    assert calls == [sum(-(-n // 5) for n in count_classes(tmp_path)), 360]
+    assert len(read_results(tmp_path / "a")) == 4
 
 
-def class_sizes(tmp_path):
+def count_classes(tmp_path):
     return load_images("digits", "train", 32, tmp_path / "data").labels.bincount().tolist()
 
 
-def test_fine_tuning_with_several_numbers_of_labels_is_as_one_by_one(tmp_path):
+def test_finetuning_with_several_numbers_of_labels_equals_separate_commands(tmp_path):
     flags = ["--steps", "2", "--labels-per-class"]
-    finetune.main([*untrained(tmp_path, "a"), *flags, "1", "2"])
+    finetune.main([*make_untrained_flags(tmp_path, "a"), *flags, "1", "2"])
     for number in ("2", "1"):
-        finetune.main([*untrained(tmp_path, "b"), *flags, number])
-    found = [results_by_name(tmp_path / name) for name in "ab"]
+        finetune.main([*make_untrained_flags(tmp_path, "b"), *flags, number])
+    found = [read_results(tmp_path / name) for name in "ab"]
     assert found[0].keys() == {f"digits_full_{n}perclass_seed0" for n in (1, 2)}
     for name, line in found[0].items():
         assert all(line[key] == found[1][name][key] for key in ("digest", "accuracy"))
 
 
-def accuracy_of(content, roots):
-    """Of a network's own head on the digits' test split, in percent."""
+def compute_accuracy(content, roots):
+    """Compute the accuracy of a network's head on the test digits, in percent."""
     test = load_images("digits", "test", 32, roots[1])
     with torch.no_grad():
         predicted = (
@@ -183,7 +189,7 @@ def accuracy_of(content, roots):
     return 100 * (predicted == test.labels).float().mean().item()
 
 
-def test_pretraining_by_kind_of_target(roots, runs, weights):
+def test_pretraining_recipe_depends_on_the_kind_of_targets(roots, runs, weights):
     saved = load_model(weights)
     assert (
         saved["num_outputs"] == 64
@@ -207,7 +213,7 @@ def test_pretraining_by_kind_of_target(roots, runs, weights):
     command("finetune.py", *flags, "--protocol", "head")
     [line] = results.read(path.parent / "convnet3-x0.125" / "seed1" / "results.jsonl")
     assert line["protocol"] == "head" and line["accuracy"] == pytest.approx(
-        accuracy_of(saved, roots), abs=1e-3
+        compute_accuracy(saved, roots), abs=1e-3
     )
 
     soft = load_distilled(path)
@@ -230,7 +236,7 @@ def test_pretraining_by_kind_of_target(roots, runs, weights):
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["optimizer"] == "adamw"
 
 
-def test_finetuning_protocols_and_results(weights, roots, tmp_path):
+def test_finetuning_protocols_write_results(weights, roots, tmp_path):
     weights = shutil.copy(weights, tmp_path / "model.pt")
     flags = ["--weights", weights, "--dataset", "digits", "--labels-per-class", "2", *roots]
     for protocol in ("linear", "knn"):
@@ -291,7 +297,7 @@ def test_finetuning_protocols_and_results(weights, roots, tmp_path):
     )
 
 
-def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, roots):
+def test_kd_distils_a_teacher_trained_from_scratch(weights, distilled, roots):
     scratch = [
         "--weights",
         "none",
@@ -339,7 +345,7 @@ def test_teacher_from_scratch_and_distillation_of_knowledge(weights, distilled, 
     assert len(list(weights.parent.glob("digits_kd_krr_st-*_seed0/model.pt"))) == 1
 
 
-def test_a_changed_target_is_evaluated_anew_and_not_gone_on_with(weights, roots, tmp_path):
+def test_changed_data_set_is_evaluated_again_and_not_resumed(weights, roots, tmp_path):
     for i in range(8):
         for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
             (tmp_path / "pets" / split / name).mkdir(parents=True, exist_ok=True)
@@ -367,11 +373,11 @@ def test_a_changed_target_is_evaluated_anew_and_not_gone_on_with(weights, roots,
             ]
         )
         == 2
-    )  # the last
+    )  # one per name, the last
 
 
-def test_own_folder_of_images_as_a_source(tmp_path):
-    """As README says: a target, a distilled set, a network; no labels anywhere."""
+def test_folder_of_images_is_a_source(tmp_path):
+    """Follow README: target network, distilled set and pre-trained network without labels."""
     from sklearn.datasets import load_sample_images
 
     for i, image in enumerate(load_sample_images().images):
@@ -398,6 +404,6 @@ def test_own_folder_of_images_as_a_source(tmp_path):
 @pytest.mark.parametrize(
     "script", ["pretrain_target.py", "distill.py", "pretrain.py", "finetune.py", "kd.py"]
 )
-def test_help(script):
+def test_scripts_have_help(script):
     shown = command(script, "--help").stdout
     assert f"python {script}" in shown and "--data-root" in shown

@@ -145,19 +145,8 @@ def test_reference_is_plain(roots):
 @pytest.mark.long
 def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.jsonl")
-    words = [
-        "--width",
-        "0.05",
-        "--num-images",
-        "10",
-        "--outer-batch",
-        "12",
-        "--pairs",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    monkeypatch.setattr(speed, "PEAK_SIZES", (64,))
+    words = ["--width", "0.05", "--num-images", "10", "--outer-batch", "12", "--pairs", "1"]
+    words += ["--device", "cpu", "--precision", "fp32"]
     speed.RESULTS.write_text(json.dumps(dict.fromkeys(speed.KEY, "another")) + "\n")
     for flags in ([], ["--chunk", "4"]):
         speed.main([*words, *flags, "--collect"])
@@ -166,11 +155,16 @@ def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
     assert [result["chunk"] for result in results] == [0, 4]
     whole, chunked = results
     shown = capsys.readouterr().out
-    assert "m = 10, b = 12, 32 px, convnet3-x0.05" in shown and "times as fast" in shown
+    assert "m = 10, b = 12, 32 px, convnet3-x0.05" in shown
+    assert "n = 1 pairs: **" in shown and "% of the limit" in shown
     assert whole["plain_flop"] > 2 * whole["flop"]  # the target network
     assert chunked["flop"] > whole["flop"]  # layers twice
     parts = sum(operations for _, operations in whole["parts"].values())
     assert parts == pytest.approx(whole["flop"], rel=0.01)
+    (pair,) = whole["rounds"]
+    for which in ("ours", "plain"):
+        assert pair[which]["seconds"] > 0 and pair[which]["steps"] >= 1
+        assert pair[which]["memory"] > 0
     for found in whole["errors"].values():
         assert found["loss"] < 1e-3 and max(found.values()) < 0.05
 

@@ -1,4 +1,4 @@
-"""The naive bilevel method: meta-gradient, objective on fixed draws, and the real command."""
+"""The naive bilevel method: gradient, objective on fixed draws, and the command."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import ssl_bilevel, unroll
 from models import barlow_twins
-from tests.conftest import stopping_at
+from tests.conftest import make_stopping_steps
 from utils import run
 from utils.errors import UserError
 from utils.presets import preset
@@ -46,14 +46,13 @@ TOY = [
 ]
 
 
-def normal(seed, *shape):
+def draw_normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture
 def tiny():
-    """A network with batch norm and its projector in float64, three batches of two views, and views
-    of real images."""
+    """Return a small network with projector in float64, three batches of views, and real views."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.AvgPool2d(3), nn.Flatten()
@@ -61,18 +60,18 @@ def tiny():
     learner = nn.Sequential(network, barlow_twins.projector(8, 4)).double()
     for module in learner.modules():
         if isinstance(module, nn.ReLU):
-            module.forward = nn.functional.softplus  # smooth, so that deviations converge
-    inner = [(normal(3 * k, 6, 3, 8, 8), normal(3 * k + 1, 6, 3, 8, 8)) for k in range(3)]
+            module.forward = nn.functional.softplus  # smooth, for central differences
+    inner = [(draw_normal(3 * k, 6, 3, 8, 8), draw_normal(3 * k + 1, 6, 3, 8, 8)) for k in range(3)]
     return (
         learner,
         unroll.flatten_parameters(learner),
         inner,
-        (normal(20, 9, 3, 8, 8), normal(21, 9, 3, 8, 8)),
+        (draw_normal(20, 9, 3, 8, 8), draw_normal(21, 9, 3, 8, 8)),
     )
 
 
-def reached(learner, start, inner, outer):
-    """The objective the naive way: one graph through all steps, Barlow Twins written out."""
+def compute_objective(learner, start, inner, outer):
+    """Compute the objective with one graph through all steps and Barlow Twins by its formula."""
 
     def loss(theta, views):
         z = [
@@ -90,11 +89,11 @@ def reached(learner, start, inner, outer):
     return loss(theta, outer)
 
 
-def test_meta_gradient_agrees_with_one_graph_and_central_differences(tiny):
+def test_gradient_agrees_with_one_graph_and_central_differences(tiny):
     learner, start, inner, outer = tiny
     loss, by_views = ssl_bilevel.meta_gradient(learner, start, inner, outer, ARGS)
     leaves = [[x.clone().requires_grad_() for x in views] for views in inner]
-    expected = reached(learner, start, leaves, outer)
+    expected = compute_objective(learner, start, leaves, outer)
     torch.testing.assert_close(loss, expected.detach())
     flat = [x for views in leaves for x in views]
     for ours, theirs in zip(
@@ -104,11 +103,11 @@ def test_meta_gradient_agrees_with_one_graph_and_central_differences(tiny):
     h = 1e-5
     for seed in range(3):
         directions = [
-            [normal(100 + 10 * seed + 2 * k + i, *x.shape) for i, x in enumerate(each)]
+            [draw_normal(100 + 10 * seed + 2 * k + i, *x.shape) for i, x in enumerate(each)]
             for k, each in enumerate(inner)
         ]
         up, down = (
-            reached(
+            compute_objective(
                 learner,
                 start,
                 [
@@ -128,13 +127,15 @@ def test_meta_gradient_agrees_with_one_graph_and_central_differences(tiny):
 
 
 def test_gradient_passes_through_the_views(data_root, roots):
-    """Through crop, jitter and solarisation: against central deviations under a fixed draw, on
-    images that are grey, where hue has no gradient, and on coloured ones."""
+    """Compare with central differences under a fixed draw, on grey and on coloured images.
+
+    The gradient of hue is zero on grey images.
+    """
     source = load_images("digits", "train", 32, data_root)
     source = SimpleNamespace(mean=source.mean, std=source.std)
     for images in (
-        0.3 + 0.1 * normal(0, 4, 3, 32, 32).clamp(-2, 2),
-        0.4 + 0.1 * normal(1, 4, 1, 32, 32).clamp(-2, 2),
+        0.3 + 0.1 * draw_normal(0, 4, 3, 32, 32).clamp(-2, 2),
+        0.4 + 0.1 * draw_normal(1, 4, 1, 32, 32).clamp(-2, 2),
     ):
         pixels = images.expand(4, 3, 32, 32)
         x = (
@@ -143,12 +144,12 @@ def test_gradient_passes_through_the_views(data_root, roots):
 
         def objective(x):
             views = ssl_bilevel.two_views(x, source, torch.Generator().manual_seed(5), VIEWS)
-            return sum((normal(7, *seen.shape) * seen).sum() for seen in views)
+            return sum((draw_normal(7, *seen.shape) * seen).sum() for seen in views)
 
         (gradient,) = torch.autograd.grad(objective(x), x)
         assert gradient.isfinite().all() and gradient.abs().max() > 0
-        if images.shape[1] == 3:  # on grey ones the hue turns at a kink
-            direction, h = normal(9, *x.shape), 1e-7
+        if images.shape[1] == 3:  # hue is not differentiable at grey
+            direction, h = draw_normal(9, *x.shape), 1e-7
             difference = (objective(x + h * direction) - objective(x - h * direction)).detach() / (
                 2 * h
             )
@@ -170,8 +171,8 @@ def test_hue_of_grey_images_has_a_finite_gradient():
     assert x.grad.isfinite().all()
 
 
-def test_objective_on_a_fixed_draw_falls(tiny):
-    """Twenty small steps on the images under one and the same theta_0 and views."""
+def test_objective_on_a_fixed_draw_decreases(tiny):
+    """Take twenty small steps with the same theta_0 and views."""
     learner, start, inner, outer = copy.deepcopy(tiny)
     losses = []
     for _ in range(20):
@@ -207,7 +208,7 @@ def test_command_writes_images_without_targets(distil, data_root, capsys):
     source = load_images("digits", "train", 32, data_root)
     initial = source.normalised(torch.tensor(d.meta["initial"]), torch.device("cpu"))
     moved = (d.images - initial).abs()
-    assert 0 < moved.max() <= 0.02 * 4 * 1.01  # Adam moves a pixel by at most its rate a step
+    assert 0 < moved.max() <= 0.02 * 4 * 1.01  # Adam moves a pixel by at most lr per step
     lines = read_log(artefact.parent)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["loss"] > 0 and line["gradient"] > 0 for line in lines)
@@ -217,10 +218,10 @@ def test_command_writes_images_without_targets(distil, data_root, capsys):
         pretrain.main(["--distilled", str(artefact), "--width", "0.03"])
 
 
-def test_stopped_run_goes_on_to_the_same_bits_and_seeds_decide(distil, monkeypatch):
+def test_stopped_run_resumes_to_the_same_set_and_the_seed_determines_it(distil, monkeypatch):
     whole = load_distilled(distil())
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        patch.setattr(run.Run, "steps", stopping_at([("distil", 1)]))
+        patch.setattr(run.Run, "steps", make_stopping_steps([("distil", 1)]))
         distil(top="parts")
     parts, other = (
         load_distilled(distil(top="parts")),
@@ -231,7 +232,7 @@ def test_stopped_run_goes_on_to_the_same_bits_and_seeds_decide(distil, monkeypat
     assert parts.meta["objective_distilled"] == whole.meta["objective_distilled"]
 
 
-def test_settings_follow_the_source():
+def test_settings_depend_on_the_source():
     for name in ("cifar100", "tinyimagenet", "digits"):
         ours, krr, target = (preset(name, stage) for stage in ("ssl_bilevel", "distill", "target"))
         assert all(ours[key] == krr[key] for key in ("num_images", "arch", "width", "outer_lr"))

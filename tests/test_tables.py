@@ -1,4 +1,4 @@
-"""The paper's tables from lines of results: against tables that are written out here."""
+"""Tables from lines of results, compared with tables written out here."""
 
 import csv
 import io
@@ -31,23 +31,23 @@ SCRATCH = dict(method="scratch", source=None, distilled_seed=None, num_images=No
 SMALL = {"width": [0.25, 1.0], "num_images": [300, 1000], "image_size": [32, 64]}
 
 
-def line(accuracy, **changes):
+def make_line(accuracy, **changes):
     return BASE | changes | dict(accuracy=accuracy, digest=json.dumps([accuracy, changes]))
 
 
-def test_table_at_the_papers_scale():
-    lines = [line(a, seed=s) for s, a in enumerate((88.5, 88.6, 88.7))]
-    lines += [line(a, seed=s, dataset="cars") for s, a in enumerate((20.0, 30.0))]
+def test_table_at_the_scale_of_the_paper():
+    lines = [make_line(a, seed=s) for s, a in enumerate((88.5, 88.6, 88.7))]
+    lines += [make_line(a, seed=s, dataset="cars") for s, a in enumerate((20.0, 30.0))]
     lines += [
-        line(87.3, **SCRATCH),
-        line(50.0, dataset="digits", **SCRATCH),
-    ]  # digits: no row but this one
+        make_line(87.3, **SCRATCH),
+        make_line(50.0, dataset="digits", **SCRATCH),
+    ]  # the only result on digits
     lines += [
-        line(99.0, labels_per_class=1),
-        line(99.0, protocol="linear"),
-        line(99.0, source="cifar10"),
-        line(99.0, arch="vgg11"),
-        line(99.0, method="krr_st_d5", deviations={"distill.keep_pool_count": [True, False]}),
+        make_line(99.0, labels_per_class=1),
+        make_line(99.0, protocol="linear"),
+        make_line(99.0, source="cifar10"),
+        make_line(99.0, arch="vgg11"),
+        make_line(99.0, method="krr_st_d5", deviations={"distill.keep_pool_count": [True, False]}),
     ]
     [(settings, columns, _)] = tables.split_by_scale(TABLES["table1"], lines)
     assert settings is None and columns == [("convnet3", "cifar10"), ("convnet3", "cars")]
@@ -69,26 +69,27 @@ def test_table_at_the_papers_scale():
     ] and "Reduced" not in "".join(shown)
 
 
-def test_results_at_another_scale_are_apart_and_say_so():
+def test_results_at_another_scale_are_in_a_table_that_says_so():
     lines = [
-        line(60.0 + s, seed=s, deviations=SMALL | {"finetune.steps": [300, 10000]}) for s in (0, 1)
+        make_line(60.0 + s, seed=s, deviations=SMALL | {"finetune.steps": [300, 10000]})
+        for s in (0, 1)
     ]
     lines += [
-        line(
+        make_line(
             9.0,
             dataset="cars",
             deviations=SMALL | {"finetune.steps": [300, 5000], "cars train": [6098, 8144]},
         )
     ]
     lines += [
-        line(
+        make_line(
             55.0,
             width=0.25,
             deviations={"width": [0.25, 1.0], "finetune.steps": [300, 10000]},
             **SCRATCH,
         )
     ]
-    lines += [line(58.0, method="random", deviations={**SMALL, "num_images": [50, 1000]})]
+    lines += [make_line(58.0, method="random", deviations={**SMALL, "num_images": [50, 1000]})]
     [(settings, *_)] = tables.split_by_scale(TABLES["table1"], lines)
     assert "width 0.25 (1.0)" in settings
     shown = tables.document(lines)["table1"]
@@ -101,9 +102,7 @@ def test_results_at_another_scale_are_apart_and_say_so():
     assert (
         "cars train 6,098 (8,144)" in heading and "finetune.steps 300 (5,000 or 10,000)" in heading
     )
-    assert (
-        "width 0.25 (1.0)" in heading and "num_images" not in heading
-    )  # which differs between the rows
+    assert "width 0.25 (1.0)" in heading and "num_images" not in heading  # it differs between rows
     names = [row.split("|")[1].strip() for row in rows[2:]]
     assert names == [
         "no pre-training",
@@ -116,29 +115,29 @@ def test_results_at_another_scale_are_apart_and_say_so():
     assert "**60.50 ± 0.50 (n=2)**" in shown and "paper, full scale" in shown
 
 
-def test_scratch_at_another_size_than_the_tables_is_of_reduced_scale():
+def test_scratch_at_another_image_size_is_at_reduced_scale():
     both = [
-        line(60.0, arch="convnet4", image_size=64, source="tinyimagenet"),
-        line(50.0, arch="convnet4", **SCRATCH),
+        make_line(60.0, arch="convnet4", image_size=64, source="tinyimagenet"),
+        make_line(50.0, arch="convnet4", **SCRATCH),
     ]
     [(settings, _, rows)] = tables.split_by_scale(TABLES["table2"], both)
     assert settings is None and [row[0] for row in rows] == ["krr_st"]
     assert tables.deviations_of(both[1], TABLES["table2"]) == {"image_size": [32, 64]}
 
 
-def test_distillation_of_knowledge_is_by_whose_images():
+def test_kd_rows_are_named_after_their_images():
     facts = dict(protocol="kd", arch="vgg11", image_size=64)
     images = dict(source="tinyimagenet", seed=0, num_images=2000)
     lines = [
-        line(60.0, source="tinyimagenet", images=images | dict(method="krr_st"), **facts),
-        line(
+        make_line(60.0, source="tinyimagenet", images=images | dict(method="krr_st"), **facts),
+        make_line(
             33.0,
             images=images | dict(method="gaussian"),
             deviations={"kd.lr": [1e-3, 1e-4]},
             **SCRATCH,
             **facts,
         ),
-        line(70.0, images=images | dict(method="krr_st"), **SCRATCH, **facts),
+        make_line(70.0, images=images | dict(method="krr_st"), **SCRATCH, **facts),
     ]
     [(settings, columns, rows)] = tables.split_by_scale(TABLES["table4"], lines)
     assert settings is None and columns == [("vgg11", "cifar10")]
@@ -148,14 +147,14 @@ def test_distillation_of_knowledge_is_by_whose_images():
     ]
     assert (
         "on 2000 images of KRR-ST" in tables.document(lines)["cifar10"]
-    )  # the third, in no table of the paper
+    )  # the third result is in no table of the paper
 
 
-def test_variants_have_tables_of_their_own():
+def test_variants_have_separate_tables():
     lines = [
-        line(88.0),
-        line(80.0, method="krr_st_d5", deviations={"distill.keep_pool_count": [True, False]}),
-        line(
+        make_line(88.0),
+        make_line(80.0, method="krr_st_d5", deviations={"distill.keep_pool_count": [True, False]}),
+        make_line(
             81.0,
             method="krr_st_random_targets",
             deviations={"distill.random_targets": [True, False]},
@@ -171,7 +170,7 @@ def test_variants_have_tables_of_their_own():
     assert not {"ablations", "y_init"} & tables.document(lines[:1]).keys()
 
 
-def test_fid_of_different_networks_is_never_in_one_table():
+def test_fid_of_different_networks_is_in_separate_tables():
     facts = dict(protocol="fid", dataset="cifar100", network="inception")
     lines = [
         {
@@ -208,8 +207,8 @@ def test_fid_of_different_networks_is_never_in_one_table():
     )
 
 
-def test_csv_and_latex():
-    lines = [line(a, seed=s) for s, a in enumerate((88.5, 88.7))]
+def test_tables_as_csv_and_latex():
+    lines = [make_line(a, seed=s) for s, a in enumerate((88.5, 88.7))]
     out = io.StringIO()
     tables.comma_separated([TABLES["table1"]], lines, out)
     [row] = csv.DictReader(io.StringIO(out.getvalue()))
@@ -235,7 +234,7 @@ def test_csv_and_latex():
     assert r"-0.12 $\checkmark$" in made and r"accuracy in \%" in made
 
 
-def test_paper_csv_has_all_its_tables():
+def test_paper_csv_has_all_tables():
     assert {name for name in tables.TITLES if name != "ablations"} <= {
         table.name for table in TABLES.values()
     }
@@ -251,9 +250,7 @@ def test_paper_csv_has_all_its_tables():
 TABLES = {table.name: table for table in tables.all_tables()}
 
 
-def test_written_tables_are_the_same_bytes_each_time_and_stale_ones_are_found(
-    tmp_path, monkeypatch, capsys
-):
+def test_written_tables_are_reproducible_and_stale_ones_are_detected(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results.jsonl")
     page = tmp_path / "README.md"
     page.write_text(
@@ -261,14 +258,14 @@ def test_written_tables_are_the_same_bytes_each_time_and_stale_ones_are_found(
         "<!-- table digits -->\n<!-- end of table -->\nend\n"
     )
     for seed in (1, 0):
-        results.append(tmp_path / "runs" / "a", line(88.0 + seed, seed=seed))
+        results.append(tmp_path / "runs" / "a", make_line(88.0 + seed, seed=seed))
     results.append(
-        tmp_path / "runs" / "b", line(97.0, dataset="digits", source="digits", method="random")
+        tmp_path / "runs" / "b", make_line(97.0, dataset="digits", source="digits", method="random")
     )
     tables.collect([tmp_path / "runs"], tmp_path / "results.jsonl")
     with pytest.raises(UserError, match="stale"):
         docs.main(["--check", str(page)])
-    assert "old" in page.read_text()  # a check changes nothing
+    assert "old" in page.read_text()  # --check changes nothing
     docs.main(["--write", str(page)])
     first = page.read_text()
     assert "88.50 ± 0.50 (n=2)" in first and "97.00 ± 0.00 (n=1)" in first and "old" not in first
@@ -282,12 +279,13 @@ def test_written_tables_are_the_same_bytes_each_time_and_stale_ones_are_found(
     assert "2 tables up to date" in capsys.readouterr().out
 
 
-def test_collecting_again_replaces_and_does_not_depend_on_order(tmp_path):
+def test_collecting_again_replaces_results_in_any_order(tmp_path):
     out = tmp_path / "results.jsonl"
     for folder, accuracy in (("a", 50.0), ("b", 51.0)):
-        results.append(tmp_path / folder, line(accuracy, digest=folder))
+        results.append(tmp_path / folder, make_line(accuracy, digest=folder))
         results.append(
-            tmp_path / folder, line(accuracy, digest=folder + "1", seed=1 if folder == "a" else 2)
+            tmp_path / folder,
+            make_line(accuracy, digest=folder + "1", seed=1 if folder == "a" else 2),
         )
     tables.collect([tmp_path / "a", tmp_path / "b"], out)
     first = out.read_bytes()
@@ -298,11 +296,11 @@ def test_collecting_again_replaces_and_does_not_depend_on_order(tmp_path):
     ]
     tables.collect([tmp_path / "b", tmp_path / "a"], out)
     assert out.read_bytes() == first and b"digest" in first
-    tables.collect([tmp_path / "b"], out)  # what is not among the new ones stays
+    tables.collect([tmp_path / "b"], out)  # other stored results are kept
     assert out.read_bytes() == first
 
 
-def test_differences_name_what_is_not_as_in_the_preset():
+def test_deviations_are_the_settings_that_differ_from_the_preset():
     usual = preset("tinyimagenet", "distill") | dict(image_size=64, source="x")
     assert deviations("tinyimagenet", "distill", usual) == {}
     small = usual | dict(num_images=400, outer_steps=10, image_size=32)
@@ -321,9 +319,9 @@ def test_differences_name_what_is_not_as_in_the_preset():
     }
 
 
-def test_each_column_has_its_best_in_bold():
+def test_best_value_of_each_column_is_bold():
     lines = [
-        line(a, method=m, dataset=t)
+        make_line(a, method=m, dataset=t)
         for m, t, a in (
             ("random", "cifar10", 80.0),
             ("random", "cars", 30.0),
@@ -338,10 +336,10 @@ def test_each_column_has_its_best_in_bold():
         False,
         False,
     ]
-    assert statistics.pstdev([1, 3]) == 1  # the population's
+    assert statistics.pstdev([1, 3]) == 1  # of the population
 
 
-def test_other_protocols_stand_below_the_table_of_the_same_sets():
+def test_other_protocols_are_below_the_table_of_the_same_sets():
     few = [
         ("linear", 0.01),
         ("linear", 0.5),
@@ -351,12 +349,12 @@ def test_other_protocols_stand_below_the_table_of_the_same_sets():
         ("knn", 0.0),
     ]
     lines = [
-        line(50.0 + i, protocol=p, label_fraction=f, **method)
+        make_line(50.0 + i, protocol=p, label_fraction=f, **method)
         for method in ({}, SCRATCH)
         for i, (p, f) in enumerate(few)
     ]
-    lines += [line(9.0, method="dm", protocol="head", dataset="cifar100"), line(88.0)]
-    lines += [line(44.0, protocol="linear", source="digits")]  # of no table of the paper
+    lines += [make_line(9.0, method="dm", protocol="head", dataset="cifar100"), make_line(88.0)]
+    lines += [make_line(44.0, protocol="linear", source="digits")]  # in no table of the paper
     main, *beside = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
     assert main.startswith("Table 1") and "knn" not in main and "88.00" in main
     assert [text.split(", under")[0].split(" on ")[1] for text in beside] == ["cifar10", "cifar100"]
@@ -389,12 +387,12 @@ def test_other_protocols_stand_below_the_table_of_the_same_sets():
     )  # each result once
 
 
-def test_settings_are_listed_once_unless_others_come_in():
+def test_settings_are_listed_once_unless_they_differ():
     few, more = SMALL, SMALL | {"finetune.steps": [300, 10000]}
     lines = [
-        line(60.0, deviations=more),
-        line(50.0, protocol="linear", deviations=few),
-        line(
+        make_line(60.0, deviations=more),
+        make_line(50.0, protocol="linear", deviations=few),
+        make_line(
             9.0,
             method="dm",
             protocol="head",
@@ -410,19 +408,22 @@ def test_settings_are_listed_once_unless_others_come_in():
     assert "not comparable" in other and "dm.real_batch 16 (256)" in other
 
 
-def test_variants_have_their_probes_beside_their_own_table():
-    lines = [line(50.0, protocol="linear"), line(40.0, protocol="linear", method="krr_st_d5")]
+def test_probes_of_variants_are_below_their_table():
+    lines = [
+        make_line(50.0, protocol="linear"),
+        make_line(40.0, protocol="linear", method="krr_st_d5"),
+    ]
     made = tables.document(lines)
     assert "40.00" in made["ablations"] and "40.00" not in made["table1"] and "y_init" not in made
 
 
-def test_the_oracle_is_a_row_but_neither_the_best_nor_of_a_number_of_images():
+def test_oracle_has_a_row_but_is_never_bold():
     full = {name: pair for name, pair in SMALL.items() if name != "num_images"}
     lines = [
-        line(60.0, deviations=SMALL),
-        line(55.0, method="random", deviations=SMALL),
-        line(70.0, method="full", num_images=50_000, deviations=full),
-        line(52.0, deviations=full, **SCRATCH),
+        make_line(60.0, deviations=SMALL),
+        make_line(55.0, method="random", deviations=SMALL),
+        make_line(70.0, method="full", num_images=50_000, deviations=full),
+        make_line(52.0, deviations=full, **SCRATCH),
     ]
     heading, _, *rows = tables.document(lines)["table1"].splitlines()
     assert "num_images 300 (1,000)" in heading
@@ -432,5 +433,5 @@ def test_the_oracle_is_a_row_but_neither_the_best_nor_of_a_number_of_images():
         and "**70.00" not in oracle
         and "**60.00 ± 0.00 (n=1)**" in "".join(rows)
     )
-    alone = tables.document([line(70.0, method="full")])["table1"]
+    alone = tables.document([make_line(70.0, method="full")])["table1"]
     assert "| full source (oracle) | ours  | 70.00 ± 0.00 (n=1) |" in alone

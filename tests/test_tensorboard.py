@@ -13,8 +13,8 @@ from utils.run import read_log
 CPU = torch.device("cpu")
 
 
-def scalars(folder):
-    """{tag: [(step, value)]} of a folder, as TensorBoard shows it."""
+def read_scalars(folder):
+    """Read {tag: [(step, value)]} of a folder with TensorBoard."""
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
@@ -26,7 +26,7 @@ def scalars(folder):
     }
 
 
-def logged(folder, phase, name):
+def read_logged(folder, phase, name):
     return [
         (line["step"], pytest.approx(line[name]))
         for line in read_log(folder)
@@ -34,7 +34,7 @@ def logged(folder, phase, name):
     ]
 
 
-def test_a_run_that_went_on_shows_each_step_once(tmp_path):
+def test_resumed_run_has_each_step_once(tmp_path):
     pytest.importorskip("tensorboard")
 
     def steps(last, values):
@@ -50,22 +50,22 @@ def test_a_run_that_went_on_shows_each_step_once(tmp_path):
                 return
         this.finish("x", {})
 
-    steps(last=5, values=10.0)  # killed after step 6, which is not in the checkpoint
+    steps(last=5, values=10.0)  # stops after step 6, which the checkpoint does not have
     steps(last=None, values=1.0)
-    assert scalars(tmp_path / "tensorboard" / "first_phase") == {
-        "loss": logged(tmp_path, "first phase", "loss")
+    assert read_scalars(tmp_path / "tensorboard" / "first_phase") == {
+        "loss": read_logged(tmp_path, "first phase", "loss")
     }
-    second = scalars(tmp_path / "tensorboard" / "second")
+    second = read_scalars(tmp_path / "tensorboard" / "second")
     assert (
         second["loss"]
         == [(2, 5.0), (4, 3.0), (6, 4.5), (8, 6.5)]
-        == logged(tmp_path, "second", "loss")
+        == read_logged(tmp_path, "second", "loss")
     )
-    assert second["lr"] == logged(tmp_path, "second", "lr")
+    assert second["lr"] == read_logged(tmp_path, "second", "lr")
 
 
 @pytest.mark.long
-def test_the_flag_decides_nothing_about_the_result(distilled, weights, roots, tmp_path):
+def test_flag_does_not_change_the_result(distilled, weights, roots, tmp_path):
     pytest.importorskip("tensorboard")
     copy = tmp_path / "distilled.pt"
     copy.write_bytes(distilled.read_bytes())
@@ -74,13 +74,13 @@ def test_the_flag_decides_nothing_about_the_result(distilled, weights, roots, tm
     )
     folder = tmp_path / "convnet3-x0.125" / "seed0"
     assert (folder / "model.pt").read_bytes() == weights.read_bytes()
-    assert scalars(folder / "tensorboard" / "pre-train")["loss"] == logged(
+    assert read_scalars(folder / "tensorboard" / "pre-train")["loss"] == read_logged(
         folder, "pre-train", "loss"
     )
     assert "already exists" in command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
 
 
-def test_a_missing_package_is_named_at_the_start(monkeypatch, tmp_path):
+def test_missing_package_is_an_error_at_the_start(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(
         UserError, match="--tensorboard needs the package tensorboard: pip install tensorboard"

@@ -1,12 +1,11 @@
-"""Killed 20 times at random moments, checkpoint writing included, a run ends with the very same
-file (torture.py)."""
+"""Runs that are killed 20 times at random moments give the same file (tests/torture.py)."""
 
 from tests.conftest import command
 
-STAGES = ["target", "distill", "dm"]  # the rest with `python -m tests.torture`
+STAGES = ["target", "distill", "dm"]  # `python -m tests.torture` runs all stages
 
 
-def test_killed_20_times_and_the_same_file():
+def test_killed_runs_give_the_same_file():
     rows = command("-m", "tests.torture", *STAGES, "--kills", "20").stdout.splitlines()[2:]
     for stage, row in zip(STAGES, rows, strict=True):
         name, kills, write, flush, rename, *_, compared, _ = (

@@ -1,20 +1,23 @@
-"""Kill each stage again and again and see that it ends with the very same file as when nothing had
-happened.
+"""Kill each stage at random moments, resume it, and compare with an uninterrupted run.
 
     python -m tests.torture                          # 200 kills of every stage
     python -m tests.torture distill --kills 20
 
-A stage runs on digits at toy size, with a checkpoint after every step, in a process of its own that
-gets SIGKILL: at a random one of the moments at which it writes, flushes, renames or deletes a file
-or logs a step, or some milliseconds later, wherever it is then. The same command follows until that
-many kills are done and a run has ended; one that ends before is compared and begun afresh. Now and
-then a byte of the newest checkpoint is flipped in between. In the end the artefact must have the
-bytes of an undisturbed run, the log the same lines but for the seconds, results.jsonl one line, and
-nothing half-written may be left. Prints a Markdown table; exits with an error at the first
-difference.
+A stage runs on the digits at toy size in its own process, with a checkpoint after every step. The
+process gets SIGKILL when it writes, flushes, renames or deletes a file or logs a step, or a few
+milliseconds later. The moment is random. The same command is then run again, until the number of
+kills is reached and a run has finished. A run that finishes earlier is compared, and the stage
+starts over. Sometimes a byte of the newest checkpoint is flipped between two runs.
 
-Processes are forked from this one, which has imported everything and computed nothing, so a kill
-costs no start-up.
+After each finished run:
+- its file must have the same bytes as that of an uninterrupted run;
+- the log must have the same lines, except for the seconds;
+- results.jsonl must have one line;
+- no incomplete file may be left.
+
+Prints a Markdown table. Exits with an error at the first difference.
+
+The processes are forked from this one, which has imported all modules, so they start quickly.
 """
 
 import argparse
@@ -48,16 +51,19 @@ IMPORTED = (
     "finetune",
     "kd",
 )
-MILLISECONDS = 60  # at most, after the chosen moment
-WRITES = 25  # of the many writes that make a file, each 25th is a moment
-ANYWHERE = 0.2  # share of the moments that are drawn from the whole of a run
+MILLISECONDS = 60  # longest delay after the chosen moment
+WRITES = 25  # every 25th write of a file is a moment
+ANYWHERE = 0.2  # share of the moments drawn from the whole run
 FLIPPED = 0.2  # share of the kills after which a byte of the newest checkpoint is flipped
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`words`: the command after `python`, `{runs}` for its run root; `artefact`: below that;
-    `needs`: the stages whose artefacts it reads."""
+    """A stage to kill.
+
+    words: the command after `python`; {runs} is replaced by the run root. artefact: the file that
+    it writes, relative to the run root. needs: the stages whose artefacts it reads.
+    """
 
     words: str
     artefact: str
@@ -124,12 +130,15 @@ STAGES = {
 }
 
 
-def child(stage, root, at, pausing, pipe):
-    """Run the stage's command in this process, tell `pipe` the name of its moment number `at`, and
-    stay there if `pausing`; at its end tell how many moments there were."""
+def run_stage(stage, root, at, pausing, pipe):
+    """Run the command of a stage in this process.
+
+    Writes the name of moment number `at` to `pipe`, and waits there if `pausing`. At the end,
+    writes the number of moments.
+    """
     moments = writes = 0
 
-    def moment(name):
+    def pass_moment(name):
         nonlocal moments, writes
         writes += name == "write"
         if name == "write" and writes % WRITES:
@@ -140,19 +149,19 @@ def child(stage, root, at, pausing, pipe):
             while pausing:
                 signal.pause()
 
-    def told(name, function):
+    def report_moments(name, function):
         def wrapped(*args, **kwargs):
-            moment(name)
+            pass_moment(name)
             result = function(*args, **kwargs)
-            moment(name)
+            pass_moment(name)
             return result
 
         return wrapped
 
-    files._HashingWriter.write = told("write", files._HashingWriter.write)
-    run.Run.log = told("step", run.Run.log)
+    files._HashingWriter.write = report_moments("write", files._HashingWriter.write)
+    run.Run.log = report_moments("step", run.Run.log)
     for name in ("fsync", "replace", "unlink"):
-        setattr(os, name, told(name, getattr(os, name)))
+        setattr(os, name, report_moments(name, getattr(os, name)))
     run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0, math.inf
     words = stage.words.format(runs=root / "runs").split()
     words += [
@@ -171,11 +180,11 @@ def child(stage, root, at, pausing, pipe):
     os.write(pipe, f"end {moments}".encode())
 
 
-def attempt(stage, root, at=0, wait=None):
-    """One process: the name of the moment at which it was killed, or the number of its moments as
-    it ended by itself.
+def run_and_kill(stage, root, at=0, wait=None):
+    """Run a stage in a forked process, and kill it at moment number `at` or `wait` seconds later.
 
-    It is killed at its moment number `at`, or `wait` seconds later; never where `at` is 0.
+    With `at` = 0 it is not killed. Returns the name of the moment at which it was killed, or the
+    number of moments if it finished.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -185,7 +194,7 @@ def attempt(stage, root, at=0, wait=None):
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
             os.close(reading)
-            child(stage, root, at, wait is None, writing)
+            run_stage(stage, root, at, wait is None, writing)
             os._exit(0)
         except BaseException as error:
             code = (
@@ -210,8 +219,8 @@ def attempt(stage, root, at=0, wait=None):
     return int(told.partition("end ")[2])
 
 
-def fresh(root, reference, stage):
-    """A folder for a run, with what it reads from the undisturbed stages before it."""
+def prepare_folder(root, reference, stage):
+    """Make a folder for a run and copy the files that the stage reads."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     for name in stage.needs:
@@ -222,26 +231,26 @@ def fresh(root, reference, stage):
         shutil.copytree(reference / "data", root / "data")
 
 
-def folder_of(root, stage):
+def find_folder(root, stage):
     [artefact] = (root / "runs").glob(stage.artefact)
     return artefact.parent
 
 
-def log_of(folder):
+def read_log(folder):
     path = folder / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def compare(root, reference, stage):
-    """Exit with an error unless the run at `root` has left what the one at `reference` has."""
-    ours, theirs = folder_of(root, stage), folder_of(reference, stage)
+    """Exit with an error unless the runs at `root` and `reference` left the same files."""
+    ours, theirs = find_folder(root, stage), find_folder(reference, stage)
     name = Path(stage.artefact).name
     faults = {
         "the artefact differs": (ours / name).read_bytes() != (theirs / name).read_bytes(),
-        "the log differs": log_of(ours) != log_of(theirs),
+        "the log differs": read_log(ours) != read_log(theirs),
         "a file was left behind": bool([*root.rglob("*.partial"), *ours.glob("checkpoint*")]),
-        "results were lost or doubled": any(
+        "results are missing or duplicated": any(
             path.read_text().count("\n") != 1 for path in (root / "runs").rglob("results.jsonl")
         ),
     }
@@ -250,7 +259,7 @@ def compare(root, reference, stage):
 
 
 def flip_a_byte(root, stage, dice):
-    """Damage the newest checkpoint, if the one before is there too; whether that was done."""
+    """Sometimes damage the newest checkpoint, if there is an older one; return whether."""
     for before in (root / "runs").glob(str(Path(stage.artefact).parent / "checkpoint.previous.pt")):
         newest = before.with_name("checkpoint.pt")
         if newest.is_file() and dice.random() < FLIPPED:
@@ -261,23 +270,23 @@ def flip_a_byte(root, stage, dice):
     return False
 
 
-def torture(name, reference, moments, kills, folder, dice):
-    """A row of the table: that many kills of a stage, and comparisons with `reference`, which had
-    `moments`."""
+def torture_stage(name, reference, moments, kills, folder, dice):
+    """Kill a stage `kills` times, compare with `reference`, and return the row of the table.
+
+    `moments` is the number of moments of the uninterrupted run.
+    """
     stage, root, started = STAGES[name], folder / name, time.monotonic()
     done, flipped, compared = Counter(), 0, 0
-    fresh(root, reference, stage)
+    prepare_folder(root, reference, stage)
     while True:
-        soon = (
-            2 * moments // min(kills, 20)
-        )  # so that a run is killed some 20 times; now and then anywhere
+        soon = 2 * moments // min(kills, 20)  # a run is killed about 20 times
         at = (
             dice.randint(1, moments if dice.random() < ANYWHERE else max(2, soon))
             if done.total() < kills
             else 0
         )
         wait = dice.choice((None, dice.random() * MILLISECONDS / 1000))
-        killed = attempt(stage, root, at, wait)
+        killed = run_and_kill(stage, root, at, wait)
         if isinstance(killed, str):
             done["later" if wait else killed] += 1
             flipped += flip_a_byte(root, stage, dice)
@@ -286,7 +295,7 @@ def torture(name, reference, moments, kills, folder, dice):
         compared += 1
         if done.total() >= kills:
             break
-        fresh(root, reference, stage)
+        prepare_folder(root, reference, stage)
     shutil.rmtree(root)
     seconds = time.monotonic() - started
     counts = " | ".join(
@@ -316,24 +325,28 @@ def main():
         reference.mkdir()
         for name, stage in STAGES.items():
             if name in needed:
-                moments = attempt(stage, reference)
+                moments = run_and_kill(stage, reference)
                 if name in wanted:
                     print(
-                        torture(name, reference, moments, args.kills, Path(folder), dice),
+                        torture_stage(name, reference, moments, args.kills, Path(folder), dice),
                         flush=True,
                     )
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.torture",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--kills", type=int, default=200, help="of each stage (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="number of kills of each stage (default: 200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     args = parser.parse_args()
     if unknown := set(args.stages) - STAGES.keys():
-        parser.error(f"unknown: {', '.join(unknown)}")
+        parser.error(f"unknown stage: {', '.join(unknown)}")
     return args
 
 

@@ -9,15 +9,15 @@ FILE = "distilled.safetensors"
 
 
 def load(folder=Path(__file__).parent):
-    """The set, and what is known of it.
+    """Load the set.
 
     Returns:
-        a TensorDataset of normalised images (m, 3, S, S) and their targets, and a dictionary:
-        `mean` and `std` (3,), so that images * std + mean are pixels in [0, 1], `target_kind`,
-        `recipe` (of the pre-training) and `meta`.
+        A TensorDataset of normalised images (m, 3, S, S) and their targets.
+        A dictionary with `mean` and `std` (3,), `target_kind`, the `recipe` of the pre-training,
+        and `meta`. Pixels in [0, 1] are images * std + mean.
 
     Raises:
-        ValueError: where the file does not have its checksum in SHA256SUMS.
+        ValueError: if the file does not match its checksum in SHA256SUMS.
     """
     path, sums = Path(folder) / FILE, (Path(folder) / "SHA256SUMS").read_text()
     if f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {FILE}\n" not in sums:

@@ -7,10 +7,10 @@ FILE = "model.safetensors"
 
 
 def load(folder=Path(__file__).parent):
-    """The trained network in eval mode.
+    """Load the trained network, in eval mode.
 
-    network(x) are its outputs and network.embed(x) its features (b, d) of normalised images x
-    (b, 3, S, S).
+    For normalised images x (b, 3, S, S), network(x) returns the outputs and network.embed(x) the
+    features (b, d).
     """
     network = build()
     network.load_state_dict(load_file(Path(folder) / FILE))

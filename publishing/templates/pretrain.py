@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "sgd": lambda params, lr, decay: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=decay),
     "adamw": lambda params, lr, decay: torch.optim.AdamW(params, lr, weight_decay=decay),
 }
-SCHEDULES = {  # the factor on the learning rate, by the fraction of the steps taken
+SCHEDULES = {  # factor on the learning rate by the fraction of the steps done
     "constant": lambda done: 1.0,
     "halfway": lambda done: 1.0 if done < 0.5 else 0.1,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -23,7 +23,7 @@ SCHEDULES = {  # the factor on the learning rate, by the fraction of the steps t
 
 
 def pretrain(dataset, info, seed=0, device="cpu"):
-    """A network trained on the set by its recipe; its features are network.embed(x), (b, d)."""
+    """Train a network on the set by its recipe; network.embed(x) returns features (b, d)."""
     recipe, (images, targets) = info["recipe"], (tensor.to(device) for tensor in dataset.tensors)
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def pretrain(dataset, info, seed=0, device="cpu"):
     for batch in itertools.islice(batches, steps):
         x = images[batch]
         if recipe["augment"]:
-            from augment import diff_augment  # the file beside this one
+            from augment import diff_augment  # augment.py in this folder
 
             x = diff_augment(x, draws)
         loss = LOSSES[recipe["loss"]](network(x), targets[batch])

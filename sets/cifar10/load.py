@@ -15,15 +15,15 @@ FILE = "distilled.safetensors"
 
 
 def load(folder=Path(__file__).parent):
-    """The set, and what is known of it.
+    """Load the set.
 
     Returns:
-        a TensorDataset of normalised images (m, 3, S, S) and their targets, and a dictionary:
-        `mean` and `std` (3,), so that images * std + mean are pixels in [0, 1], `target_kind`,
-        `recipe` (of the pre-training) and `meta`.
+        A TensorDataset of normalised images (m, 3, S, S) and their targets.
+        A dictionary with `mean` and `std` (3,), `target_kind`, the `recipe` of the pre-training,
+        and `meta`. Pixels in [0, 1] are images * std + mean.
 
     Raises:
-        ValueError: where the file does not have its checksum in SHA256SUMS.
+        ValueError: if the file does not match its checksum in SHA256SUMS.
     """
     path, sums = Path(folder) / FILE, (Path(folder) / "SHA256SUMS").read_text()
     if f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {FILE}\n" not in sums:
@@ -83,7 +83,7 @@ class Network(nn.Module):
 
 
 def build():
-    """An untrained convnet3-x0.25 for images of 32 x 32 pixels."""
+    """Return an untrained convnet3-x0.25 for images of 32 x 32 pixels."""
     network = Network(*convnet([32, 64, 128], 32), 256)
     return network.to(memory_format=torch.channels_last)
 
@@ -97,7 +97,7 @@ OPTIMIZERS = {
     "sgd": lambda params, lr, decay: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=decay),
     "adamw": lambda params, lr, decay: torch.optim.AdamW(params, lr, weight_decay=decay),
 }
-SCHEDULES = {  # the factor on the learning rate, by the fraction of the steps taken
+SCHEDULES = {  # factor on the learning rate by the fraction of the steps done
     "constant": lambda done: 1.0,
     "halfway": lambda done: 1.0 if done < 0.5 else 0.1,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -105,7 +105,7 @@ SCHEDULES = {  # the factor on the learning rate, by the fraction of the steps t
 
 
 def pretrain(dataset, info, seed=0, device="cpu"):
-    """A network trained on the set by its recipe; its features are network.embed(x), (b, d)."""
+    """Train a network on the set by its recipe; network.embed(x) returns features (b, d)."""
     recipe, (images, targets) = info["recipe"], (tensor.to(device) for tensor in dataset.tensors)
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def pretrain(dataset, info, seed=0, device="cpu"):
     for batch in itertools.islice(batches, steps):
         x = images[batch]
         if recipe["augment"]:
-            from augment import diff_augment  # the file beside this one
+            from augment import diff_augment  # augment.py in this folder
 
             x = diff_augment(x, draws)
         loss = LOSSES[recipe["loss"]](network(x), targets[batch])

@@ -1,5 +1,4 @@
-"""Calls of a function in several processes that work together, as under torchrun but without its
-start-up time."""
+"""Run a function in several processes that communicate, as torchrun does but faster to start."""
 
 import multiprocessing
 import os
@@ -10,10 +9,10 @@ import traceback
 import torch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["distill", "finetune", "kd", "pretrain_target", "tests.ranked"])
+SERVER.set_forkserver_preload(["distill", "finetune", "kd", "pretrain_target", "tests.ranks"])
 
 
-def _one(rank, count, port, folder, function, args):
+def _run_rank(rank, count, port, folder, function, args):
     os.environ |= dict(
         RANK=str(rank),
         WORLD_SIZE=str(count),
@@ -31,16 +30,19 @@ def _one(rank, count, port, folder, function, args):
         sys.exit(1)
 
 
-def ranked(count, folder, function, *args):
-    """`function(*args)`, of a module's own, in `count` processes: their results by rank (None of
-    one that has ended otherwise) and their exit codes. What they print is in `folder`: out0, err0,
-    out1, ..."""
+def run_ranks(count, folder, function, *args):
+    """Run `function(*args)` in `count` processes.
+
+    The function must be defined at the top of a module. Returns the results by rank (None for a
+    process that did not return one) and the exit codes. The output of rank k is in the files out<k>
+    and err<k> in `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        SERVER.Process(target=_one, args=(rank, count, port, folder, function, args))
+        SERVER.Process(target=_run_rank, args=(rank, count, port, folder, function, args))
         for rank in range(count)
     ]
     for each in processes:
