@@ -29,6 +29,7 @@ from distillers.method import Method
 from distillers.pool import Pool
 from distillers.reference import Step
 from utils import cli, distributed, optim
+from utils.device import should_compile
 from utils.errors import UserError
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
@@ -84,7 +85,14 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
         f_real = member.embed(x_real, args.chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, args.chunk)  # (m, d_h)
     predicted = ridge_predict(  # (b, d_y)
-        f_real, f_syn, y_syn, args.ridge, args.ridge_per_image, args.bias_column, fallbacks
+        f_real,
+        f_syn,
+        y_syn,
+        args.ridge,
+        args.ridge_per_image,
+        args.bias_column,
+        fallbacks,
+        member.precision,
     )
     return F.mse_loss(predicted, y_real)
 
@@ -166,6 +174,7 @@ def distill(source, chosen, target, args, run, device):
         weight_decay=args.pool_weight_decay,
         precision=args.precision,
         memory_format=outer_step.memory_format,
+        compiled=not args.reference and should_compile(args.compile, device),
     )
     adamw = optim.optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
     scheduler = optim.schedule(adamw, "linear", steps)
@@ -225,8 +234,10 @@ def distill(source, chosen, target, args, run, device):
 
 def check_flags(args):
     """Raise UserError for flags that cannot be combined."""
-    if args.reference and (args.precision != "fp32" or args.augment_outer):
-        raise UserError("--reference requires --precision fp32 and excludes --augment-outer")
+    if args.reference and (args.precision != "fp32" or args.augment_outer or args.compile == "on"):
+        raise UserError(
+            "--reference requires --precision fp32 and excludes --augment-outer and --compile on"
+        )
     if args.reference and args.source_images:
         raise UserError("--reference excludes --source-images")
     if args.source_images and args.source_images < args.num_images:
@@ -244,6 +255,7 @@ def check_flags(args):
 
 def add_flags(parser):
     cli.add_chunk_flag(parser)
+    cli.add_compile_flag(parser)
     parser.groups["method"].add_argument(
         "--steps-equal-samples",
         action="store_true",

@@ -32,12 +32,13 @@ from data import augment
 from data.images import load_images, normalise, to_float
 from data.loading import Loader
 from data.subsets import few_labels
+from distillers import registry
 from evaluation import probes, results, starting_weights
 from models import saved
 from models.sync_batch_norm import synchronised
 from models.target import default_path, load_target
 from utils import cli, distributed, optim
-from utils.device import autocast, resolve_precision, select_device
+from utils.device import autocast, resolve_precision, restore_backends, select_device
 from utils.errors import UserError
 from utils.presets import deviations, preset, preset_name
 from utils.run import Run, settings_digest
@@ -135,7 +136,8 @@ class Evaluation:
         suffix = f"_{per_class}perclass" if per_class else ""
         suffix += f"_{share:g}" if share else ""
         self.name = f"{train.name}_{args.protocol}{suffix}_seed{start.seed}"
-        self.changed = train.deviations | test.deviations
+        precision = deviations(preset_name(train.name), "finetune", dict(precision=args.precision))
+        self.changed = train.deviations | test.deviations | precision
 
     def choose(self):
         """Return the indices of the labelled images."""
@@ -148,7 +150,7 @@ class Evaluation:
         train = self.train if len(chosen) == len(self.train) else self.train.subset(chosen)
         network = saved.rebuild(self.start.saved, len(train.classes)).to(device)
         folder, args = self.start.folder / self.name, self.args
-        run = Run(folder, "model.pt", self.settings, args.log_every, args.tensorboard)
+        run = Run(folder, "model.pt", self.settings, args.log_every, args.tensorboard, device)
         used = {name: value for name, value in self.settings.items() if name in HELP}
         self.changed |= deviations(preset_name(train.name), "finetune", used)
         network = starting_weights.train_or_load(
@@ -211,10 +213,13 @@ def probe(evaluations, start, train, test, args, device):
         yield accuracy(features[rows], labels[rows], tests, test_labels, num_classes)
 
 
+@restore_backends()
 def main(argv):
     args = parse_args(argv)
-    device, started = select_device(args, multi_process=args.protocol == "full"), time.monotonic()
-    start = starting_weights.load(args)
+    start, started = starting_weights.load(args), time.monotonic()
+    harmless = registry.bf16_is_harmless(start.saved["meta"].get("method"))
+    resolve_precision(args, args.protocol == "full" and harmless)
+    device = select_device(args, multi_process=args.protocol == "full")
     size = start.saved["image_size"]
     train = load_images(args.dataset, "train", size, args.data_root, labels=True)
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
@@ -246,6 +251,7 @@ def main(argv):
         line = start.result_line(
             evaluation.changed,
             device,
+            args.precision,
             started,
             name=evaluation.name,
             dataset=train.name,
@@ -291,7 +297,7 @@ def parse_args(argv):
         help="train on this fraction of each class; several values give one evaluation each",
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
-    args = resolve_precision(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     if args.protocol == "r2" and (args.labels_per_class or args.label_fraction):
         parser.error("--protocol r2 uses no labels")
     if args.target_network and args.protocol != "r2":

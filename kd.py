@@ -36,7 +36,7 @@ from evaluation import probes, results, starting_weights
 from models import saved
 from models.sync_batch_norm import synchronised
 from utils import cli, distributed, files, optim
-from utils.device import autocast, resolve_precision, select_device
+from utils.device import autocast, resolve_precision, restore_backends, select_device
 from utils.errors import UserError
 from utils.presets import deviations, preset, preset_name
 from utils.run import Run, settings_digest
@@ -104,6 +104,7 @@ def train_student(student, teacher, distilled, args, run, randomness, device):
                 scheduler.step()
 
 
+@restore_backends()
 def main(argv):
     args = parse_args(argv)
     device, started = select_device(args, multi_process=True), time.monotonic()
@@ -138,12 +139,12 @@ def main(argv):
     images["num_images"] = distilled.num_images
     origin = f"{Path(str(images['method'])).name}-{digests['distilled'][:6]}"
     folder = start.folder / f"{test.name}_kd_{origin}_seed{start.seed}"
-    run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard)
+    run = Run(folder, "model.pt", settings, args.log_every, args.tensorboard, device)
     changed = {
         f"teacher's {name}": pair
         for name, pair in teacher_file["meta"].get("deviations", {}).items()
     }
-    used = {name: value for name, value in settings.items() if name in HELP}
+    used = {name: value for name, value in settings.items() if name in (*HELP, "precision")}
     changed |= (
         test.deviations
         | distilled.meta.get("deviations", {})
@@ -170,6 +171,7 @@ def main(argv):
     line = start.result_line(
         changed,
         device,
+        args.precision,
         started,
         name=f"{test.name}_kd_{Path(str(images['method'])).name}_seed{start.seed}",
         dataset=test.name,

@@ -35,7 +35,7 @@ from models.features import FeatureTable, compute_features, read_features, reduc
 from models.saved import load_matching
 from models.sync_batch_norm import synchronised
 from utils import cli, distributed, files, optim
-from utils.device import autocast, resolve_precision, select_device
+from utils.device import autocast, resolve_precision, restore_backends, select_device
 from utils.errors import UserError
 from utils.presets import deviations, preset, preset_name
 from utils.run import Run
@@ -149,9 +149,8 @@ def make_network_target(source, args, device):
     """Write a target network of --arch, trained with Barlow Twins or loaded from --weights."""
     if min(len(source), args.batch_size) < 2:
         raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
-    run = open_run(
-        source, args, cli.run_settings(args, source=source.name, fingerprint=source.fingerprint)
-    )
+    settings = cli.run_settings(args, source=source.name, fingerprint=source.fingerprint)
+    run = open_run(source, args, settings, device)
     torch.manual_seed(args.seed)
     network = models.build(args.arch, args.image_size, 0, args.width).to(device)
     if args.weights:
@@ -181,7 +180,7 @@ def make_feature_target(source, args, device):
         name = f"encoder {encoder.facts['name']}"
         flags["encoder"] = encoder.facts
     facts = dict(source=source.name, fingerprint=source.fingerprint)
-    run = open_run(source, args, flags | facts)
+    run = open_run(source, args, flags | facts, device)
     encoded = run.folder / "encoded.npy"
     if encoder:
         originals = Originals(source, "train", encoder.image_size, args.data_root)
@@ -212,10 +211,10 @@ def make_feature_target(source, args, device):
     encoded.unlink(missing_ok=True)
 
 
-def open_run(source, args, settings):
+def open_run(source, args, settings, device):
     """Return the `Run` of this target. Exits with code 0 if the run has finished already."""
     folder = args.run_root / source.name / args.name / f"seed{args.seed}"
-    run = Run(folder, "target.pt", settings, args.log_every, args.tensorboard)
+    run = Run(folder, "target.pt", settings, args.log_every, args.tensorboard, device)
     if run.finished:
         print(f"{run.artefact} already exists")
         raise SystemExit(0)
@@ -239,6 +238,7 @@ def finish(run, source, args, device, content, feature_dim, features):
     print(f"wrote {run.artefact}")
 
 
+@restore_backends()
 def main(argv):
     args = parse_args(argv)
     device = select_device(args, multi_process=not (args.encoder or args.features))

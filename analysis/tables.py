@@ -169,18 +169,39 @@ def belongs_to(line, table):
 
 
 def deviations_of(line, table):
-    """Return the settings that differ from the paper's: {name: [ours, paper's]}."""
+    """Return the settings that differ from the paper's: {name: [ours, paper's]}.
+
+    They exclude the precision, which the paper does not give.
+    """
     method = method_of(line)
     own = (
         registry.own_settings(method) | RECIPES.get(method, set()) | RECIPES.get(table.name, set())
     )
-    scale = {name: pair for name, pair in line.get("deviations", {}).items() if name not in own}
+    scale = {
+        name: pair
+        for name, pair in line.get("deviations", {}).items()
+        if name not in own and not is_precision(name)
+    }
     size = image_size(table.source)
     if (
         line["method"] == "scratch" and line["image_size"] != size
     ):  # without a source, compare with the table's
         scale["image_size"] = [line["image_size"], size]
     return scale
+
+
+def is_precision(name):
+    """Return whether the setting `name` of `presets.deviations` is a precision."""
+    return name.endswith(".precision")
+
+
+def precisions_of(line):
+    """Return the stages that were not in float32, as ["bf16 in distill, pretrain"]."""
+    stages = defaultdict(list)
+    for name, (precision, _) in line.get("deviations", {}).items():
+        if is_precision(name):
+            stages[precision].append(name.removesuffix(".precision"))
+    return [f"{precision} in {', '.join(names)}" for precision, names in sorted(stages.items())]
 
 
 def column_of(line):
@@ -281,6 +302,7 @@ def split_by_scale(table, lines):
                 format_setting(name, format_value(scale[name][0]), [format_value(scale[name][1])])
                 for name in sorted(apart & {*scale})
             ]
+            own += precisions_of(line)
             own += (
                 [f"distilled with seed {line['distilled_seed']}"]
                 if line.get("distilled_seed")
@@ -477,6 +499,7 @@ def other_row(line):
             f", distilled with seed {images['seed']}" if images["seed"] else ""
         )
     network = f"{label(line['arch'], line['width'])} at {line['image_size']} px"
+    origin += "".join(f", {precision}" for precision in precisions_of(line))
     return f"{registry.title(line['method'])} ({network}{origin})"
 
 

@@ -21,6 +21,7 @@ from distillers.krr import ridge_predict
 from distillers.pool import Member
 from models.target import NetworkTarget
 from utils import distributed, optim
+from utils.device import should_compile
 from utils.sampling import Randomness
 
 
@@ -87,6 +88,7 @@ class Step:
             args.pool_weight_decay,
             "fp32" if plain else args.precision,
             memory_format=layout,
+            compiled=not plain and should_compile(args.compile, device),
         )
         self.adamw = optim.optimizer(
             "adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0

@@ -18,12 +18,12 @@ def move_if_fits(tensor, device):
 class Loader:
     """Mini-batches of rows of several tensors.
 
-    A thread gathers the next batch of tensors that are not on the GPU. `batches` alone determines
+    A thread gathers the next batch, unless all tensors fit on the GPU. `batches` alone determines
     the order, so a resumed run gets the same batches.
 
     Args:
         tensors: list of tensors of equal length.
-        batches: `Batches` that draws the indices.
+        batches: object that draws the indices, with the methods `next` and `peek` of `Batches`.
         device: torch device of the mini-batches.
     """
 
@@ -33,12 +33,15 @@ class Loader:
             batches,
             device,
         )
-        self.worker = ThreadPoolExecutor(1)
+        on_cpu = any(each.device.type == "cpu" for each in self.tensors)
+        self.worker = ThreadPoolExecutor(1) if on_cpu else None
         self.ahead = None  # (index, future)
 
     def next(self):
         """Return the next batch: a list with the rows of each tensor, on `device`."""
         index = self.batches.next()
+        if self.worker is None:
+            return self.rows(index)
         if self.ahead is not None and torch.equal(self.ahead[0], index):
             rows = self.ahead[1].result()
         else:
@@ -48,6 +51,10 @@ class Loader:
             None if following is None else (following, self.worker.submit(self._gather, following))
         )
         return [each.to(self.device, non_blocking=True) for each in rows]
+
+    def rows(self, index):
+        """Return the rows of each tensor at `index` (b,) int64 on the CPU, on `device`."""
+        return [each.to(self.device, non_blocking=True) for each in self._gather(index)]
 
     def _gather(self, index):
         return [gather(each, index, pin=self.device.type == "cuda") for each in self.tensors]

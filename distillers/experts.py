@@ -52,7 +52,7 @@ class Learner:
         args, source = self.args, self.source
         self.randomness = Randomness(k, self.device)
         network = models.build(args.arch, source.image_size, self.num_outputs, args.width)
-        self.network = network.to(self.device).train()
+        self.network = network.to(self.device, non_blocking=True).train()
         rates = (args.expert_lr, args.expert_weight_decay, args.expert_momentum)
         self.optimizer = optim.optimizer("sgd", self.network.parameters(), *rates)
         self.batches = Batches(len(source), args.expert_batch, self.randomness.cpu)

@@ -29,12 +29,15 @@ import math
 
 import torch
 
+from data.images import normalise, to_float
+from data.loading import Loader, gather
 from data.subsets import balanced_subset, held_out_subset
 from distillers import method
 from distillers.krr import LIMITS, centred_one_hot, ridge_predict
 from distillers.method import Method, make_distilled
 from distillers.pool import Pool
 from utils import cli, optim
+from utils.device import should_compile
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -76,7 +79,14 @@ def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0, fallbacks=No
         f_real = member.embed(x_real, chunk)  # (b, d_h)
     f_syn = member.embed(x_syn, chunk)  # (m, d_h)
     predicted = ridge_predict(  # (b, C)
-        f_real, f_syn, y_syn, ridge, per_image=True, bias=False, fallbacks=fallbacks
+        f_real,
+        f_syn,
+        y_syn,
+        ridge,
+        per_image=True,
+        bias=False,
+        fallbacks=fallbacks,
+        precision=member.precision,
     )
     return 0.5 * (predicted - y_real).square().sum(1).mean() + label_margin(y_syn)
 
@@ -89,13 +99,15 @@ def distill(source, chosen, target, args, run, device):
     """
     randomness, classes = Randomness(args.seed, device), len(source.classes)
 
-    def batch_of(index):
-        """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
-        labels = centred_one_hot(source.labels[index], classes)
-        return source.normalised(index, device), labels.to(device, non_blocking=True)
-
     order = Batches(len(source), args.outer_batch, randomness.cpu)
-    x_init, y_init = batch_of(chosen)
+    loader = Loader([source.pixels, source.labels], order, device)
+
+    def prepare(pixels, labels):
+        """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
+        x = normalise(to_float(pixels), source.mean, source.std)
+        return x, centred_one_hot(labels, classes)
+
+    x_init, y_init = prepare(*loader.rows(chosen))
     y_init = y_init / math.sqrt(classes / 10)
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_()
 
@@ -112,6 +124,7 @@ def distill(source, chosen, target, args, run, device):
         weight_decay=0.0,
         precision=args.precision,
         optimizer="adam",
+        compiled=should_compile(args.compile, device),
     )
     lamb = optim.optimizer("lamb", [x_syn, y_syn], args.outer_lr)
     scheduler = optim.schedule(lamb, "cosine_to_tenth", args.outer_steps)
@@ -136,15 +149,15 @@ def distill(source, chosen, target, args, run, device):
         """
         if len(x) <= args.pool_batch:
             return x.detach(), y.detach()
-        index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch].to(device)
-        return x.detach()[index], y.detach()[index]
+        index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch]
+        return gather(x.detach(), index), gather(y.detach(), index)
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", sum(pool.ages)):
         pool.first_below_initial_age().train_step(*draw_subset(x_init, y_init))
 
     for step in run.steps("distil", args.outer_steps):
-        x_real, y_real = batch_of(order.next())
+        x_real, y_real = prepare(*loader.next())
         member, fallbacks = pool.draw(randomness.cpu), []
         loss = objective(member, x_real, y_real, x_syn, y_syn, args.ridge, args.chunk, fallbacks)
         lamb.zero_grad()
@@ -161,7 +174,7 @@ def distill(source, chosen, target, args, run, device):
         scheduler.step()
         method.update_picture(run, args, step, lambda: make_distilled(x_syn, y_syn, "soft", source))
 
-    x_held, y_held = batch_of(held_out_subset(source, args.outer_batch))
+    x_held, y_held = prepare(*loader.rows(held_out_subset(source, args.outer_batch)))
     before, after = pool.mean_losses(
         lambda each, x, y: objective(each, x_held, y_held, x, y, args.ridge, args.chunk),
         (x_init, y_init),
@@ -175,11 +188,16 @@ def distill(source, chosen, target, args, run, device):
     )
 
 
+def add_flags(parser):
+    cli.add_chunk_flag(parser)
+    cli.add_compile_flag(parser)
+
+
 METHOD = Method(
     "frepo",
     distill,
     HELP,
     doc=__doc__,
     choose=balanced_subset,
-    add_flags=cli.add_chunk_flag,
+    add_flags=add_flags,
 )

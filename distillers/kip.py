@@ -31,6 +31,8 @@ number of pixels and the depth. With 1,000 images of CIFAR-100, a step takes 13 
 import torch
 import torch.nn.functional as F
 
+from data.images import normalise, to_float
+from data.loading import Loader
 from data.subsets import balanced_subset, few_labels
 from distillers import method
 from distillers.krr import LIMITS, centred_one_hot, kernel_predict
@@ -63,6 +65,22 @@ def balanced_batch(source, size, generator):
     return few_labels(source, 0 if size >= len(source) else max(1, per_class), 0.0, generator)
 
 
+class BalancedBatches:
+    """The `balanced_batch`es of a source, for `Loader`.
+
+    `peek` returns None, because the draw of the next batch would change the generator's state.
+    """
+
+    def __init__(self, source, size, generator):
+        self.source, self.size, self.generator = source, size, generator
+
+    def next(self):
+        return balanced_batch(self.source, self.size, self.generator)
+
+    def peek(self):
+        return None
+
+
 def objective(x_real, y_real, x_syn, y_syn, args, fallbacks=None):
     """Return half the mean squared error (), in the precision of `x_syn` and `y_syn`.
 
@@ -86,12 +104,15 @@ def distill(source, chosen, target, args, run, device):
         device = torch.device("cpu")  # MPS has no float64
     randomness = Randomness(args.seed, device)
 
-    def batch_of(index):
-        """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
-        labels = centred_one_hot(source.labels[index], len(source.classes))
-        return source.normalised(index, device), labels.to(device, non_blocking=True)
+    batches = BalancedBatches(source, args.outer_batch, randomness.cpu)
+    loader = Loader([source.pixels, source.labels], batches, device)
 
-    x_init, y_init = (each.double() for each in batch_of(chosen))
+    def prepare(pixels, labels):
+        """Return normalised images (b, 3, S, S) and centred labels (b, C)."""
+        x = normalise(to_float(pixels), source.mean, source.std)
+        return x, centred_one_hot(labels, len(source.classes))
+
+    x_init, y_init = (each.double() for each in prepare(*loader.rows(chosen)))
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_(args.learn_labels)
     adam = optim.optimizer("adam", [x_syn, y_syn] if args.learn_labels else [x_syn], args.outer_lr)
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
@@ -102,7 +123,7 @@ def distill(source, chosen, target, args, run, device):
 
     run.limits = LIMITS
     for step in run.steps("distil", args.outer_steps):
-        x_real, y_real = batch_of(balanced_batch(source, args.outer_batch, randomness.cpu))
+        x_real, y_real = prepare(*loader.next())
         fallbacks = []
         loss = objective(x_real, y_real, x_syn, y_syn, args, fallbacks)
         adam.zero_grad()
@@ -115,9 +136,8 @@ def distill(source, chosen, target, args, run, device):
         )
 
     # A seed that no run uses, so that these are not the initial images of the set.
-    x_held, y_held = batch_of(
-        balanced_batch(source, args.outer_batch, torch.Generator().manual_seed(-1))
-    )
+    held = balanced_batch(source, args.outer_batch, torch.Generator().manual_seed(-1))
+    x_held, y_held = prepare(*loader.rows(held))
     with torch.no_grad():
         before, after = (
             objective(x_held, y_held, x, y, args).item()

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 import models
 from data.augment import diff_augment
+from data.loading import gather
 from distillers import experts, method
 from distillers.experts import fit_loss
 from distillers.labelled import MEASUREMENT_SEED, build_untrained
@@ -130,7 +131,14 @@ class Experts:
     def _content(self, k):
         """Load the file of expert k; train the expert first if the file does not exist."""
         folder, args = self.folder / f"seed{k}", self.args
-        run = Run(folder, "expert.pt", self.settings, args.log_every, args.tensorboard)
+        run = Run(
+            folder,
+            "expert.pt",
+            self.settings,
+            args.log_every,
+            args.tensorboard,
+            self.learner.device,
+        )
         if not run.finished:
             self._train(k, run)
         return files.load(run.artefact, "expert", required=("trajectory", "errors"), mapped=True)
@@ -167,15 +175,17 @@ class Draws:
         cpu, trajectories = self.randomness.cpu, self.experts.trajectories
         trajectory = trajectories[int(torch.randint(len(trajectories), (), generator=cpu))]
         t = int(torch.randint(self.args.max_start, (), generator=cpu))
-        start = trajectory[t].to(x_syn.device)
-        goal = trajectory[t + self.args.match_epochs].to(x_syn.device)
+        start, goal = (
+            trajectory[epoch].to(x_syn.device, non_blocking=True)
+            for epoch in (t, t + self.args.match_epochs)
+        )
         batches = []
         for _ in range(self.args.inner_steps):
-            index = self.order.next().to(x_syn.device)
-            x = x_syn[index]
+            index = self.order.next()
+            x = gather(x_syn, index)
             if self.experts.learner.augment:
                 x = diff_augment(x, self.randomness.device)
-            batches.append((x, y_syn[index]))
+            batches.append((x, gather(y_syn, index)))
         return start, goal, batches
 
 

@@ -20,7 +20,7 @@ from data.subsets import random_subset
 from distillers import registry
 from models.target import default_path, load_target
 from utils import cli, distributed, files
-from utils.device import resolve_precision, select_device
+from utils.device import resolve_precision, restore_backends, select_device
 from utils.errors import UserError
 from utils.presets import deviations, preset, preset_name
 from utils.run import Run, versions
@@ -53,6 +53,7 @@ class Method:
     check_flags: Callable = lambda args: None
 
 
+@restore_backends()
 def main(method, argv, prog=None):
     """Run `method` with the command line `argv`; write distilled.pt and images.png."""
     args, entry = parse_args(method, argv, prog), registry.METHODS[method.name]
@@ -83,6 +84,7 @@ def main(method, argv, prog=None):
         cli.run_settings(args, **facts),
         args.log_every,
         args.tensorboard,
+        device,
     )
     if run.finished:
         print(f"{run.artefact} already exists")
@@ -184,7 +186,9 @@ def parse_args(method, argv, prog=None):
         dict(arch=models.ARCHITECTURES),
     )
     method.add_flags(parser)
-    args = resolve_precision(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    plain = getattr(args, "reference", False)
+    args = resolve_precision(args, registry.bf16_is_harmless(method.name) and not plain)
     check_name("--name", args.name, reserved=registry.RESERVED)
     return args
 

@@ -1,18 +1,48 @@
 """The model pool of Algorithm 1: networks that differ in their number of training steps."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
 import models
-from models.frozen import Frozen
+from models.frozen import Frozen, Skeleton
 from utils import distributed, optim
 from utils.device import autocast
+
+
+class Passes:
+    """The forward passes of all networks of one architecture, possibly compiled (torch.compile).
+
+    Compiled networks share one module and differ in the tensors that are passed to it, so each pass
+    is compiled once for all members of a pool and for each size of a batch.
+
+    Args:
+        network: a `Network` of the architecture, which is not changed.
+        compiled: compile the passes.
+    """
+
+    def __init__(self, network, compiled=False):
+        self.skeleton = Skeleton(network, compiled)
+        self._train = None
+        if compiled:
+            module = copy.deepcopy(network).train().to("meta")
+            self._train = torch.compile(
+                lambda tensors, x: torch.func.functional_call(module, tensors, (x,)), dynamic=False
+            )
+
+    def train(self, network, x):
+        """Return the outputs (b, num_outputs) of `network` in train mode for x (b, 3, S, S)."""
+        if self._train is None:
+            return network.train()(x)
+        return self._train(dict([*network.named_parameters(), *network.named_buffers()]), x)
 
 
 class Member:
     """A pool member (omega, W, t): a network, its optimiser, and its number of training steps.
 
-    `steps` counts the training steps since the last initialisation.
+    `steps` counts the training steps since the last initialisation. `passes` are the `Passes` of
+    another member of the same architecture; by default new ones are made, as `compiled` says.
     """
 
     def __init__(
@@ -27,6 +57,8 @@ class Member:
         precision="fp32",
         optimizer="sgd",
         memory_format=torch.channels_last,
+        compiled=False,
+        passes=None,
     ):
         self._build = lambda: models.build(arch, image_size, num_outputs, width).to(
             device, memory_format=memory_format, non_blocking=True
@@ -35,6 +67,7 @@ class Member:
             optimizer, network.parameters(), lr, weight_decay
         )
         self.device, self.precision = device, precision
+        self.passes, self.compiled = passes, compiled
         self.reset()
 
     def reset(self, keep_count=False):
@@ -43,7 +76,8 @@ class Member:
         `keep_count` does not reset the step count (D5 pool-reset).
         """
         self.network = self._build()
-        self.frozen = Frozen(self.network)
+        self.passes = self.passes or Passes(self.network, self.compiled)
+        self.frozen = Frozen(self.network, self.passes.skeleton)
         self.optimizer = self._optimizer(self.network)
         if not keep_count:
             self.steps = 0
@@ -54,9 +88,8 @@ class Member:
         `x_syn` (m, 3, S, S) are images and `y_syn` (m, d_y) their targets.
         """
         self.steps += 1
-        self.network.train()
         with autocast(self.device, self.precision):
-            predicted = self.network(x_syn)
+            predicted = self.passes.train(self.network, x_syn)
         loss = F.mse_loss(predicted.float(), y_syn)
         self.optimizer.zero_grad()
         loss.backward()
@@ -91,7 +124,9 @@ class Pool:
     """
 
     def __init__(self, size, max_steps, generator, **network):
-        self.members = [Member(**network) for _ in range(size)]
+        first = Member(**network)
+        others = (Member(**network, passes=first.passes) for _ in range(size - 1))
+        self.members = [first, *others]
         self.max_steps = max_steps
         self.ages = torch.randint(1, max(2, max_steps), (size,), generator=generator).tolist()
 

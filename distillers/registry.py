@@ -48,6 +48,8 @@ class Entry:
         labels: whether it needs the source's labels: "yes", "no" or "optional".
         target_network: whether it needs a target network.
         multi_process: whether several processes can share a run (torchrun).
+        bf16: whether bf16 was measured not to change results, from distillation to fine-tuning
+            (docs/findings.md). If so, `--precision auto` may choose it.
         variants: its `Variant`s.
     """
 
@@ -63,6 +65,7 @@ class Entry:
     labels: str = "no"
     target_network: bool = False
     multi_process: bool = False
+    bf16: bool = False
     variants: tuple = ()
 
 
@@ -224,6 +227,7 @@ ENTRIES = (  # in the order of rows in tables
         targets="feature",
         target_network=True,
         multi_process=True,
+        bf16=True,
         variants=(
             Variant(
                 "krr_st_random_targets",
@@ -352,11 +356,17 @@ def targets_of(name):
     return (variant and variant.targets) or entry_of(name).targets
 
 
+def bf16_is_harmless(name):
+    """Return `Entry.bf16` of a run; False for the unknown name of another set, or None."""
+    entry = _ENTRY_OF.get(base(name or ""))
+    return entry is not None and entry.bf16
+
+
 def own_settings(name):
     """Return the settings that define a variant, named as `presets.deviations` names them.
 
     The result is empty for a method. It excludes `num_images`, which distinguishes rows of
-    different sizes.
+    different sizes, and the precision.
     """
     variant = VARIANTS.get(base(name))
     changed = {*variant.settings, *variant.factors} - {"num_images"} if variant else ()

@@ -200,7 +200,7 @@ def main(argv):
             deviations=distilled.meta.get("deviations", {}) | source.deviations,
             digest=settings_digest(facts),
         )
-        | starting_weights.cost(device, started)
+        | starting_weights.cost(device, "fp32", started)
     )
     results.append(results_folder(args.distilled, distilled, args.run_root), line)
     print(f"{meta['method']} {meta['source']}: FID {value:.2f} with the features of {name}")

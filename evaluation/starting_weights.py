@@ -11,6 +11,7 @@ import torch
 import models
 from models import saved
 from utils import cli, files
+from utils.device import device_name
 from utils.errors import UserError
 from utils.presets import deviations, image_size, preset, preset_name
 from utils.run import versions
@@ -37,12 +38,13 @@ class StartingWeights:
         """Deviations of earlier stages from the paper's settings (`presets.deviations`)."""
         return self.saved["meta"].get("deviations", {})
 
-    def result_line(self, changed, device, started, **values):
+    def result_line(self, changed, device, precision, started, **values):
         """Return a line of results.jsonl.
 
         Args:
             changed: deviations of this stage; those of earlier stages are added.
             device: torch device.
+            precision: as --precision.
             started: start time (time.monotonic).
             values: further entries of the line.
         """
@@ -50,16 +52,20 @@ class StartingWeights:
         meta = {name: self.saved["meta"].get(name) for name in names}
         network = {name: self.saved[name] for name in ("arch", "width", "image_size")}
         line = meta | network | {"seed": self.seed} | values
-        return line | {"deviations": self.deviations | changed} | cost(device, started)
+        return line | {"deviations": self.deviations | changed} | cost(device, precision, started)
 
 
-def cost(device, started):
-    """Return device, versions, seconds since `started` (time.monotonic) and peak memory in MiB."""
+def cost(device, precision, started):
+    """Return the facts about a process: device, precision, versions, time and peak memory in MiB.
+
+    The time is that since `started` (time.monotonic).
+    """
     cuda = device.type == "cuda"
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return dict(
-        device=torch.cuda.get_device_name(device) if cuda else device.type,
+        device=device_name(device),
+        precision=precision,
         versions=versions(),
         seconds=round(time.monotonic() - started, 1),
         peak_memory_mib=round(torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak),

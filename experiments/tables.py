@@ -174,6 +174,7 @@ QUICK = Scale(  # --quick: takes hours on two CPU cores
     partial=True,
     finetune=dict(steps=300, batch_size=128),
     kd=dict(epochs=200),
+    precision="fp32",
     own_fid=True,
 )
 QUICK_SOURCES = tuple(
@@ -269,6 +270,7 @@ _COMPARE_SCALE = Scale(
         ),
     ),
     pretrain=dict(feature=dict(epochs=300), soft=dict(steps=1500), **{"class": dict(epochs=300)}),
+    precision="fp32",
 )
 
 _SMALL_SCALE = Scale(

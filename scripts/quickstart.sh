@@ -2,9 +2,10 @@
 # All stages on scikit-learn's handwritten digits: target network, distillation, pre-training,
 # linear probe, fine-tuning and knowledge distillation. Prints a table of accuracies and the path of
 # the distilled images. Takes 4 to 7 minutes on 2 CPU cores after installation. Rerun it to resume.
+# The precision is float32 on all machines.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-digits=runs/digits arch=convnet3-x0.25 # as in the preset digits in utils/presets.py
+digits=runs/digits arch=convnet3-x0.25 precision="--precision fp32" # as in the preset digits in utils/presets.py
 
 run() {
   echo "\$ python $*"
@@ -12,12 +13,12 @@ run() {
 }
 
 run pretrain_target.py --source digits
-run distill.py --source digits
+run distill.py --source digits $precision
 run -m distillers random_features --source digits
 
 for seed in 0 1 2; do
   for method in krr_st random_features; do
-    echo "pretrain.py --distilled $digits/$method/seed0/distilled.pt --seed $seed"
+    echo "pretrain.py --distilled $digits/$method/seed0/distilled.pt --seed $seed $precision"
   done
 done | run_in_parallel
 
@@ -25,6 +26,7 @@ for seed in 0 1 2; do
   for set in none random_features krr_st; do
     weights="$digits/$set/seed0/$arch/seed$seed/model.pt"
     [ $set = none ] && weights="none --seed $seed"
+    weights="$weights $precision"
     echo "finetune.py --weights $weights --dataset digits --labels-per-class 10 --protocol linear"
     echo "finetune.py --weights $weights --dataset digits --labels-per-class 2 --protocol linear"
     echo "finetune.py --weights $weights --dataset digits --labels-per-class 2"

@@ -8,6 +8,8 @@ from pathlib import Path
 # One thread: scripts/test.sh runs one test per core. The number of threads decides the order of
 # sums, so the processes that tests start use the same number.
 os.environ["OMP_NUM_THREADS"] = "1"
+# All machines run the same tests: on the CPU, and in float32 where the flags below say so.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -33,8 +35,10 @@ DISTILL = [
     "2",
     "--pool-steps",
     "3",
+    "--precision",
+    "fp32",
 ]
-PRETRAIN = ["--epochs", "3", "--width", "0.125"]
+PRETRAIN = ["--epochs", "3", "--width", "0.125", "--precision", "fp32"]
 
 
 LONG = {  # modules with long tests only; other long tests have the mark `long`

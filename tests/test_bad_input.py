@@ -169,6 +169,7 @@ def test_nvidia_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
     driver = tmp_path / "version"
     driver.write_text("NVRM version: 470")
     monkeypatch.setattr(device, "NVIDIA_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def init():

@@ -1,180 +1,171 @@
-"""No training step waits for the device: each runs on the device meta, which has no values.
+"""Training steps neither wait for the device nor mix devices, generators or dtypes.
 
-There, reading a value (`item`, `bool`, `cpu`) raises. `NoBlockingCopy` also refuses copies from the
-CPU that wait, which a GPU would turn into a synchronisation.
+Each step runs on the device meta, which has no values, in float32 and in bf16. There, reading a
+value (`item`, `bool`, `cpu`) raises. `Guard` refuses what a GPU would turn into a wait or an error.
+(Fake CUDA tensors would be closer to a GPU, but builds of PyTorch with CUDA have no gradients of
+them on machines without a driver.)
 """
 
-import importlib
-from types import SimpleNamespace
+import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import finetune
-import kd
-import models
-import pretrain
-import pretrain_target
-from data.distilled import Distilled
 from data.images import load_images
-from distillers import method, registry
-from utils.presets import preset
-from utils.sampling import Randomness
+from data.loading import Loader
+from tests.steps import STEPS, Finished
+from utils import optim
+from utils.sampling import Batches
 
 META = torch.device("meta")
 aten = torch.ops.aten
 
 
-class NoBlockingCopy(TorchDispatchMode):
-    """Refuse copies from the CPU to another device that block, and CPU indices of its tensors."""
+class Guard(TorchDispatchMode):
+    """Refuse operations on tensors of several devices, and random numbers of another generator.
+
+    Copies to another device must not block. Scalars on the CPU are allowed, as on a GPU. The device
+    meta has no generator, so the steps have None in its place.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is aten._to_copy.default:
             target = torch.device(kwargs.get("device") or args[0].device)
-            self._check(args[0], target, kwargs.get("non_blocking"))
+            self._check_copy(args[0], target, kwargs.get("non_blocking"))
         elif function is aten.copy_.default:
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
-            self._check(args[1], args[0].device, non_blocking)
-        elif function in (aten.index.Tensor, aten.index_put_.default):
-            for index in args[1]:
-                assert index is None or index.device == args[0].device, "an index on the CPU"
+            self._check_copy(args[1], args[0].device, non_blocking)
+        else:
+            leaves = tree_leaves((args, kwargs))
+            tensors = [each for each in leaves if torch.is_tensor(each)]
+            on = {each.device.type for each in tensors if each.ndim or each.device.type != "cpu"}
+            assert len(on) < 2, f"tensors on several devices in {function}"
+            generated = any(isinstance(each, torch.Generator) for each in leaves)
+            on_device = on == {"meta"} or torch.device(kwargs.get("device") or "cpu") == META
+            assert not (generated and on_device), "a generator of the CPU"
         return function(*args, **kwargs)
 
     @staticmethod
-    def _check(source, device, non_blocking):
+    def _check_copy(source, device, non_blocking):
         crosses = source.device.type == "cpu" and device.type != "cpu"
         assert not crosses or non_blocking, "a copy from the CPU that blocks"
 
 
-class Run:
-    """Stands in for `Run`: three steps, no files."""
+class Bf16Products(TorchFunctionMode):
+    """What autocast to bf16 does on CUDA: it casts the inputs of products and convolutions."""
 
-    limits, folder, done = {}, None, {}
+    FUNCTIONS = (
+        F.conv2d,
+        F.linear,
+        torch.conv2d,
+        torch.matmul,
+        torch.mm,
+        torch.bmm,
+        torch.Tensor.matmul,
+        torch.Tensor.mm,
+        torch.Tensor.__matmul__,
+        torch.Tensor.__rmatmul__,
+    )
 
-    def resume(self, *args, **kwargs):
-        pass
-
-    def steps(self, phase, total):
-        with NoBlockingCopy():
-            yield from range(min(total, 3))
-        if phase == "distil":
-            raise Finished
-
-    def log(self, step, **scalars):
-        assert any(torch.is_tensor(each) for each in scalars.values())
-
-
-class Target:
-    """Stands in for a `Target` with stored features."""
-
-    digest, deviations, feature_dim, name, path = "0", {}, 8, "", "target.pt"
-
-    def __init__(self, n):
-        self.table = torch.randn(n, self.feature_dim)
-
-    def features_of(self, source):
-        return self.table
-
-    def features_at(self, source, index):
-        return self.table[index].to(META)
-
-    def features(self, x):
-        return x.flatten(1)[:, : self.feature_dim]
-
-    def require_network(self):
-        pass
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.FUNCTIONS:
+            args = [
+                each.bfloat16() if torch.is_tensor(each) and each.dtype == torch.float32 else each
+                for each in args
+            ]
+        return function(*args, **(kwargs or {}))
 
 
-class Finished(Exception):
-    """Raised at the end of a loop, because what follows may read values."""
+def autocast(device, precision):
+    return Bf16Products() if precision == "bf16" else contextlib.nullcontext()
 
 
 @pytest.fixture(autouse=True)
-def without_device_generator(monkeypatch):
-    """The device meta has no generator."""
+def on_meta(monkeypatch):
+    """The device meta has neither a generator nor autocast."""
 
     def build(self, seed, device, per_rank=False):
         torch.manual_seed(seed)
         self.cpu, self.device = torch.Generator().manual_seed(seed), None
 
     monkeypatch.setattr("utils.sampling.Randomness.__init__", build)
+    for module in (
+        "distillers.dm",
+        "distillers.dsa",
+        "distillers.experts",
+        "distillers.matching",
+        "distillers.pool",
+        "distillers.ssl_bilevel",
+        "finetune",
+        "kd",
+        "pretrain",
+        "pretrain_target",
+    ):
+        monkeypatch.setattr(f"{module}.autocast", autocast)
 
 
 @pytest.fixture(scope="module")
-def source(data_root):
-    return load_images("digits", "train", 32, data_root)
+def source(tmp_path_factory):
+    return load_images("digits", "train", 32, tmp_path_factory.mktemp("data"))
 
 
-def network(outputs, arch="convnet3"):
-    return models.build(arch, 32, outputs, 0.125).to(META)
-
-
-def settings(stage, **changed):
-    return SimpleNamespace(**(preset("digits", stage) | dict(precision="fp32") | changed))
-
-
-def data_for(kind, targets, outputs):
-    facts = dict(size=32, outputs=outputs, kind=kind, folder=None, identity={}, meta={})
-    images = torch.randn(20, 3, 32, 32, device=META)
-    return pretrain.TrainingData(
-        images, targets.to(META), lambda x: x, **facts, deviations={}, num_images=20
-    )
-
-
-@pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("kind", ["feature", "class"])
-def test_pretraining(kind, augment):
-    targets = torch.randn(20, 8) if kind == "feature" else torch.arange(20) % 8
-    recipe = preset("digits", "pretrain", kind, "convnet3") | dict(augment=augment, steps=3)
-    args = SimpleNamespace(**recipe, precision="fp32")
-    pretrain.pretrain(
-        network(8), data_for(kind, targets, 8), args, Run(), Randomness(0, META), META
-    )
-
-
-def test_fine_tuning(source):
-    finetune.finetune(network(10), source, settings("finetune"), Run(), Randomness(0, META), META)
-
-
-def test_barlow_twins(source):
-    pretrain_target.train(
-        network(0, "resnet18_target"), source, settings("target", seed=0), Run(), META
-    )
-
-
-def test_knowledge_distillation():
-    distilled = Distilled(
-        torch.randn(20, 3, 32, 32), torch.randn(20, 8), "feature", torch.zeros(3), torch.ones(3), {}
-    )
-    kd.train_student(
-        network(10), network(10), distilled, settings("kd"), Run(), Randomness(0, META), META
-    )
-
-
-@pytest.mark.parametrize("name", ["krr_st", "dm", "dsa", "frepo", "kip", "ssl_bilevel"])
-def test_distillation(name, source):
-    module = importlib.import_module(registry.METHODS[name].module)
-    args = method.parse_args(module.METHOD, ["--source", "digits", "--num-images", "20"])
-    chosen = module.METHOD.choose(source, 20, 0)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", STEPS)
+def test_step(name, precision, source):
     with pytest.raises(Finished):
-        module.METHOD.distill(source, chosen, Target(len(source)), args, Run(), META)
+        STEPS[name](source, META, precision, Guard)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_planted_wait_is_caught(name, source, monkeypatch):
+    """The optimiser reads a value of the first parameter."""
+    build = optim.optimizer
+
+    def waiting(name, params, *args, **kwargs):
+        made = build(name, params, *args, **kwargs)
+        first = made.param_groups[0]["params"][0]
+        made.register_step_post_hook(lambda *_: first.sum().item())
+        return made
+
+    monkeypatch.setattr("utils.optim.optimizer", waiting)
+    with pytest.raises(RuntimeError, match="cannot be called on meta"):
+        STEPS[name](source, META, "fp32", Guard)
 
 
 @pytest.mark.parametrize(
-    ("read", "error"),
+    ("fault", "error"),
     [
-        (lambda loss: loss.item(), "cannot be called on meta"),
-        (lambda loss: loss if loss > 0 else -loss, "cannot be called on meta"),
-        (lambda loss: loss.cpu(), "Cannot copy out of meta"),
-        (lambda loss: loss + torch.ones(3).to(META), "copy from the CPU that blocks"),
-        (lambda loss: torch.zeros(3, device=META)[torch.arange(2)], "index on the CPU"),
+        (lambda x: x.sum() if x.sum() > 0 else -x, "cannot be called on meta"),
+        (lambda x: x.cpu(), "Cannot copy out of meta"),
+        (lambda x: x + torch.ones(len(x)).to(META), "copy from the CPU that blocks"),
+        (lambda x: x[torch.arange(2)], "several devices"),
+        (lambda x: x * torch.ones(len(x)), "several devices"),
+        (lambda x: torch.rand(3, generator=torch.Generator(), device=META), "generator of the CPU"),
+        (lambda x: x @ x.bfloat16(), "dtype"),
     ],
 )
-def test_a_step_that_waits_is_caught(read, error, monkeypatch):
+def test_planted_fault_is_caught(fault, error, source, monkeypatch):
     monkeypatch.setattr(
-        "utils.optim.gradient_norm", lambda parameters: read(next(iter(parameters)).sum())
+        "utils.optim.gradient_norm",
+        lambda parameters: fault(next(iter(parameters)).flatten().detach()),
     )
-    with pytest.raises((AssertionError, RuntimeError), match=error):
-        test_pretraining("feature", False)
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=error):
+        STEPS["pre-training, features"](source, META, "fp32", Guard)
+
+
+def test_loader_of_tensors_on_the_device_has_no_thread():
+    tensors = [torch.zeros(5, 3, device=META), torch.zeros(5, dtype=torch.long, device=META)]
+    loader = Loader(tensors, Batches(5, 2, torch.Generator()), META)
+    with Guard():
+        batches = [loader.next() for _ in range(3)]
+    assert [[tuple(rows.shape) for rows in batch] for batch in batches] == [
+        [(2, 3), (2,)],
+        [(2, 3), (2,)],
+        [(1, 3), (1,)],
+    ]
+    assert loader.worker is None and Loader([torch.zeros(5)], None, META).worker

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill
 import models
 from benchmarks import scaling, speed
-from distillers import method
-from models.frozen import Frozen
+from models.frozen import Frozen, Skeleton
 from tests.conftest import DISTILL, command
 from utils import allocator
 from utils.run import read_log
@@ -56,7 +54,7 @@ def test_every_batch_norm_is_folded():
     for arch in ALL:
         network = models.build(arch, 32, 0, width=0.05)
         norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-        assert len(Frozen(network).pairs) == norms
+        assert len(Skeleton(network).pairs) == norms
 
 
 def test_frozen_features_follow_the_weights():
@@ -124,23 +122,6 @@ def test_fifty_losses_are_those_of_the_plain_step(roots, pool_lr, tolerance):
     assert len(ours) == 50
     assert plain[:5] == pytest.approx(ours[:5], rel=tolerance / 10)
     assert plain == pytest.approx(ours, rel=tolerance)
-
-
-def test_precision_is_the_fast_one_of_the_device(monkeypatch):
-    def found(*flags, gpu, bf16=True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-        return method.parse_args(distill.METHOD, ["--source", "digits", *flags]).precision
-
-    assert (
-        found(gpu=False)
-        == found("--device", "cpu", gpu=True)
-        == found(gpu=True, bf16=False)
-        == "fp32"
-    )
-    assert found(gpu=True) == found("--device", "cuda", gpu=True) == "bf16"
-    assert found("--precision", "tf32", gpu=True) == "tf32"
-    assert found("--reference", gpu=True) == "fp32"
 
 
 def test_reference_is_plain(roots):

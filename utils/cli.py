@@ -177,6 +177,17 @@ def add_chunk_flag(parser):
     )
 
 
+def add_compile_flag(parser):
+    """Add --compile, for methods with a pool. `device.should_compile` interprets it."""
+    parser.groups["device"].add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="compile the networks of the pool, which takes a minute and makes a step faster; "
+        "losses are equal up to rounding (default: on with CUDA if a compiler works, else off)",
+    )
+
+
 def peek_flag(name, argv, default=None):
     """Return the value of the flag --`name` in `argv`, or `default`, before `argv` is parsed.
 

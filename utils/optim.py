@@ -22,23 +22,30 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["lr"] == 0:
                 continue
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                update = weight.grad
-                if weight.ndim > 1:
-                    norm, grad_norm = weight.norm(), update.norm()
-                    rate = group["eta"] * norm / (grad_norm + group["weight_decay"] * norm + 1e-8)
-                    # A norm of 0 means a plain step.
-                    rate = torch.where((norm > 0) & (grad_norm > 0), rate, group["lr"])
-                    update = (update + group["weight_decay"] * weight) * (rate / group["lr"]).clamp(
-                        max=1.0
-                    )
-                state = self.state[weight]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                weight.sub_(group["lr"] * state["momentum_buffer"])
+            weights = [each for each in group["params"] if each.grad is not None]
+            matrices = [each for each in weights if each.ndim > 1]
+            updates = {each: each.grad for each in weights}
+            updates |= zip(matrices, self._scaled(group, matrices), strict=True)
+            for weight in weights:
+                if "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, [*updates.values()])
+            torch._foreach_sub_(weights, torch._foreach_mul(buffers, group["lr"]))
+
+    def _scaled(self, group, weights):
+        """Return the gradients of `weights` with weight decay, scaled by their rates over `lr`."""
+        gradients, decay = [each.grad for each in weights], group["weight_decay"]
+        norms, gradient_norms = _norms(weights), _norms(gradients)
+        rates = group["eta"] * norms / (gradient_norms + decay * norms + 1e-8)
+        # A norm of 0 means a plain step.
+        rates = torch.where((norms > 0) & (gradient_norms > 0), rates, group["lr"])
+        scales = (rates / group["lr"]).clamp(max=1.0)
+        updates = torch._foreach_mul(weights, decay)
+        torch._foreach_add_(updates, gradients)
+        torch._foreach_mul_(updates, [*scales.unbind()])
+        return updates
 
 
 class LAMB(torch.optim.Optimizer):
@@ -55,29 +62,42 @@ class LAMB(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
+            weights = [each for each in group["params"] if each.grad is not None]
+            for weight in weights:
+                if not (state := self.state[weight]):
                     state["step"], state["m"], state["v"] = (
                         0,
                         torch.zeros_like(weight),
                         torch.zeros_like(weight),
                     )
                 state["step"] += 1
-                for name, beta, sample in zip(
-                    "mv", group["betas"], (weight.grad, weight.grad.square()), strict=True
-                ):
-                    state[name].lerp_(sample, 1 - beta)
-                m, v = (
-                    state[name] / (1 - beta ** state["step"])
-                    for name, beta in zip("mv", group["betas"], strict=True)
-                )
-                update = m / (v.sqrt() + group["eps"])
-                norm, update_norm = weight.norm(), update.norm()
-                ratio = torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0)
-                weight.sub_(group["lr"] * ratio * update)
+            gradients = [each.grad for each in weights]
+            corrected = []
+            for name, beta, samples in zip(
+                "mv",
+                group["betas"],
+                (gradients, torch._foreach_mul(gradients, gradients)),
+                strict=True,
+            ):
+                means = [self.state[each][name] for each in weights]
+                torch._foreach_lerp_(means, samples, 1 - beta)
+                bias = [1 - beta ** self.state[each]["step"] for each in weights]
+                corrected.append(torch._foreach_div(means, bias))
+            updates, roots = corrected
+            torch._foreach_sqrt_(roots)
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_div_(updates, roots)
+            norms, update_norms = _norms(weights), _norms(updates)
+            ratios = torch.where((norms > 0) & (update_norms > 0), norms / update_norms, 1.0)
+            torch._foreach_mul_(updates, [*(group["lr"] * ratios).unbind()])
+            torch._foreach_sub_(weights, updates)
+
+
+def _norms(tensors):
+    """Return the Euclidean norms (n,) of n tensors."""
+    if not tensors:
+        return torch.zeros(0)
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):

@@ -439,9 +439,11 @@ def deviations(name, stage, settings, kind=None, arch=None):
 
     Returns:
         {"stage.setting": [value, value in the preset]} of the settings that differ, which is stored
-        with every result. Settings that several stages share are named without the stage.
+        with every result. Settings that several stages share are named without the stage. The
+        precision is compared with fp32.
     """
-    expected = preset(name, stage, kind, arch) | dict(image_size=image_size(name))
+    expected = preset(name, stage, kind, arch)
+    expected |= dict(image_size=image_size(name), precision="fp32")
     shared = {"image_size"} if stage == "target" else {"image_size", "num_images", "width"}
     return {
         key if key in shared else f"{stage}.{key}": [settings[key], value]

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from utils import distributed, files, progress
+from utils.device import device_name
 from utils.errors import UserError
 from utils.optional import optional
 
+CPU = torch.device("cpu")
 CHECKPOINT_SECONDS = 120
 # Largest fraction of a run's time spent on checkpoints. On a slow disk, they become rarer.
 CHECKPOINT_SHARE = 0.02
@@ -34,6 +36,7 @@ UNTRACKED_SETTINGS = {
     "tensorboard",
     "image_every",
     "chunk",
+    "compile",
     "name",
 }
 
@@ -54,6 +57,7 @@ class Run:
         settings: dict of plain values that determine the result, stored in config.json.
         log_every: number of steps between lines of log.jsonl.
         tensorboard: also write these lines for TensorBoard.
+        device: torch device, whose name config.json contains.
 
     Attributes:
         limits: dict, logged name -> (limit, advice). The run stops with the advice when the mean
@@ -64,9 +68,9 @@ class Run:
             checkpoint with other settings, which the message lists; or if its files are damaged.
     """
 
-    def __init__(self, folder, artefact, settings, log_every=50, tensorboard=False):
+    def __init__(self, folder, artefact, settings, log_every=50, tensorboard=False, device=CPU):
         self.folder, self.artefact = Path(folder), Path(folder) / artefact
-        self.log_every, self.device = log_every, "cpu"
+        self.log_every, self.device, self._device_name = log_every, "cpu", device_name(device)
         self.done = {}  # phase -> steps taken
         self.state = {}  # name -> object with state_dict()
         self.per_rank, self.phase, self.total, self.limits, self._recent = (), artefact, 0, {}, {}
@@ -108,6 +112,7 @@ class Run:
             {
                 "command": [program_name(), *sys.argv[1:]],
                 "settings": self.settings,
+                "device": self._device_name,
                 "versions": versions(),
             },
         )
