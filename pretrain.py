@@ -13,9 +13,9 @@ exported set, the folder is <run root>/<source>/<name of the set>/seed<k of the 
 paper's three runs are three pre-trainings on one distilled set. Pre-training on 1,000 images of
 32 px takes at most an hour on a CPU; on the digits preset it takes seconds.
 
-With --source, the network is fitted to the target features of all images of the source. The recipe
-is that for features, and the number of optimiser steps is that for a distilled set of the preset's
-size, so that only the images differ; --steps changes it. Writes
+With --source, the network is fitted to the target features of all images of the source. It uses the
+recipe for features, and takes as many optimiser steps as for a distilled set of the preset's size,
+so that only the images differ. --steps changes their number. Writes
 <run root>/<source>/full/seed0/<arch>/seed<k>/model.pt.
 """
 
@@ -245,17 +245,18 @@ def main(argv):
 
 
 def own_recipe(distilled, path, usual):
-    """The settings `usual`, with the values that an exported set brings.
+    """Return the settings `usual`, updated with the recipe of an exported set.
 
-    Raises UserError for a value that is none.
+    Raises:
+        UserError: if a value of the recipe is invalid.
     """
     own = distilled.meta.get("recipe", {}) if distilled else {}
     chosen = {name: own.get(name, value) for name, value in usual.items()}
     for name, value in chosen.items():
-        number = isinstance(value, (int, float))  # the one setting that is a text is the arch
+        number = isinstance(value, (int, float))  # the only string is arch
         fits = 0 <= value < math.inf if number else value in models.ARCHITECTURES
         if type(value) is not type(usual[name]) or not fits:
-            raise UserError(f"{path}: a recipe with {name} {str(value)[:40]}")
+            raise UserError(f"{path}: invalid recipe: {name} {str(value)[:40]}")
     return chosen
 
 

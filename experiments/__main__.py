@@ -9,6 +9,7 @@ on one run root at the same time.
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from experiments import scheduler
@@ -33,8 +34,11 @@ def main(argv):
     if not argv:
         raise UserError(f"the first argument must be a table: {', '.join(TABLES)}")
     if argv[0] in ("-h", "--help"):
-        names = "\n".join(f"  {name}" for name in TABLES)
-        print(f"{__doc__}\nTables:\n{names}\n\nEach table has its own --help.")
+        print(f"{__doc__}\nTables:")
+        for name, table in TABLES.items():
+            text = f"{name}: {table.description.partition('. ')[0].rstrip('.')}."
+            print(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      "))
+        print("\nEach table has its own --help.")
         return
     args, plan = make_plan(argv)
     jobs = args.jobs or ((os.cpu_count() or 1) if plan.scale.folder else 1)
@@ -93,8 +97,12 @@ def parse_args(table, argv):
         metavar="N",
         help="number of parallel commands (default: 1, or one per core with reduced settings)",
     )
-    run.add_argument("--run-root", type=Path, default=Path("runs"), help="default: runs")
-    what.add_argument("--data-root", type=Path, help="default: datasets, or $DATA_ROOT")
+    run.add_argument(
+        "--run-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)"
+    )
+    what.add_argument(
+        "--data-root", type=Path, help="folder of the data sets (default: datasets, or $DATA_ROOT)"
+    )
     run.add_argument(
         "--dry-run",
         action="store_true",

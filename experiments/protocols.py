@@ -4,8 +4,8 @@
     python -m experiments.protocols runs/small --collect  # also stores the results
 
 The files of MKDT (Joshi et al., ICLR 2025) put KRR-ST below random images with target features. The
-KRR-ST paper has no such row. The two evaluate differently. This experiment evaluates the same sets
-with all combinations of:
+KRR-ST paper has no such row. The two papers evaluate differently. This experiment evaluates the
+same sets with all combinations of:
 
 - steps of pre-training: 80 (20 epochs of 4 batches, as in MKDT) or 600 (of all images)
 - weight decay of pre-training: 1e-4 (MKDT) or 1e-3 (KRR-ST)
@@ -39,7 +39,7 @@ from evaluation.starting_weights import cost
 from models import saved
 from pretrain import pretrain
 from utils import cli, files
-from utils.device import add_device_flags, resolve_precision, select_device
+from utils.device import add_device_flags, resolve_precision, restore_backends, select_device
 from utils.errors import UserError
 from utils.presets import preset
 from utils.run import Run, settings_digest
@@ -166,6 +166,7 @@ def evaluate(case, network, train, test, args, device):
         yield name, accuracy_of(features, labels, tests, truth, len(train.classes))
 
 
+@restore_backends()
 def main(argv):
     args = parse_args(argv)
     device = select_device(args)

@@ -131,7 +131,8 @@ def select_device(args, multi_process=False):
         if not available["cuda"] and NVIDIA_DRIVER.exists() and not hides_gpus():
             raise UserError(
                 f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it "
-                f"({why_no_cuda()}); install a build of torch for its driver, or use --device cpu"
+                f"({explain_missing_cuda()}); install a build of torch for its driver, or use "
+                "--device cpu"
             )
         name = next(kind for kind, usable in available.items() if usable)
     if not available[name]:
@@ -166,7 +167,7 @@ def hides_gpus():
     return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
-def why_no_cuda():
+def explain_missing_cuda():
     """Return the first line of PyTorch's reason why CUDA is not available."""
     try:
         torch.cuda.init()
