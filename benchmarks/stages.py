@@ -27,7 +27,7 @@ from data.distilled import Distilled
 from data.images import ImageSet
 from distillers import method
 from utils import cli
-from utils.device import add_device_flags, select_device
+from utils.device import add_device_flags, resolve_precision, select_device
 from utils.presets import PRESETS
 from utils.sampling import Randomness
 
@@ -180,6 +180,7 @@ STAGES = {
 def measure(stage, preset, words, device, limit_in):
     """Return a line with the speed of a stage; `limit_in(precision)` is the limit in FLOP/s."""
     settings, what, images, train = STAGES[stage](preset, words, device)
+    resolve_precision(settings, stage == "fine-tuning")  # the other stages have resolved it
     run = TimedRun(device)
     with contextlib.suppress(Finished):
         train(run)

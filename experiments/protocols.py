@@ -181,11 +181,11 @@ def main(argv):
         if [line for line in known if line["name"] == case.name]:
             continue
         network, digest = pretrained_network(case, args, device)
-        facts |= dict(source=SOURCE, dataset=DATASET, precision=args.precision, set=digest)
+        facts |= dict(source=SOURCE, dataset=DATASET, set=digest)
         for probe, accuracy in evaluate(case, network, train, test, args, device):
             line = facts | dict(name=case.name, probe=probe, accuracy=round(accuracy, 4))
-            key = settings_digest(facts | dict(probe=probe))
-            results.append(folder, line | dict(digest=key) | cost(device, started))
+            key = settings_digest(facts | dict(probe=probe, precision=args.precision))
+            results.append(folder, line | dict(digest=key) | cost(device, args.precision, started))
             print(f"{case.name}, probe {probe}: {accuracy:.2f} %")
     if args.collect:
         lines = results.read(folder / "results.jsonl")

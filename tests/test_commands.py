@@ -68,8 +68,8 @@ def list_commands():
 def split_command(line):
     """Return the words after `python` of each command of this project in a line.
 
-    torchrun, srun, sbatch and loops of the shell are removed, and scripts/run_*.sh are replaced by
-    the commands that they call.
+    torchrun, srun, sbatch and loops of the shell are removed, and scripts are replaced by the
+    commands that they call with their flags.
     """
     words = shlex.split(line, comments=True)
     if "torchrun" in words:
@@ -78,31 +78,45 @@ def split_command(line):
         return [[*program, args.training_script, *args.training_script_args]]
     if words[0] == "python":
         return [words[1:]]
-    return [split_script(match) for match in re.findall(r"bash (\S+\.sh)([^&;\"#]*)", line)]
+    found = re.findall(r"bash (\S+\.sh)([^&;\"#]*)", line)
+    return [words for script, flags in found for words in split_script(script, shlex.split(flags))]
 
 
-def split_script(match):
-    """Return the command that a script calls with its flags."""
-    script, flags = match[0], shlex.split(match[1])
-    call = re.search(r'^exec "\$PYTHON" (.*) "\$@"$', (ROOT / script).read_text(), re.MULTILINE)
-    if call:
-        return [*call[1].split(), *flags]
-    assert not flags, f"{script} has no parser, so its flags cannot be checked"
-    return []
+def split_script(script, flags):
+    """Return the commands that a script calls with its flags.
+
+    benchmarks/gpu.sh has a part of its `case` for each first word.
+    """
+    text = (ROOT / script).read_text()
+    if flags and (part := re.search(rf"^  {flags[0]}\)(.*?);;", text, re.MULTILINE | re.DOTALL)):
+        text, flags = part[1], flags[1:]
+    call = r'^\s*(?:exec )?"\$PYTHON" (-m (?:experiments|benchmarks).*) "\$@"'
+    calls = re.findall(call, text, re.MULTILINE)
+    assert calls or not flags, f"{script} has no parser, so its flags cannot be checked"
+    return [[*call.split(), *flags] for call in calls] or [[]]
 
 
 def parse(words, monkeypatch):
     """Start a program with the parser's result replaced by `Parsed`."""
-    parse_args = argparse.ArgumentParser.parse_args
+    parse_args, parse_known_args = (
+        getattr(argparse.ArgumentParser, name) for name in ("parse_args", "parse_known_args")
+    )
 
     def stop(self, *args, **kwargs):
-        parse_args(self, *args, **kwargs)
+        with monkeypatch.context() as original:
+            original.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+            parse_args(self, *args, **kwargs)
+        raise Parsed
+
+    def stop_known(self, *args, **kwargs):
+        parse_known_args(self, *args, **kwargs)
         raise Parsed
 
     def load(name):  # pretrain.py reads its defaults from the set
         return SimpleNamespace(meta={"preset": "other"}, target_kind="feature")
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop_known)
     monkeypatch.setattr("data.distilled.load_distilled", load)
     monkeypatch.setattr("data.distilled.distilled_file", Path)  # it downloads sets of the Hub
     monkeypatch.chdir(ROOT)
