@@ -43,8 +43,12 @@ PRETRAIN = ["--epochs", "3", "--width", "0.125", "--precision", "fp32"]
 
 LONG = {  # modules with long tests only; other long tests have the mark `long`
     "test_distributed",
+    "test_export",
     "test_extending",
     "test_fuzz",
+    "test_no_sync",
+    "test_protocols",
+    "test_r2",
     "test_resume",
     "test_survival",
     "test_torture",

@@ -276,6 +276,7 @@ def test_file_has_the_stated_size_and_images(distil, views):
     assert (set_.path.parent / "images.png").is_file()
 
 
+@pytest.mark.long
 def test_initial_set_is_the_projection_of_random_images_and_targets(distil, roots, runs):
     set_ = distil(*TURNED, "--outer-lr", "1e-12")
     source = load_images("digits", "train", 32, roots[1])
@@ -338,6 +339,7 @@ def test_seed_determines_the_set(distil):
     assert first.images.shape == other.images.shape and not torch.equal(first.images, other.images)
 
 
+@pytest.mark.long
 def test_later_stages_accept_low_rank_sets(distil):
     set_ = distil(*TURNED)
     pretrain.main(["--distilled", str(set_.path), "--epochs", "2", "--width", "0.1"])

@@ -189,6 +189,7 @@ def compute_accuracy(content, roots):
     return 100 * (predicted == test.labels).float().mean().item()
 
 
+@pytest.mark.long
 def test_pretraining_recipe_depends_on_the_kind_of_targets(roots, runs, weights):
     saved = load_model(weights)
     assert (
@@ -236,6 +237,7 @@ def test_pretraining_recipe_depends_on_the_kind_of_targets(roots, runs, weights)
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["optimizer"] == "adamw"
 
 
+@pytest.mark.long
 def test_finetuning_protocols_write_results(weights, roots, tmp_path):
     weights = shutil.copy(weights, tmp_path / "model.pt")
     flags = ["--weights", weights, "--dataset", "digits", "--labels-per-class", "2", *roots]
@@ -297,6 +299,7 @@ def test_finetuning_protocols_write_results(weights, roots, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_kd_distils_a_teacher_trained_from_scratch(weights, distilled, roots):
     scratch = [
         "--weights",
@@ -376,6 +379,7 @@ def test_changed_data_set_is_evaluated_again_and_not_resumed(weights, roots, tmp
     )  # one per name, the last
 
 
+@pytest.mark.long
 def test_folder_of_images_is_a_source(tmp_path):
     """Follow README: target network, distilled set and pre-trained network without labels."""
     from sklearn.datasets import load_sample_images

@@ -190,6 +190,7 @@ print((resident() - before) // 2**20)
     allocator.keep_freed_memory(False)
 
 
+@pytest.mark.long
 def test_growth_measures_each_axis_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         scaling, "BASE", dict(num_images=6, outer_batch=8, image_size=32, source=20, chunk=0)
