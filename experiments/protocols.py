@@ -23,6 +23,7 @@ set, and evaluated on CIFAR-10 with 100 labels per class. The networks and resul
 import itertools
 import json
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,11 +176,12 @@ def main(argv):
         for split in ("train", "test")
     )
     folder = args.runs / "protocols"
+    known = Counter(line["name"] for line in results.read(folder / "results.jsonl"))
     for case in list_cases():
-        facts = asdict(case) | dict(width=WIDTH, image_size=SIZE, labels_per_class=LABELS_PER_CLASS)
-        started, known = time.monotonic(), results.read(folder / "results.jsonl")
-        if [line for line in known if line["name"] == case.name]:
+        if known[case.name] == len(PROBES):
             continue
+        facts = asdict(case) | dict(width=WIDTH, image_size=SIZE, labels_per_class=LABELS_PER_CLASS)
+        started = time.monotonic()
         network, digest = pretrained_network(case, args, device)
         facts |= dict(source=SOURCE, dataset=DATASET, set=digest)
         for probe, accuracy in evaluate(case, network, train, test, args, device):
