@@ -225,7 +225,7 @@ def main(argv):
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
     missing, target = [], None
     if args.protocol == "r2":
-        path = args.target_network or default_path(args.run_root, train)
+        path = args.target_network or default_path(args.run_root, train.name)
         target = load_target(path, train, device, args.precision)
     for labels in label_choices(args):
         evaluation = Evaluation(args, start, train, test, *labels, target)

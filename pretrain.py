@@ -133,7 +133,7 @@ def data_from_source(args, device):
     source = load_images(args.source, "train", args.image_size, args.data_root)
     home = args.run_root / source.name
     target = load_target(
-        args.target_network or default_path(args.run_root, source),
+        args.target_network or default_path(args.run_root, source.name),
         source,
         device,
         args.precision,

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from benchmarks.timing import machine_name
 from data.prepare import folder_name
 from models.target import default_path
 from utils import cli
-from utils.device import select_device
+from utils.device import add_device_flag, resolve_device
 from utils.presets import PRESETS, image_size
 from utils.run import read_log
 
@@ -94,7 +93,7 @@ def describe(lines, since):
 def main(argv):
     args, others = parse_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
-    device = select_device(args)
+    device = torch.device(resolve_device(args.device))
     source = args.source
     if not source:
         source = str(args.run_root / f"synthetic{args.images}-{args.image_size}px")
@@ -104,7 +103,7 @@ def main(argv):
     shared += ["--device", args.device]
     home = args.run_root / folder_name(source, args.data_root)
     code, folder = 0, home / "krr_st" / "seed0"
-    if not default_path(args.run_root, SimpleNamespace(name=home.name)).is_file():
+    if not default_path(args.run_root, home.name).is_file():
         epochs = ["--epochs", str(args.target_epochs), "--warmup-epochs", "1"]
         code = run_until(deadline, ["pretrain_target.py", *shared, *epochs])
     since = len(read_log(folder))
@@ -122,9 +121,7 @@ def main(argv):
 def parse_args(argv):
     """Return the parsed flags and the unknown ones."""
     parser = cli.folder_parser(__doc__)
-    parser.groups["device"].add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: a GPU"
-    )
+    add_device_flag(parser)
     data, run = parser.groups["data"], parser.groups["run"]
     data.add_argument("--source", help="data set or folder (default: synthetic images)")
     data.add_argument(
@@ -147,7 +144,7 @@ def parse_args(argv):
     run.add_argument(
         "--minutes", type=cli.non_negative_float, default=4, help="length of a piece (default: 4)"
     )
-    parser.set_defaults(run_root=Path("runs/gpu"), precision="auto", deterministic=False)
+    parser.set_defaults(run_root=Path("runs/gpu"))
     args, others = parser.parse_known_args(argv)
     args.image_size = image_size(args.preset)
     return args, others

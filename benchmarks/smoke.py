@@ -30,7 +30,7 @@ from benchmarks import interruption
 from benchmarks.agreement import TRAINED, UNTRAINED, agree, differences, equal_draws
 from benchmarks.timing import machine_name
 from utils import cli
-from utils.device import select_device
+from utils.device import add_device_flag, resolve_device
 from utils.run import read_log
 
 POOL = "--outer-batch 64 --pool-size 2 --pool-steps 3"
@@ -204,7 +204,7 @@ def check_determinism(command, folder, device):
 def main(argv):
     args = parse_args(argv)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
-    device = select_device(args)
+    device = torch.device(resolve_device(args.device))
     where = f"{machine_name(device)}, torch {torch.__version__}"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -239,10 +239,7 @@ def check_resume(folder, device):
 
 def parse_args(argv):
     parser = cli.Parser(__doc__)
-    parser.groups["device"].add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: a GPU"
-    )
-    parser.set_defaults(precision="auto", deterministic=False)
+    add_device_flag(parser)
     return parser.parse_args(argv)
 
 

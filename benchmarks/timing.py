@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.device import restore_backends
+
 SECONDS = 1.0  # least duration of the timing, and of the warm-up on a GPU
 GPU_STEPS = 20  # least number of timed steps on a GPU
 TRIAL_SECONDS = 0.2  # as `SECONDS`, for the products that measure the limit
@@ -108,15 +110,12 @@ def peak_rates(device, precision):
         operations = 2 * x.numel() * channels * 9
         trials.append(("convolution", lambda x=x, w=w: F.conv2d(x, w, padding=1), operations))
     rates = {"matrix product": 0.0, "convolution": 0.0}
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        with torch.no_grad():
-            for name, product, operations in trials:
-                took, _ = time_call(product, device, TRIAL_SECONDS)
-                rates[name] = max(rates[name], operations / took)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with restore_backends(), torch.no_grad():
+        tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        for name, product, operations in trials:
+            took, _ = time_call(product, device, TRIAL_SECONDS)
+            rates[name] = max(rates[name], operations / took)
     return rates
 
 

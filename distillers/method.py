@@ -68,7 +68,7 @@ def main(method, argv, prog=None):
     changed = source.deviations | deviations(preset_name(source.name), entry.stage, vars(args))
     if entry.target_network:
         target = load_target(
-            args.target_network or default_path(args.run_root, source),
+            args.target_network or default_path(args.run_root, source.name),
             source,
             device,
             args.precision,

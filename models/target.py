@@ -205,8 +205,11 @@ class FeatureTarget(Target):
 
 
 def default_path(run_root, source):
-    """Return the path of the target.pt of an `ImageSet` that the later stages use by default."""
-    return run_root / source.name / "target" / "seed0" / "target.pt"
+    """Return the path of the target.pt that the later stages use by default.
+
+    `source` is the name of an `ImageSet`.
+    """
+    return run_root / source / "target" / "seed0" / "target.pt"
 
 
 def load_target(path, source, device, precision):

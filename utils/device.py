@@ -13,15 +13,20 @@ from utils.errors import UserError
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # exists if the driver is loaded
 
 
-def add_device_flags(parser):
-    """Add --device, --precision and --deterministic. `resolve_precision` completes them."""
-    group = parser.groups["device"]
-    group.add_argument(
+def add_device_flag(parser):
+    """Add --device, for `resolve_device`."""
+    parser.groups["device"].add_argument(
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
         help="device to run on (default: a GPU if available)",
     )
+
+
+def add_device_flags(parser):
+    """Add --device, --precision and --deterministic. `resolve_precision` completes them."""
+    add_device_flag(parser)
+    group = parser.groups["device"]
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "tf32", "bf16"],
@@ -105,6 +110,32 @@ def restore_backends():
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
+def resolve_device(name):
+    """Return the type of the device of --device `name`: cpu, cuda or mps.
+
+    Raises:
+        UserError: if the device is not available.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        if not available["cuda"] and NVIDIA_DRIVER.exists() and not hides_gpus():
+            raise UserError(
+                f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it "
+                f"({explain_missing_cuda()}); install a build of torch for its driver, or use "
+                "--device cpu"
+            )
+        name = next(kind for kind, usable in available.items() if usable)
+    if not available[name]:
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} finds no such device on this machine"
+        )
+    return name
+
+
 def select_device(args, multi_process=False):
     """Return the torch device of --device; under torchrun, the device of this process.
 
@@ -121,24 +152,7 @@ def select_device(args, multi_process=False):
         UserError: if the device is not available or does not support the precision, or under
             torchrun with several processes if the program does not support them.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    name = args.device
-    if name == "auto":
-        if not available["cuda"] and NVIDIA_DRIVER.exists() and not hides_gpus():
-            raise UserError(
-                f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it "
-                f"({explain_missing_cuda()}); install a build of torch for its driver, or use "
-                "--device cpu"
-            )
-        name = next(kind for kind, usable in available.items() if usable)
-    if not available[name]:
-        raise UserError(
-            f"--device {name}: torch {torch.__version__} finds no such device on this machine"
-        )
+    name = resolve_device(args.device)
     if args.precision == "tf32" and name != "cuda":
         raise UserError(f"--precision tf32: not supported on {name}; use fp32")
     if distributed.world_size() > 1 and not multi_process:
