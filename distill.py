@@ -176,8 +176,8 @@ def distill(source, chosen, target, args, run, device):
         memory_format=outer_step.memory_format,
         compiled=not args.reference and should_compile(args.compile, device),
     )
-    adamw = optim.optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
-    scheduler = optim.schedule(adamw, "linear", steps)
+    adamw = optim.make_optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
+    scheduler = optim.make_schedule(adamw, "linear", steps)
     state = dict(learned=Tensors(**syn.learned), optimizer=adamw, scheduler=scheduler)
     state |= dict(pool=pool, real=real.order, randomness=randomness) | syn.parts
     run.resume(device, state, per_rank=("pool", "real", "randomness"))

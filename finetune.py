@@ -35,7 +35,7 @@ from data.subsets import few_labels
 from distillers import registry
 from evaluation import probes, results, starting_weights
 from models import saved
-from models.sync_batch_norm import synchronised
+from models.sync_batch_norm import synchronise_batch_norm
 from models.target import default_path, load_target
 from utils import cli, distributed, optim
 from utils.device import autocast, resolve_precision, restore_backends, select_device
@@ -67,8 +67,8 @@ def finetune(network, train, args, run, randomness, device):
         device: torch device.
     """
     batches = Batches(len(train), args.batch_size, randomness.cpu, shared=True)
-    sgd = optim.optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
-    scheduler = optim.schedule(sgd, "cosine", args.steps)
+    sgd = optim.make_optimizer("sgd", network.parameters(), args.lr, args.weight_decay)
+    scheduler = optim.make_schedule(sgd, "cosine", args.steps)
     run.resume(
         device,
         dict(
@@ -81,7 +81,7 @@ def finetune(network, train, args, run, randomness, device):
     )
     loader = Loader([train.pixels, train.labels], batches, device)
     network.train()
-    with synchronised(network):
+    with synchronise_batch_norm(network):
         for step in run.steps("fine-tune", args.steps):
             pixels, labels = loader.next()
             randomness.reseed_for_rank()
@@ -188,7 +188,9 @@ class Evaluation:
             )
         network = saved.rebuild(self.start.saved).to(device)
         mean, std = (torch.tensor(each) for each in meta["normalisation"])
-        predicted = probes.outputs(network, self.test, device, self.args.precision, mean, std)
+        predicted = probes.compute_outputs(
+            network, self.test, device, self.args.precision, mean, std
+        )
         features = self.target.test_features(self.train, self.test, self.args.data_root)
         return probes.r2_percent(predicted, features.to(device))
 
@@ -203,7 +205,7 @@ def probe(evaluations, start, train, test, args, device):
     needed = torch.cat(chosen).unique()  # in order
     mean, std, num_classes = train.mean, train.std, len(train.classes)
     features, tests = (
-        probes.outputs(network.embed, images, device, args.precision, mean, std)
+        probes.compute_outputs(network.embed, images, device, args.precision, mean, std)
         for images in (train if len(needed) == len(train) else train.subset(needed), test)
     )
     labels, test_labels = train.labels[needed].to(device), test.labels.to(device)

@@ -34,7 +34,7 @@ from data.images import load_images
 from data.loading import gather
 from evaluation import probes, results, starting_weights
 from models import saved
-from models.sync_batch_norm import synchronised
+from models.sync_batch_norm import synchronise_batch_norm
 from utils import cli, distributed, files, optim
 from utils.device import autocast, resolve_precision, restore_backends, select_device
 from utils.errors import UserError
@@ -67,8 +67,8 @@ def train_student(student, teacher, distilled, args, run, randomness, device):
     x_syn = distilled.images.to(device)  # (m, 3, S, S)
     fresh_noise = distilled.meta.get("fresh_noise", False)
     batches = Batches(len(x_syn), args.batch_size, randomness.cpu, shared=True)
-    optimizer = optim.optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
-    scheduler = optim.schedule(optimizer, "cosine", args.epochs)
+    optimizer = optim.make_optimizer("adamw", student.parameters(), args.lr, args.weight_decay)
+    scheduler = optim.make_schedule(optimizer, "cosine", args.epochs)
     run.resume(
         device,
         dict(
@@ -80,7 +80,7 @@ def train_student(student, teacher, distilled, args, run, randomness, device):
         ),
     )
     student.train()
-    with synchronised(student, teacher):
+    with synchronise_batch_norm(student, teacher):
         for step in run.steps("train student", args.epochs * batches.per_epoch):
             x = gather(x_syn, batches.next())
             randomness.reseed_for_rank()
@@ -89,7 +89,7 @@ def train_student(student, teacher, distilled, args, run, randomness, device):
             if args.augment:
                 x = diff_augment(x, randomness.device)
             with autocast(device, args.precision):
-                with probes.evaluating(teacher, batch_statistics=True):
+                with probes.evaluation_mode(teacher, batch_statistics=True):
                     probabilities = teacher(x).float().softmax(1)  # (b, c)
                 predicted = student(x)
             optimizer.zero_grad()

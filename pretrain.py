@@ -35,7 +35,7 @@ from data.loading import Loader
 from distillers import registry
 from distillers.method import check_name
 from models import saved
-from models.sync_batch_norm import synchronised
+from models.sync_batch_norm import synchronise_batch_norm
 from models.target import default_path, load_target
 from utils import cli, distributed, files, optim
 from utils.device import autocast, resolve_precision, restore_backends, select_device
@@ -177,8 +177,10 @@ def pretrain(network, data, args, run, randomness, device):
     """
     batches = Batches(len(data.images), args.batch_size, randomness.cpu, shared=True)
     total = args.steps or args.epochs * batches.per_epoch
-    optimizer = optim.optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
-    scheduler = optim.schedule(optimizer, args.schedule, total, args.warmup)
+    optimizer = optim.make_optimizer(
+        args.optimizer, network.parameters(), args.lr, args.weight_decay
+    )
+    scheduler = optim.make_schedule(optimizer, args.schedule, total, args.warmup)
     run.resume(
         device,
         dict(
@@ -191,7 +193,7 @@ def pretrain(network, data, args, run, randomness, device):
     )
     loader = Loader([data.images, data.targets], batches, device)
     network.train()
-    with synchronised(network):
+    with synchronise_batch_norm(network):
         for step in run.steps("pre-train", total):
             images, y = loader.next()
             randomness.reseed_for_rank()
@@ -239,12 +241,12 @@ def main(argv):
         seed=args.seed, num_images=data.num_images, deviations=changed, settings=run.settings
     )
     run.finish(
-        "model", saved.content(network, args.arch, args.width, data.size, data.outputs, meta)
+        "model", saved.make_content(network, args.arch, args.width, data.size, data.outputs, meta)
     )
     print(f"wrote {run.artefact}")
 
 
-def own_recipe(distilled, path, usual):
+def read_recipe(distilled, path, usual):
     """Return the settings `usual`, updated with the recipe of an exported set.
 
     Raises:
@@ -313,7 +315,7 @@ def parse_args(argv):
         flags["lr"] = learned
     # The kind of targets fixes the settings without a flag.
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in flags})
-    settings = own_recipe(distilled, path, network | flags)
+    settings = read_recipe(distilled, path, network | flags)
     if learned:
         settings["lr"] = flags["lr"]
     cli.add_settings(parser, settings, HELP, dict(arch=models.ARCHITECTURES))

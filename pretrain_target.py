@@ -33,7 +33,7 @@ from models.barlow_twins import barlow_twins_loss, projector
 from models.encoders import FORMS, load_encoder
 from models.features import FeatureTable, compute_features, read_features, reduce_features
 from models.saved import load_matching
-from models.sync_batch_norm import synchronised
+from models.sync_batch_norm import synchronise_batch_norm
 from utils import cli, distributed, files, optim
 from utils.device import autocast, resolve_precision, restore_backends, select_device
 from utils.errors import UserError
@@ -79,9 +79,11 @@ def train(network, source, args, run, device):
     randomness = Randomness(args.seed, device)
     batches = Batches(len(source), args.batch_size, randomness.cpu, drop_last=True, shared=True)
     weights = [*network.parameters(), *head.parameters()]
-    lars = optim.optimizer("lars", weights, args.lr * batches.batch_size / 256, args.weight_decay)
+    lars = optim.make_optimizer(
+        "lars", weights, args.lr * batches.batch_size / 256, args.weight_decay
+    )
     total = args.epochs * batches.per_epoch
-    scheduler = optim.schedule(lars, "cosine", total, args.warmup_epochs * batches.per_epoch)
+    scheduler = optim.make_schedule(lars, "cosine", total, args.warmup_epochs * batches.per_epoch)
     run.resume(
         device,
         dict(
@@ -95,7 +97,7 @@ def train(network, source, args, run, device):
     )
     loader = Loader([source.pixels], batches, device)
     network.train()
-    with synchronised(network, head):
+    with synchronise_batch_norm(network, head):
         for step in run.steps("train target", total):
             x = to_float(*loader.next())  # (b, 3, S, S)
             randomness.reseed_for_rank()
@@ -164,7 +166,10 @@ def make_network_target(source, args, device):
         network={name: value.cpu() for name, value in network.state_dict().items()},
         deviations=source.deviations | deviations(preset_name(source.name), "target", vars(args)),
     )
-    features = lambda index: probes.outputs(network, source.subset(index), device, args.precision)  # noqa: E731
+
+    def features(index):
+        return probes.compute_outputs(network, source.subset(index), device, args.precision)
+
     finish(run, source, args, device, content, network.feature_dim, features)
 
 
@@ -198,7 +203,7 @@ def make_feature_target(source, args, device):
         f"kept {table.shape[1]} dimensions, {100 * stored['variance_kept']:.1f} % of the variance"
     )
     content = stored | dict(
-        features=files.checksums(path),
+        features=files.compute_checksums(path),
         encoder=encoder and encoder.facts | dict(what=args.encoder, file=str(args.weights)),
         components=components,
         name=name,
@@ -230,7 +235,7 @@ def finish(run, source, args, device, content, feature_dim, features):
         features: function of indices (k,) that returns the target features (k, d_y).
     """
     student = preset(args.preset, "distill")
-    checked = quality.feature_quality(source, features, student["arch"], student["width"], device)
+    checked = quality.measure_quality(source, features, student["arch"], student["width"], device)
     quality.print_quality(checked)
     facts = dict(feature_dim=feature_dim, source=source.name, fingerprint=source.fingerprint)
     facts |= dict(mean=source.mean, std=source.std, settings=run.settings, quality=checked)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from analysis.tables import Cell, gather_results, markdown, other_column, protocol_order
+from analysis.tables import Cell, format_markdown, gather_results, other_column, protocol_order
 from data.distilled import load_distilled
 from distillers import registry
 from evaluation import results
@@ -244,7 +244,7 @@ def format_table(found, heading, columns, against):
         if any(mine):
             texts = [Cell(format_cell(*pair)) for pair in zip(mine, base, strict=True)]
             rows.append([Cell(registry.title(method)), *texts, Cell(count_runs(mine))])
-    return markdown(rows)
+    return format_markdown(rows)
 
 
 def columns_by_dataset(found):

@@ -24,7 +24,7 @@ MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end of table -->)", re.
 
 def update_tables(text, lines):
     """Return `text` with all marked tables rendered from the results `lines` and the benchmarks."""
-    made = tables.document(lines) | speed.collected_tables()
+    made = tables.format_tables(lines) | speed.collected_tables()
     made["methods"] = registry.markdown()
     made["scaling"] = scaling.collected_tables()
     made |= compare.collected_tables() | protocols.collected_tables()

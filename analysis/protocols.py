@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from analysis.compare import format_cell, paired_differences
-from analysis.tables import Cell, markdown
+from analysis.tables import Cell, format_markdown
 from distillers import registry
 from evaluation import results
 from experiments.protocols import PROBES, STEPS, STORED, WEIGHT_DECAYS
@@ -67,7 +67,7 @@ def format_combinations(lines):
         name = f"{values['steps']}, {values['weight_decay']:g}, "
         name += f"{FACTORS['arch'][values['arch']]}, {values['probe']}"
         rows.append([Cell(name), *map(Cell, cells)])
-    return markdown(rows)
+    return format_markdown(rows)
 
 
 def format_factors(lines):
@@ -88,7 +88,7 @@ def format_factors(lines):
                 ]
                 cells.append(f"{fmean(apart):+.2f}" if apart else "")
             rows.append([Cell(text), *map(Cell, cells)])
-    return markdown(rows)
+    return format_markdown(rows)
 
 
 def collected_tables():

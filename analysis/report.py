@@ -390,7 +390,7 @@ class Page:
             elif run.name not in below:
                 rest.setdefault(str(Path(run.name).parent), []).extend([run, *run.below])
         count = sum(map(len, sets.values()))
-        tables_shown, sections = [table(*each[1:]) for each in tables.blocks(lines)], []
+        tables_shown, sections = [table(*each[1:]) for each in tables.make_blocks(lines)], []
         for source, these in sets.items():
             sections.append(f"<h2>{text(source)}</h2>")
             for run in sorted(

@@ -319,7 +319,7 @@ def split_by_scale(table, lines):
         yield settings, columns, [(*key, rows[key]) for key in in_order]
 
 
-def grid(table, reduced, columns, rows):
+def make_grid(table, reduced, columns, rows):
     """Return the rows of `split_by_scale`, and the paper's, as rows of `Cell`s; heading first."""
     one_arch = len({arch for arch, _ in columns}) == 1
     many_datasets = len({dataset for _, dataset in columns}) > 1
@@ -379,7 +379,8 @@ def grid(table, reduced, columns, rows):
         mine = [cells for other, own, cells in rows if (other, own) == (method, "")]
         if mine and not reduced:
             compared = [
-                difference(mine[0].get(column), k) for column, k in zip(columns, known, strict=True)
+                format_difference(mine[0].get(column), k)
+                for column, k in zip(columns, known, strict=True)
             ]
             lines.append([Cell(""), Cell("difference"), *(Cell(text) for text, *_ in compared)])
     for above, below in zip(reversed(lines[:-1]), reversed(lines[1:]), strict=True):
@@ -388,7 +389,7 @@ def grid(table, reduced, columns, rows):
     return lines
 
 
-def difference(ours, paper):
+def format_difference(ours, paper):
     """Return (text, difference, within two of the paper's standard deviations).
 
     The last two are None if unknown.
@@ -400,7 +401,7 @@ def difference(ours, paper):
     return f"{apart:+.2f}" + {None: "", True: " ✓", False: " ✗"}[within], apart, within
 
 
-def markdown(lines):
+def format_markdown(lines):
     """Return rows of `Cell`s as a Markdown table with aligned columns."""
     texts = [[f"**{cell.text}**" if cell.best else cell.text for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
@@ -412,7 +413,7 @@ def markdown(lines):
     )
 
 
-def latex(lines):
+def format_latex(lines):
     """Return rows of `Cell`s as a LaTeX tabular."""
 
     def escaped(cell):
@@ -435,7 +436,7 @@ def latex(lines):
     )
 
 
-def comma_separated(tables, lines, out):
+def write_csv(tables, lines, out):
     """Write tables as CSV, one line per cell."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -460,7 +461,7 @@ def comma_separated(tables, lines, out):
                 for column in columns:
                     if v := cells.get(column):
                         known = table.numbers.get((method, *column), ("", ""))
-                        _, apart, within = difference(
+                        _, apart, within = format_difference(
                             v, None if settings is not None or own or not known[0] else known
                         )
                         compared = ["" if each is None else each for each in (apart, within)]
@@ -551,14 +552,14 @@ def other_results(lines):
     return grids
 
 
-def blocks(lines, only=None):
+def make_blocks(lines, only=None):
     """Yield (name, heading, rows of `Cell`s) for all tables, or those in `only`, with results."""
     above = name = None
     for table in all_tables(lines):
         if only and table.name not in only:
             continue
         for settings, columns, rows in split_by_scale(table, lines):
-            shown_grid = grid(table, settings is not None, columns, rows)
+            shown_grid = make_grid(table, settings is not None, columns, rows)
             heading = TITLES[table.name]
             heading += (
                 f", {table.source}, features of {table.archs[0]}" if table.name == "fid" else ""
@@ -586,10 +587,10 @@ def blocks(lines, only=None):
             yield dataset, f"Accuracy on the test split of {dataset}.", rows
 
 
-def document(lines, only=None, style=markdown):
-    """Return {name: text} of the tables of `blocks`."""
+def format_tables(lines, only=None, style=format_markdown):
+    """Return {name: text} of the tables of `make_blocks`."""
     texts = defaultdict(list)
-    for name, heading, rows in blocks(lines, only):
+    for name, heading, rows in make_blocks(lines, only):
         texts[name] += [heading, style(rows)]
     return {name: "\n\n".join(parts) for name, parts in texts.items()}
 
@@ -641,11 +642,9 @@ def main(argv):
     lines = gather_results(args.folders) if args.folders else results.read(RESULTS)
     only = args.only.split(",") if args.only else None
     if args.csv:
-        comma_separated(
-            [t for t in all_tables(lines) if not only or t.name in only], lines, sys.stdout
-        )
+        write_csv([t for t in all_tables(lines) if not only or t.name in only], lines, sys.stdout)
         return
-    texts = document(lines, only, latex if args.latex else markdown)
+    texts = format_tables(lines, only, format_latex if args.latex else format_markdown)
     print(
         "\n\n".join(texts.values()) or f"no results yet{f' for {args.only}' if args.only else ''}"
     )

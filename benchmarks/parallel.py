@@ -40,7 +40,7 @@ def slowest(took):
 
 
 def measure(args, device):
-    """Return the measurements as a dict of plain values for `markdown`."""
+    """Return the measurements as a dict of plain values for `format_result`."""
     step = make_step(False, args, device)
 
     def single():
@@ -48,7 +48,7 @@ def measure(args, device):
 
     single()
     rounds = []
-    for _ in progress.bar(range(args.pairs), desc="rounds"):
+    for _ in progress.progress_bar(range(args.pairs), desc="rounds"):
         distributed.all_reduce_max(0)  # synchronises all processes
         alone = time_steps(single, device) if distributed.is_main_process() else 0.0
         took = dict(alone=slowest(alone))
@@ -72,7 +72,7 @@ def measure(args, device):
     )
 
 
-def markdown(result):
+def format_result(result):
     """Format the result of `measure` as Markdown."""
     rounds, count = result["rounds"], result["ranks"]
     times = {name: format_median(each[name] for each in rounds) for name in rounds[0]}

@@ -110,7 +110,7 @@ def summarise(line):
     return total, name, took / total
 
 
-def markdown(lines):
+def format_results(lines):
     """Format the results as a Markdown table of all axes."""
     first = lines[0]
     text = [
@@ -135,7 +135,7 @@ def markdown(lines):
 def collected_tables():
     """Return the results in `RESULTS` as Markdown."""
     lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else ()
-    return markdown([json.loads(line) for line in lines]) if lines else "No results yet."
+    return format_results([json.loads(line) for line in lines]) if lines else "No results yet."
 
 
 def draw(lines, out):
@@ -175,7 +175,7 @@ def main(argv):
         return
     wanted = list({json.dumps(setting): setting for _, setting in all_settings()}.values())
     lines = []
-    for setting in progress.bar(wanted, desc="settings"):
+    for setting in progress.progress_bar(wanted, desc="settings"):
         done = subprocess.run(
             [
                 sys.executable,
@@ -194,7 +194,7 @@ def main(argv):
             print(f"failed with exit code {done.returncode}, left out: {setting}", file=sys.stderr)
     if not lines:
         sys.exit(1)
-    print(markdown(lines))
+    print(format_results(lines))
     if args.collect:
         files.write_text(RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
     if args.out:

@@ -33,8 +33,8 @@ from benchmarks import parallel
 from benchmarks.step import make_step, time_parts, without_values
 from benchmarks.timing import (
     count_flop,
+    find_limit,
     format_median,
-    limit,
     machine_name,
     peak_memory,
     peak_rates,
@@ -165,11 +165,11 @@ class _Step:
 
 
 def measure(args, device):
-    """Return the measurements as a dict of plain values for `markdown`."""
+    """Return the measurements as a dict of plain values for `format_result`."""
     with Worker(False, args) as fast, Worker(True, args) as plain:
         rounds = [
             dict(ours=fast("time"), peak=fast("peak"), plain=plain("time"))
-            for _ in progress.bar(range(args.pairs), desc="pairs")
+            for _ in progress.progress_bar(range(args.pairs), desc="pairs")
         ]
         names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
         return dict(
@@ -186,10 +186,10 @@ def measure(args, device):
         )
 
 
-def markdown(result):
+def format_result(result):
     """Format the result of `measure` as Markdown."""
     rounds, precision = result["rounds"], result["precision"]
-    most = statistics.median(limit(each["peak"]) for each in rounds)
+    most = statistics.median(find_limit(each["peak"]) for each in rounds)
     rates = (
         f"{name} {statistics.median(each['peak'][name] for each in rounds) / 1e9:,.0f}"
         for name in rounds[0]["peak"]
@@ -203,7 +203,11 @@ def markdown(result):
         for name in times
     }
     share = format_median(
-        (100 * result["flop"] / each["ours"]["seconds"] / limit(each["peak"]) for each in rounds), 0
+        (
+            100 * result["flop"] / each["ours"]["seconds"] / find_limit(each["peak"])
+            for each in rounds
+        ),
+        0,
     )
     ratio = format_median(each["plain"]["seconds"] / each["ours"]["seconds"] for each in rounds)
     memory = {name: rounds[0][name]["memory"] for name in times}
@@ -258,7 +262,7 @@ def collected_tables():
     """Return the tables of all results in `RESULTS` as {name: Markdown}."""
     alone, several = (
         "\n\n".join(show(each) for each in read_results() if (each["ranks"] > 1) == of_several)
-        for show, of_several in ((markdown, False), (parallel.markdown, True))
+        for show, of_several in ((format_result, False), (parallel.format_result, True))
     )
     return {
         name: text or "No results yet." for name, text in (("speed", alone), ("parallel", several))
@@ -275,7 +279,7 @@ def main(argv):
     device = select_device(args, multi_process=True)
     several = distributed.world_size() > 1
     result = json.loads(json.dumps((parallel.measure if several else measure)(args, device)))
-    print((parallel.markdown if several else markdown)(result))
+    print((parallel.format_result if several else format_result)(result))
     if collect and distributed.is_main_process():
         kept = [each for each in read_results() if key(each) != key(result)] + [result]
         files.write_text(

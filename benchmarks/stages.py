@@ -22,7 +22,7 @@ import models
 import pretrain
 import pretrain_target
 from benchmarks.step import make_inputs, num_source_images
-from benchmarks.timing import Stopwatch, limit, machine_name, peak_rates
+from benchmarks.timing import Stopwatch, find_limit, machine_name, peak_rates
 from data.distilled import Distilled
 from data.images import ImageSet
 from distillers import method
@@ -198,7 +198,7 @@ def main(argv):
     device = select_device(args)
     words = ["--device", args.device, "--precision", args.precision]
     words += ["--deterministic"] if args.deterministic else []
-    limit_in = cache(lambda precision: limit(peak_rates(device, precision)))
+    limit_in = cache(lambda precision: find_limit(peak_rates(device, precision)))
     for stage in args.stages:
         print(measure(stage, args.preset, words, device, limit_in), flush=True)
 

@@ -90,7 +90,7 @@ class Step:
             memory_format=layout,
             compiled=not plain and should_compile(args.compile, device),
         )
-        self.adamw = optim.optimizer(
+        self.adamw = optim.make_optimizer(
             "adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0
         )
 

@@ -119,7 +119,7 @@ def peak_rates(device, precision):
     return rates
 
 
-def limit(rates):
+def find_limit(rates):
     """Return the limit of a device in FLOP/s: the higher of `peak_rates`."""
     return max(rates.values())
 

@@ -16,7 +16,7 @@ from data.folders import Raw, list_images, make_raw, read_class_folders
 from utils.errors import UserError
 
 
-def digits(root, split):
+def read_digits(root, split):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, split into 1,437 and 360 by class."""
     from sklearn.datasets import load_digits  # importing scikit-learn takes a second
     from sklearn.model_selection import train_test_split
@@ -41,7 +41,7 @@ def load_torchvision(dataset, archive, url, root, **options):
         raise download_error(archive, root, url, error) from error
 
 
-def cifar(dataset):
+def make_cifar_reader(dataset):
     """Return the reader of CIFAR-10 or CIFAR-100."""
 
     def read(root, split):
@@ -53,7 +53,7 @@ def cifar(dataset):
     return read
 
 
-def aircraft(root, split):
+def read_aircraft(root, split):
     """FGVC-Aircraft by variant.
 
     The training split includes the validation images, as in the released code. torchvision has no
@@ -68,7 +68,7 @@ def aircraft(root, split):
     )
 
 
-def flowers(root, split):
+def read_flowers(root, split):
     """Oxford Flowers 102.
 
     The training split is the 1,020 training and 1,020 validation images (docs/departures.md, D20).
@@ -85,7 +85,7 @@ def flowers(root, split):
     return Raw([Path(path) for path in images], labels, list(classes))
 
 
-def cars(root, split):
+def read_cars(root, split):
     """Stanford Cars. Its website is offline, so it is not downloaded."""
     try:
         found = torchvision.datasets.StanfordCars(root, split=split)
@@ -100,7 +100,7 @@ def cars(root, split):
     )
 
 
-def cub2011(root, split):
+def read_cub2011(root, split):
     """Caltech-UCSD Birds-200-2011: text files list images, labels and the split."""
     top = root / "CUB_200_2011"
     url = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
@@ -121,7 +121,7 @@ def cub2011(root, split):
     return make_raw(pairs, list(column("classes.txt").values()), top)
 
 
-def dogs(root, split):
+def read_dogs(root, split):
     """Stanford Dogs: folders by breed; MATLAB files list the splits."""
     from scipy.io import loadmat  # used by this reader only
 
@@ -140,7 +140,7 @@ def dogs(root, split):
     return make_raw(pairs, [names[label] for label in sorted(names)], top)
 
 
-def tinyimagenet(root, split):
+def read_tinyimagenet(root, split):
     """TinyImageNet: train/<wnid>/images/*.JPEG. The validation set is the test split."""
     top = root / "tiny-imagenet-200"
     url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -162,7 +162,7 @@ def tinyimagenet(root, split):
     return make_raw(pairs, classes, top)
 
 
-def imagenette(root, split):
+def read_imagenette(root, split):
     """ImageNette, version 2, in any of its sizes. If none exists, the full size is downloaded."""
     found = [
         root / name
@@ -182,7 +182,7 @@ def imagenette(root, split):
     return read_class_folders(found[0] if found else root / "imagenette2", split)
 
 
-def imagenet(root, split):
+def read_imagenet(root, split):
     """ImageNet (ILSVRC2012), from its archives or class folders. It cannot be downloaded."""
     top = next(
         (root / name for name in ("imagenet", "ILSVRC2012") if (root / name).is_dir()),
@@ -216,15 +216,15 @@ class Archive:
 
 
 ARCHIVES = {
-    "digits": Archive(digits, 10, 1_437, 360),
-    "cifar10": Archive(cifar(torchvision.datasets.CIFAR10), 10, 50_000, 10_000),
-    "cifar100": Archive(cifar(torchvision.datasets.CIFAR100), 100, 50_000, 10_000),
-    "tinyimagenet": Archive(tinyimagenet, 200, 100_000, 10_000),
-    "imagenet": Archive(imagenet, 1_000, 1_281_167, 50_000),
-    "imagenette": Archive(imagenette, 10, 9_469, 3_925),
-    "aircraft": Archive(aircraft, 100, 6_667, 3_333),
-    "cars": Archive(cars, 196, 8_144, 8_041),
-    "cub2011": Archive(cub2011, 200, 5_994, 5_794),
-    "dogs": Archive(dogs, 120, 12_000, 8_580),
-    "flowers": Archive(flowers, 102, 2_040, 6_149),
+    "digits": Archive(read_digits, 10, 1_437, 360),
+    "cifar10": Archive(make_cifar_reader(torchvision.datasets.CIFAR10), 10, 50_000, 10_000),
+    "cifar100": Archive(make_cifar_reader(torchvision.datasets.CIFAR100), 100, 50_000, 10_000),
+    "tinyimagenet": Archive(read_tinyimagenet, 200, 100_000, 10_000),
+    "imagenet": Archive(read_imagenet, 1_000, 1_281_167, 50_000),
+    "imagenette": Archive(read_imagenette, 10, 9_469, 3_925),
+    "aircraft": Archive(read_aircraft, 100, 6_667, 3_333),
+    "cars": Archive(read_cars, 196, 8_144, 8_041),
+    "cub2011": Archive(read_cub2011, 200, 5_994, 5_794),
+    "dogs": Archive(read_dogs, 120, 12_000, 8_580),
+    "flowers": Archive(read_flowers, 102, 2_040, 6_149),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils import files
 from utils.errors import UserError
-from utils.optional import optional
+from utils.optional import import_optional
 
 SET, SUMS, CARD = "distilled.safetensors", "SHA256SUMS", "README.md"
 HEADER = "distilled"  # the only key in SET's header: several keys would come in a random order
@@ -29,17 +29,17 @@ def download(name):
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not match:
         raise UserError(f"{name}: must be {HUB}USER/NAME or {HUB}USER/NAME@REVISION")
-    hub = optional("huggingface_hub", f"reading {name}")
+    hub = import_optional("huggingface_hub", f"reading {name}")
     try:
         folder = hub.snapshot_download(
             match[1], repo_type="dataset", revision=match[2], allow_patterns=[SET, SUMS]
         )
     except Exception as error:  # of the Hub, the network or the cache
-        raise UserError(f"{name}: cannot be downloaded ({reason(error)})") from error
+        raise UserError(f"{name}: cannot be downloaded ({describe_error(error)})") from error
     return find(Path(folder), name)
 
 
-def reason(error):
+def describe_error(error):
     """Return a one-line description of an exception of another package."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
@@ -59,7 +59,7 @@ def write_sums(folder, main):
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
     names = [name for name in names if name not in (CARD, SUMS, main)] + [main]
-    lines = [f"{files.checksums(folder / name)['sha256']}  {name}\n" for name in names]
+    lines = [f"{files.compute_checksums(folder / name)['sha256']}  {name}\n" for name in names]
     files.write_text(folder / SUMS, "".join(lines))
 
 
@@ -79,7 +79,7 @@ def verify(folder, main):
         raise files.DamagedFile(f"{path}: truncated (it must end with the checksum of {main})")
     for name, digest in listed.items():
         path = folder / name
-        if path.is_file() and files.checksums(path)["sha256"] != digest:
+        if path.is_file() and files.compute_checksums(path)["sha256"] != digest:
             raise files.DamagedFile(
                 f"{path}: damaged or altered (its content does not match its checksum in {SUMS})"
             )
@@ -92,7 +92,7 @@ def read(path):
     Raises UserError if the file cannot be read.
     """
     verify(find(path.parent).parent, path.name)
-    safetensors = optional("safetensors", "reading an exported set")
+    safetensors = import_optional("safetensors", "reading an exported set")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[HEADER])
@@ -101,7 +101,7 @@ def read(path):
             meta = header["meta"] | own
             tensors = {name: file.get_tensor(name) for name in TENSORS}
     except Exception as error:  # arbitrary bytes can cause any exception
-        raise UserError(f"{path}: not an exported set ({reason(error)})") from error
+        raise UserError(f"{path}: not an exported set ({describe_error(error)})") from error
     if number != FORMAT:
         raise UserError(
             f"{path}: exported set of format {str(number)[:40]}; this version reads {FORMAT}"

@@ -324,7 +324,7 @@ def _write(raw, stem, size, title, facts):
     out = _PartialFile(stem, (n, size, size, 3), facts["fingerprint"])
     with (
         ThreadPoolExecutor(os.cpu_count()) as workers,
-        progress.bar(total=n, initial=out.done, desc=title) as bar,
+        progress.progress_bar(total=n, initial=out.done, desc=title) as bar,
     ):
         try:
             for start in range(out.done, n, CHUNK):
@@ -367,7 +367,7 @@ def _write(raw, stem, size, title, facts):
         damaged=out.damaged,
         mean=mean.tolist(),
         std=std.tolist(),
-        files={path.name: files.checksums(path) for path in paths},
+        files={path.name: files.compute_checksums(path) for path in paths},
     )
     files.write_json(stem.with_suffix(".json"), record)
     out.delete()

@@ -92,7 +92,7 @@ def distill(source, chosen, target, args, run, device):
     real = ClassBatches(source, args.real_batch, device)
     x_init, y_syn = source.normalised(chosen, device), source.labels[chosen]
     x_syn = x_init.clone().requires_grad_()
-    sgd = optim.optimizer("sgd", [x_syn], args.outer_lr, weight_decay=0.0, momentum=0.5)
+    sgd = optim.make_optimizer("sgd", [x_syn], args.outer_lr, weight_decay=0.0, momentum=0.5)
     run.resume(device, dict(learned=Tensors(x_syn=x_syn), optimizer=sgd, randomness=randomness))
 
     for step in run.steps("distil", args.outer_steps):

@@ -108,7 +108,7 @@ def losses(network, x_syn, real, randomness, precision):
 
 def train(network, x_syn, y_syn, epochs, args, randomness):
     """Train `network` for `epochs` epochs of SGD on the augmented distilled set."""
-    sgd = optim.optimizer(
+    sgd = optim.make_optimizer(
         "sgd", network.parameters(), args.inner_lr, weight_decay=0.0, momentum=0.0
     )
     batches = Batches(len(x_syn), args.inner_batch, randomness.cpu)
@@ -131,7 +131,7 @@ def distill(source, chosen, target, args, run, device):
     outer, inner = loop_counts(len(chosen) // num_classes)
     outer, inner = args.outer_loops or outer, args.inner_epochs or inner
     network = build_untrained(args, source, num_classes, device)
-    sgd = optim.optimizer("sgd", [x_syn], args.outer_lr, weight_decay=0.0, momentum=0.5)
+    sgd = optim.make_optimizer("sgd", [x_syn], args.outer_lr, weight_decay=0.0, momentum=0.5)
     learned = Tensors(x_syn=x_syn)
     run.resume(device, dict(learned=learned, optimizer=sgd, network=network, randomness=randomness))
 

@@ -11,7 +11,7 @@ import models
 from data.augment import diff_augment
 from data.images import normalise, to_float
 from data.loading import Loader
-from evaluation.probes import BATCH, evaluating
+from evaluation.probes import BATCH, evaluation_mode
 from utils import optim
 from utils.device import autocast
 from utils.sampling import Batches, Randomness
@@ -54,7 +54,7 @@ class Learner:
         network = models.build(args.arch, source.image_size, self.num_outputs, args.width)
         self.network = network.to(self.device, non_blocking=True).train()
         rates = (args.expert_lr, args.expert_weight_decay, args.expert_momentum)
-        self.optimizer = optim.optimizer("sgd", self.network.parameters(), *rates)
+        self.optimizer = optim.make_optimizer("sgd", self.network.parameters(), *rates)
         self.batches = Batches(len(source), args.expert_batch, self.randomness.cpu)
         self.loader.batches = self.batches
 
@@ -75,7 +75,7 @@ class Learner:
     def measure_errors(self):
         """Return the mean squared error of each image's predicted features in eval mode: (n,)."""
         found = torch.empty(len(self.source))
-        with evaluating(self.network), autocast(self.device, self.args.precision):
+        with evaluation_mode(self.network), autocast(self.device, self.args.precision):
             for index in torch.arange(len(self.source)).split(BATCH):
                 predicted = self.network(self.source.normalised(index, self.device)).float()
                 error = predicted - self.targets[index].to(self.device)

@@ -126,8 +126,8 @@ def distill(source, chosen, target, args, run, device):
         optimizer="adam",
         compiled=should_compile(args.compile, device),
     )
-    lamb = optim.optimizer("lamb", [x_syn, y_syn], args.outer_lr)
-    scheduler = optim.schedule(lamb, "cosine_to_tenth", args.outer_steps)
+    lamb = optim.make_optimizer("lamb", [x_syn, y_syn], args.outer_lr)
+    scheduler = optim.make_schedule(lamb, "cosine_to_tenth", args.outer_steps)
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
     run.resume(
         device,

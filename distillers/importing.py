@@ -39,7 +39,7 @@ from distillers.method import check_name, save_picture
 from utils import cli, files
 from utils.errors import UserError
 from utils.presets import PRESETS, deviations, preset_name
-from utils.run import Run, versions
+from utils.run import Run, package_versions
 
 STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -327,7 +327,7 @@ def main(argv, reserved=(), prog=None):
         imported=names,
         deviations=changed,
         settings=run.settings,
-        versions=versions(),
+        versions=package_versions(),
     )
     save_picture(run.folder / "images.png", result)
     run.finish("distilled", result.content())

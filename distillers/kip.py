@@ -114,7 +114,9 @@ def distill(source, chosen, target, args, run, device):
 
     x_init, y_init = (each.double() for each in prepare(*loader.rows(chosen)))
     x_syn, y_syn = x_init.clone().requires_grad_(), y_init.clone().requires_grad_(args.learn_labels)
-    adam = optim.optimizer("adam", [x_syn, y_syn] if args.learn_labels else [x_syn], args.outer_lr)
+    adam = optim.make_optimizer(
+        "adam", [x_syn, y_syn] if args.learn_labels else [x_syn], args.outer_lr
+    )
     learned = Tensors(x_syn=x_syn, y_syn=y_syn)
     torch.rand(
         (), generator=randomness.cpu

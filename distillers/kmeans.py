@@ -82,7 +82,9 @@ def distill(source, chosen, target, args, run, device):
         else [None]
     )
     k, index, before, after = args.num_images // len(groups), [], 0.0, 0.0
-    for members, random in zip(progress.bar(groups, desc="k-means"), chosen.split(k), strict=True):
+    for members, random in zip(
+        progress.progress_bar(groups, desc="k-means"), chosen.split(k), strict=True
+    ):
         here = features[members] if labelled else features  # (n_c, d)
         nearest = nearest_distinct(here, fit_centroids(here, k, args.seed))
         index.append(members[nearest] if labelled else nearest)

@@ -23,7 +23,7 @@ LIMITS = {  # for `Run.limits`
 }
 
 
-def with_bias(features):
+def append_bias(features):
     """Append a column of ones to features (n, d): (n, d + 1)."""
     return F.pad(features, (0, 1), value=1.0)
 
@@ -55,7 +55,7 @@ def ridge_predict(
         Predicted targets (b, d_y).
     """
     if bias:
-        f_real, f_syn = with_bias(f_real), with_bias(f_syn)
+        f_real, f_syn = append_bias(f_real), append_bias(f_syn)
     m, width = f_syn.shape
     inner = _Tf32Inner.apply if precision == "bf16" and f_syn.is_cuda else _inner
     if width < m:

@@ -118,7 +118,7 @@ class LowRank:
             ]
             start["c_views"] = torch.stack(views) @ b_y.T / y_ratio
             self.shifts = build_shifts(v, args.shift_width, args.seed, device)
-            self.adam = optim.optimizer("adam", [*self.shifts.values()], SHIFT_LR)
+            self.adam = optim.make_optimizer("adam", [*self.shifts.values()], SHIFT_LR)
             self.parts = dict(shifts=Tensors(**self.shifts), shift_optimizer=self.adam)
         self.learned = {name: each.to(device).requires_grad_() for name, each in start.items()}
 

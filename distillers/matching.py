@@ -216,7 +216,7 @@ def learn(experts, x_init, y_init, kind, args, run, device, **meta):
         learned["y_syn"] = y_syn
         groups.append(dict(params=[y_syn], lr=args.target_lr))
     draws = Draws(experts, len(x_init), args, randomness)
-    sgd = optim.optimizer("sgd", groups, args.outer_lr, weight_decay=0.0, momentum=0.5)
+    sgd = optim.make_optimizer("sgd", groups, args.outer_lr, weight_decay=0.0, momentum=0.5)
     parts = dict(optimizer=sgd, order=draws.order, randomness=randomness)
     run.resume(device, parts | dict(learned=Tensors(**learned)))
 

@@ -23,7 +23,7 @@ from utils import cli, distributed, files
 from utils.device import resolve_precision, restore_backends, select_device
 from utils.errors import UserError
 from utils.presets import deviations, preset, preset_name
-from utils.run import Run, versions
+from utils.run import Run, package_versions
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def main(method, argv, prog=None):
         preset=args.preset,
         deviations=changed,
         settings=run.settings,
-        versions=versions(),
+        versions=package_versions(),
     )
     initial = result.meta.setdefault("initial", None if chosen is None else chosen.tolist())
     moved = ""

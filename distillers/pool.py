@@ -63,7 +63,7 @@ class Member:
         self._build = lambda: models.build(arch, image_size, num_outputs, width).to(
             device, memory_format=memory_format, non_blocking=True
         )
-        self._optimizer = lambda network: optim.optimizer(
+        self._optimizer = lambda network: optim.make_optimizer(
             optimizer, network.parameters(), lr, weight_decay
         )
         self.device, self.precision = device, precision

@@ -150,8 +150,8 @@ def distill(source, chosen, target, args, run, device):
     x_init = source.normalised(chosen, device)
     x_syn = x_init.clone().requires_grad_()
     draws = Draws(source, args, randomness, device)
-    adamw = optim.optimizer("adamw", [x_syn], args.outer_lr, weight_decay=0.0)
-    scheduler = optim.schedule(adamw, "linear", args.outer_steps)
+    adamw = optim.make_optimizer("adamw", [x_syn], args.outer_lr, weight_decay=0.0)
+    scheduler = optim.make_schedule(adamw, "linear", args.outer_steps)
     state = dict(
         optimizer=adamw,
         scheduler=scheduler,

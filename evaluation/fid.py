@@ -24,7 +24,7 @@ import models
 from data.distilled import DISTILLED_HELP, distilled_file, load_distilled, results_folder
 from data.images import load_images, normalise
 from evaluation import results, starting_weights
-from evaluation.probes import evaluating
+from evaluation.probes import evaluation_mode
 from models import saved
 from models.target import load_target
 from utils import cli, files, progress
@@ -142,7 +142,7 @@ def load_network(path, source, device):
     network = network.to(device)
 
     def features(pixels):
-        with evaluating(network):
+        with evaluation_mode(network):
             return network.embed(normalise(pixels, source.mean, source.std))
 
     name = (
@@ -161,7 +161,7 @@ def measure_fid(distilled, source, features, device):
     with torch.no_grad():
         for index in torch.arange(len(pixels)).split(BATCH):
             sets[0].add(features(pixels[index].to(device)))
-        for index in progress.bar(
+        for index in progress.progress_bar(
             torch.arange(len(source)).split(BATCH), desc="features of the source"
         ):
             sets[1].add(features(source.raw(index, device)))
@@ -200,7 +200,7 @@ def main(argv):
             deviations=distilled.meta.get("deviations", {}) | source.deviations,
             digest=settings_digest(facts),
         )
-        | starting_weights.cost(device, "fp32", started)
+        | starting_weights.measure_cost(device, "fp32", started)
     )
     results.append(results_folder(args.distilled, distilled, args.run_root), line)
     print(f"{meta['method']} {meta['source']}: FID {value:.2f} with the features of {name}")

@@ -16,7 +16,7 @@ BATCH = 512
 
 
 @contextlib.contextmanager
-def evaluating(network, batch_statistics=False):
+def evaluation_mode(network, batch_statistics=False):
     """Context with `network` in eval mode and without gradients.
 
     With `batch_statistics`, batch norm uses the statistics of each batch and does not update its
@@ -39,7 +39,7 @@ def evaluating(network, batch_statistics=False):
             module.training = training
 
 
-def outputs(function, images, device, precision="fp32", mean=None, std=None):
+def compute_outputs(function, images, device, precision="fp32", mean=None, std=None):
     """Apply a network to all images of an `ImageSet`, in order.
 
     Args:
@@ -55,7 +55,7 @@ def outputs(function, images, device, precision="fp32", mean=None, std=None):
     mean, std = images.mean if mean is None else mean, images.std if std is None else std
     network = function.__self__ if hasattr(function, "__self__") else function
     results = []
-    with evaluating(network), autocast(device, precision):
+    with evaluation_mode(network), autocast(device, precision):
         for index in torch.arange(len(images)).split(BATCH):
             results.append(function(normalise(images.raw(index, device), mean, std)).float())
     return torch.cat(results)
@@ -72,13 +72,13 @@ def accuracy(network, images, device, precision="fp32", batch_statistics=False):
         images: labelled `ImageSet`.
         device: torch device.
         precision: as --precision.
-        batch_statistics: as in `evaluating`.
+        batch_statistics: as in `evaluation_mode`.
     """
     order = torch.arange(len(images))
     if batch_statistics:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     correct = 0
-    with evaluating(network, batch_statistics), autocast(device, precision):
+    with evaluation_mode(network, batch_statistics), autocast(device, precision):
         for index in order.split(BATCH):
             predicted = network(images.normalised(index, device)).argmax(1)
             correct += (predicted.cpu() == images.labels[index]).sum().item()
@@ -115,7 +115,7 @@ def _labelled_features(embed, train, test, device, precision):
     parts = []
     for images in (train, test):
         parts += [
-            outputs(embed, images, device, precision, train.mean, train.std),
+            compute_outputs(embed, images, device, precision, train.mean, train.std),
             images.labels.to(device),
         ]
     return *parts, len(train.classes)

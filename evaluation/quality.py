@@ -6,13 +6,13 @@ import sys
 import torch
 
 import models
-from evaluation.probes import knn_accuracy_of, linear_accuracy_of, outputs
+from evaluation.probes import compute_outputs, knn_accuracy_of, linear_accuracy_of
 from utils import distributed
 
 MOST = 10_000  # largest number of training images in the check; half of them are held out
 
 
-def feature_quality(source, target_features, arch, width, device):
+def measure_quality(source, target_features, arch, width, device):
     """Compare the target's features with those of an untrained student on the source's labels.
 
     Uses at most `MOST` random images of the source's training split. A linear probe and a
@@ -38,7 +38,7 @@ def feature_quality(source, target_features, arch, width, device):
     torch.set_rng_state(state)
     labels, untrained = (
         source.labels[chosen].to(device),
-        outputs(student, source.subset(chosen), device),
+        compute_outputs(student, source.subset(chosen), device),
     )
     accuracies = [
         _accuracies(features, labels, len(source.classes))

@@ -14,7 +14,7 @@ from utils import cli, files
 from utils.device import device_name
 from utils.errors import UserError
 from utils.presets import deviations, image_size, preset, preset_name
-from utils.run import versions
+from utils.run import package_versions
 
 
 @dataclass
@@ -52,10 +52,14 @@ class StartingWeights:
         meta = {name: self.saved["meta"].get(name) for name in names}
         network = {name: self.saved[name] for name in ("arch", "width", "image_size")}
         line = meta | network | {"seed": self.seed} | values
-        return line | {"deviations": self.deviations | changed} | cost(device, precision, started)
+        return (
+            line
+            | {"deviations": self.deviations | changed}
+            | measure_cost(device, precision, started)
+        )
 
 
-def cost(device, precision, started):
+def measure_cost(device, precision, started):
     """Return the facts about a process: device, precision, versions, time and peak memory in MiB.
 
     The time is that since `started` (time.monotonic).
@@ -66,7 +70,7 @@ def cost(device, precision, started):
     return dict(
         device=device_name(device),
         precision=precision,
-        versions=versions(),
+        versions=package_versions(),
         seconds=round(time.monotonic() - started, 1),
         peak_memory_mib=round(torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak),
     )
@@ -124,7 +128,7 @@ def load(args):
         seed = args.seed or 0
         torch.manual_seed(seed)
         name = f"{models.label(network['arch'], network['width'])}_{network['image_size']}px"
-        content = saved.untrained(**network)
+        content = saved.build_untrained(**network)
         content["meta"]["deviations"] = deviations(
             preset_name(args.dataset), "distill", {"width": network["width"]}
         )
@@ -158,7 +162,7 @@ def train_or_load(start, run, network, num_outputs, train, **meta):
     train()
     content = (start.saved[name] for name in ("arch", "width", "image_size"))
     meta = start.saved["meta"] | meta
-    run.finish("model", saved.content(network, *content, num_outputs, meta))
+    run.finish("model", saved.make_content(network, *content, num_outputs, meta))
     return network
 
 

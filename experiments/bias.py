@@ -60,7 +60,7 @@ from torch.func import grad, jacfwd, jacrev, vmap
 from distillers.krr import ridge_predict
 from utils import cli, files, progress
 from utils.plots import COLOURS, INK, MARKERS, label_axis, make_panels, save_figure
-from utils.run import versions
+from utils.run import package_versions
 
 SIDE, IMAGES, REAL = 4, 8, 100  # pixels of a side, m, n
 PIXELS = SIDE * SIDE
@@ -100,7 +100,7 @@ class Problem(NamedTuple):
         return weights @ self.losses(theta, x) + self.mu / 2 * (theta - self.start).square().sum()
 
 
-def images(generator):
+def draw_images(generator):
     """Return X_s (m, 16) and X_t (n, 16).
 
     These are digits averaged over 2 x 2 pixels, centred per pixel and scaled to unit variance.
@@ -111,7 +111,7 @@ def images(generator):
     return x[chosen[:IMAGES]], x[chosen[IMAGES : IMAGES + REAL]]
 
 
-def shifts():
+def make_shifts():
     """Return one-pixel shifts with zero padding as matrices: x @ shifts() is (4, n, 16)."""
     pixels = F.pad(torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, SIDE, SIDE), [1] * 4)
     corners = ((0, 1), (1, 0), (1, 2), (2, 1))
@@ -120,7 +120,7 @@ def shifts():
     )
 
 
-def masks():
+def make_masks():
     """Return a mask for each pair of hidden quarters: (6, 16) of ones and zeros."""
     quarter = (
         torch.arange(4)
@@ -160,7 +160,7 @@ def simclr_loss(z1, z2):
 def two_views(loss):
     """Return `losses` for a loss of the embeddings of two views."""
     first, second = torch.tensor([*itertools.combinations(range(4), 2)]).T
-    shifted = shifts()
+    shifted = make_shifts()
 
     def losses(theta, x):
         z = x @ shifted @ theta.view(PIXELS, OUTPUTS)  # (4, n, d_y)
@@ -171,12 +171,12 @@ def two_views(loss):
 
 def masking_losses(theta, x):
     """Return `losses` of masked reconstruction by a linear map: squared error per hidden pixel."""
-    seen = masks()[:, None]  # (6, 1, 16)
+    seen = make_masks()[:, None]  # (6, 1, 16)
     error = (x * seen) @ theta.view(PIXELS, PIXELS) - x
     return (error * (1 - seen)).square().sum((1, 2)) / (len(x) * PIXELS / 2)
 
 
-def problems(x_syn, x_real, generator):
+def make_problems(x_syn, x_real, generator):
     """Return the inner problems.
 
     Returns:
@@ -319,7 +319,7 @@ def sum_over_draws(problem, counts, weights, x, start, truth):
         Sums for each group: (G, p), (G, p, q), (G, q), (G,).
     """
     total = None
-    for w, n in progress.bar(
+    for w, n in progress.progress_bar(
         [*zip(weights.split(CHUNK), counts.split(CHUNK, 1), strict=True)], desc="inner problems"
     ):
         v, a = implicit_gradient(problem, lower_minimum(problem, w, x, start), w, x)
@@ -415,7 +415,7 @@ def summarise(g_sums, per_group, squares, truth, generator):
     )
 
 
-def multisets(r):
+def list_multisets(r):
     """Return all multisets of r outcomes as counts (k, D), and their probabilities (k,)."""
     rows = [
         torch.bincount(torch.tensor(each), minlength=OUTCOMES)
@@ -426,7 +426,7 @@ def multisets(r):
     return counts, log.exp()
 
 
-def bilevel_row(problem, x_syn, r, draws, generator):
+def measure_bilevel_row(problem, x_syn, r, draws, generator):
     """Return a row for the meta-gradient with r drawn outcomes."""
     uniform = torch.full((1, OUTCOMES), 1 / OUTCOMES, dtype=torch.float64)
     best = minimise(problem, uniform, x_syn)
@@ -435,7 +435,7 @@ def bilevel_row(problem, x_syn, r, draws, generator):
     drawn = torch.multinomial(uniform.expand(draws, -1), r, replacement=True, generator=generator)
     drawn = F.one_hot(drawn, OUTCOMES).sum(1).double()  # (draws, D)
     few = math.comb(OUTCOMES + r - 1, r) <= ENUMERATED
-    every, probability = multisets(r) if few else (drawn[:0], drawn[:0, 0])
+    every, probability = list_multisets(r) if few else (drawn[:0], drawn[:0, 0])
     distinct, which = torch.cat([every, drawn]).unique(dim=0, return_inverse=True)
     each = F.one_hot(which, len(distinct)).double()
     exact = probability @ each[: len(every)]  # (k,)
@@ -464,7 +464,7 @@ def bilevel_row(problem, x_syn, r, draws, generator):
     return row
 
 
-def sampled_row(gradients, r, draws, generator):
+def measure_sampled_row(gradients, r, draws, generator):
     """Return a row for the mean of r rows of `gradients` (D, q), drawn with replacement.
 
     The truth is the mean of all rows.
@@ -485,29 +485,29 @@ def sampled_row(gradients, r, draws, generator):
 def measure(sizes, draws, seed):
     """Return all rows as dicts."""
     generator = torch.Generator().manual_seed(seed)
-    x_syn, x_real = images(generator)
-    ssl, krr, closed = problems(x_syn, x_real, generator)
+    x_syn, x_real = draw_images(generator)
+    ssl, krr, closed = make_problems(x_syn, x_real, generator)
     rows = []
 
     def add(loss, gradient, r, row):
         rows.append(dict(loss=loss, gradient=gradient, r=r, seed=seed) | row)
 
-    for r in progress.bar(sizes, desc="r"):
+    for r in progress.progress_bar(sizes, desc="r"):
         for name, problem in (ssl | {"MSE (KRR-ST)": krr}).items():
-            add(name, "bilevel", r, bilevel_row(problem, x_syn, r, draws, generator))
+            add(name, "bilevel", r, measure_bilevel_row(problem, x_syn, r, draws, generator))
         for name, problem in ssl.items():
             each = jacfwd(lambda theta, problem=problem: problem.losses(theta, x_syn))(
                 problem.start
             )  # (D, p)
-            add(name, "ordinary", r, sampled_row(each, r, draws, generator))
+            add(name, "ordinary", r, measure_sampled_row(each, r, draws, generator))
         each = torch.autograd.functional.jacobian(closed, x_syn).flatten(1)  # (n, q)
-        add("MSE (KRR-ST)", "mini-batch", r, sampled_row(each, r, draws, generator))
+        add("MSE (KRR-ST)", "mini-batch", r, measure_sampled_row(each, r, draws, generator))
     for row in rows:
         row["biased"] = row["p"] < 0.05 / len(rows)
     return rows
 
 
-def markdown(rows):
+def format_markdown(rows):
     """Return `rows` as a Markdown table."""
     lines = [
         "| loss | gradient | r | along | part: means | part: covariance | norm "
@@ -607,8 +607,8 @@ def draw(rows, out):
 def main(argv):
     args, started = parse_args(argv), time.monotonic()
     rows = measure(*((1, 2), 100) if args.fast else (SIZES, DRAWS), args.seed)
-    print(markdown(rows))
-    facts = versions()
+    print(format_markdown(rows))
+    facts = package_versions()
     text = "".join(json.dumps(row | facts) + "\n" for row in rows)
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_text(args.out / "bias.jsonl", text)

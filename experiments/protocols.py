@@ -36,7 +36,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from data.subsets import few_labels
 from evaluation import probes, results
-from evaluation.starting_weights import cost
+from evaluation.starting_weights import measure_cost
 from models import saved
 from pretrain import pretrain
 from utils import cli, files
@@ -149,7 +149,7 @@ def pretrained_network(case, args, device):
         network = models.build(case.arch, SIZE, distilled.num_outputs, WIDTH).to(device)
         pretrain(network, data, SimpleNamespace(**recipe), run, randomness, device)
         meta = dict(method=case.method, source=SOURCE, seed=case.seed)
-        content = saved.content(network, case.arch, WIDTH, SIZE, distilled.num_outputs, meta)
+        content = saved.make_content(network, case.arch, WIDTH, SIZE, distilled.num_outputs, meta)
         run.finish("model", content)
     return saved.rebuild(saved.load_model(run.artefact)).to(device), digest
 
@@ -159,7 +159,7 @@ def evaluate(case, network, train, test, args, device):
     index = few_labels(train, LABELS_PER_CLASS, 0.0, torch.Generator().manual_seed(case.seed))
     chosen = train.subset(index)
     features, tests = (
-        probes.outputs(network.embed, images, device, args.precision, train.mean, train.std)
+        probes.compute_outputs(network.embed, images, device, args.precision, train.mean, train.std)
         for images in (chosen, test)
     )
     labels, truth = chosen.labels.to(device), test.labels.to(device)
@@ -187,7 +187,9 @@ def main(argv):
         for probe, accuracy in evaluate(case, network, train, test, args, device):
             line = facts | dict(name=case.name, probe=probe, accuracy=round(accuracy, 4))
             key = settings_digest(facts | dict(probe=probe, precision=args.precision))
-            results.append(folder, line | dict(digest=key) | cost(device, args.precision, started))
+            results.append(
+                folder, line | dict(digest=key) | measure_cost(device, args.precision, started)
+            )
             print(f"{case.name}, probe {probe}: {accuracy:.2f} %")
     if args.collect:
         lines = results.read(folder / "results.jsonl")

@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.presets import SMALLEST_IMAGE_SIZE
 
 
-def content(network, arch, width, image_size, num_outputs, meta):
+def make_content(network, arch, width, image_size, num_outputs, meta):
     """Return the dict for `files.save(path, "model", ...)`.
 
     Args:
@@ -33,7 +33,7 @@ def load_model(path):
     """Read a model.pt. Raises UserError if it is invalid.
 
     Returns:
-        The dict of `content`, with its `path`.
+        The dict of `make_content`, with its `path`.
     """
     saved = files.load(
         path, "model", required=("network", "arch", "width", "image_size", "num_outputs", "meta")
@@ -103,10 +103,10 @@ def load_weights(network, state, arch, path):
         ) from error
 
 
-def untrained(arch, width, image_size):
+def build_untrained(arch, width, image_size):
     """Return the dict of `load_model` for a network that torch's generator initialises."""
     network = models.build(arch, image_size, 1, width)
-    return content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
+    return make_content(network, arch, width, image_size, 1, {"source": None, "method": "scratch"})
 
 
 # Prefixes of keys in checkpoints of solo-learn, lightly and DDP.

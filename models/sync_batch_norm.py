@@ -74,7 +74,7 @@ def _forward(layer, x):
 
 
 @contextlib.contextmanager
-def synchronised(*networks):
+def synchronise_batch_norm(*networks):
     """Context in which batch norm of `networks` in train mode uses the statistics of all ranks."""
     found = [
         each for network in networks for each in network.modules() if isinstance(each, _BatchNorm)

@@ -86,7 +86,9 @@ class Target:
                     for leftover in path.parent.glob(f"{path.stem}.*.partial"):  # killed process
                         leftover.unlink()
                     self._write(path, images, batches)
-                    files.write_json(record, {"name": path.name, "features": files.checksums(path)})
+                    files.write_json(
+                        record, {"name": path.name, "features": files.compute_checksums(path)}
+                    )
         content = files.read_json(record, "record of features")
         if content.get("name") != path.name:
             raise UserError(f"{record}: the record of another file; delete it to recreate it")
@@ -96,7 +98,7 @@ class Target:
         with files.atomic_write(path) as partial:
             table = files.create_array(partial, np.float32, (len(images), self.feature_dim))
             start = 0
-            with progress.bar(total=len(images), desc="target features") as bar:
+            with progress.progress_bar(total=len(images), desc="target features") as bar:
                 for features in batches:
                     table[start : start + len(features)] = features.cpu().numpy()
                     start += len(features)

@@ -33,7 +33,7 @@ from models import saved
 from publishing import cards, dd_ranking, standalone
 from utils import cli, files
 from utils.errors import UserError
-from utils.optional import optional
+from utils.optional import import_optional
 from utils.presets import preset, preset_name
 from utils.run import shareable_command
 
@@ -100,7 +100,7 @@ def describe_origin(meta):
 
 def save_tensors(path, tensors, **header):
     """Write tensors by name to a safetensors file; `header` is at most one plain value."""
-    safetensors = optional("safetensors.torch", "export")
+    safetensors = import_optional("safetensors.torch", "export")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {name: json.dumps(value) for name, value in header.items()}
     path.write_bytes(safetensors.save(contiguous, metadata=header))
@@ -207,7 +207,7 @@ def push(folder, repository, kind):
 
     Raises UserError if the upload fails.
     """
-    hub = optional("huggingface_hub", "--push")
+    hub = import_optional("huggingface_hub", "--push")
     try:
         api = hub.HfApi()
         api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
@@ -219,7 +219,9 @@ def push(folder, repository, kind):
             commit_message="Export",
         )
     except Exception as error:  # error of the Hub, the network or the account
-        raise UserError(f"--push {repository}: failed ({exported.reason(error)})") from error
+        raise UserError(
+            f"--push {repository}: failed ({exported.describe_error(error)})"
+        ) from error
     print(f"uploaded {folder} to {repository} ({kind}); new repositories are private")
 
 

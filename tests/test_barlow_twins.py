@@ -10,7 +10,7 @@ import models
 from models.barlow_twins import barlow_twins_loss
 from pretrain_target import load_backbone
 from utils.errors import UserError
-from utils.optim import LARS, schedule
+from utils.optim import LARS, make_schedule
 
 
 def test_loss_equals_the_formula_term_by_term():
@@ -70,7 +70,7 @@ def test_lars_follows_its_formula_over_two_steps():
 )
 def test_schedules_follow_their_formulas(name, points):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    scheduler = schedule(optimizer, name, 100)
+    scheduler = make_schedule(optimizer, name, 100)
     rates = [scheduler.get_last_lr()[0]]
     for _ in range(100):
         optimizer.step()
@@ -82,7 +82,7 @@ def test_schedules_follow_their_formulas(name, points):
 
 def test_warm_up_rises_to_the_full_rate():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = schedule(optimizer, "cosine", 20, warmup=10)
+    scheduler = make_schedule(optimizer, "cosine", 20, warmup=10)
     rates = []
     for _ in range(11):
         rates.append(scheduler.get_last_lr()[0])

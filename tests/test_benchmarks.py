@@ -74,8 +74,8 @@ def test_gpu_steps_are_timed_between_events_after_a_second_of_warm_up(
 def test_operations_and_limit():
     a = torch.randn(4, 5)
     assert timing.count_flop(lambda: a @ a.T) == 2 * 4 * 5 * 4
-    assert timing.limit({"matrix product": 3.0, "convolution": 5.0}) == 5.0
-    assert timing.limit({"matrix product": 6.0, "convolution": 5.0}) == 6.0
+    assert timing.find_limit({"matrix product": 3.0, "convolution": 5.0}) == 5.0
+    assert timing.find_limit({"matrix product": 6.0, "convolution": 5.0}) == 6.0
 
 
 def test_rates_are_those_of_the_best_product(monkeypatch):
@@ -98,7 +98,7 @@ def test_share_of_the_limit_and_ratio():
     rounds = [dict(ours=time(1.0), plain=time(each), peak=peak) for each in (2.0, 3.0, 7.0)]
     parts = {"training step of the pool member": [0.5, 1e9]}
     facts |= dict(machine="a CPU", torch="2.0", rounds=rounds, parts=parts, errors={})
-    text = speed.markdown(facts | dict(flop=2.5e9, plain_flop=5e9))
+    text = speed.format_result(facts | dict(flop=2.5e9, plain_flop=5e9))
     assert "**3.00 (2.00 to 7.00) times as fast as the plain step in fp32**" in text
     assert "n = 3 pairs" in text and "50 (50 to 50) % of the limit" in text
     assert "| 500.0 | 1.0 | 2 | 40% |" in text

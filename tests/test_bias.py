@@ -17,8 +17,8 @@ UNIFORM = torch.full((1, bias.OUTCOMES), 1 / bias.OUTCOMES, dtype=torch.float64)
 @pytest.fixture(scope="module")
 def setup():
     generator = torch.Generator().manual_seed(0)
-    x_syn, x_real = bias.images(generator)
-    return x_syn, x_real, *bias.problems(x_syn, x_real, generator)
+    x_syn, x_real = bias.draw_images(generator)
+    return x_syn, x_real, *bias.make_problems(x_syn, x_real, generator)
 
 
 def list_problems(setup):
@@ -91,14 +91,14 @@ def test_losses_equal_their_formulas(setup):
     left_half = x.view(8, 4, 4).clone()
     left_half[:, :, 2:] = 0  # quarters 1 and 3, the second and fourth of 2 x 2, are hidden
     error = (left_half.flatten(1) @ theta.view(16, 16) - x).view(8, 4, 4)[:, :, 2:]
-    hidden = [pair for pair in range(6) if bias.masks()[pair].view(4, 4)[:, 2:].sum() == 0]
+    hidden = [pair for pair in range(6) if bias.make_masks()[pair].view(4, 4)[:, 2:].sum() == 0]
     assert len(hidden) == 1
     torch.testing.assert_close(bias.masking_losses(theta, x)[hidden[0]], error.square().mean())
 
 
 def test_shifts_move_by_one_pixel():
     x = torch.arange(1.0, 17).double().view(4, 4)
-    moved = (x.view(1, 16) @ bias.shifts()).view(4, 4, 4)
+    moved = (x.view(1, 16) @ bias.make_shifts()).view(4, 4, 4)
     zero = torch.zeros(4, dtype=torch.float64)
     expected = {"up": torch.cat([x[1:], zero[None]]), "down": torch.cat([zero[None], x[:-1]])}
     expected |= {
@@ -110,14 +110,14 @@ def test_shifts_move_by_one_pixel():
 
 def test_multisets_enumerate_all_draws():
     for r in (1, 2, 4):
-        counts, probability = bias.multisets(r)
+        counts, probability = bias.list_multisets(r)
         assert (
             probability.sum().item() == pytest.approx(1, abs=1e-12) and (counts.sum(1) == r).all()
         )
         torch.testing.assert_close(
             probability @ counts, torch.full((6,), r / 6, dtype=torch.float64)
         )
-    counts, probability = bias.multisets(2)
+    counts, probability = bias.list_multisets(2)
     double = (counts == 2).any(1)
     assert probability[double].tolist() == pytest.approx([1 / 36] * 6) and len(counts) == 21
 
@@ -219,5 +219,5 @@ def test_fast_run_confirms_the_theorem(tmp_path):
 def test_seed_determines_the_rows():
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
     gradients = F.one_hot(torch.arange(6)).double()
-    first, again, other = (bias.sampled_row(gradients, 2, 100, each) for each in generator)
+    first, again, other = (bias.measure_sampled_row(gradients, 2, 100, each) for each in generator)
     assert first == again and first["along"] != other["along"]

@@ -21,7 +21,7 @@ from data.distilled import load_distilled
 from distillers import __main__ as distillers
 from distillers.pool import Member
 from models.barlow_twins import barlow_twins_loss
-from models.sync_batch_norm import synchronised
+from models.sync_batch_norm import synchronise_batch_norm
 from tests.conftest import DISTILL, ROOT, TARGET, command
 from tests.ranks import run_ranks
 from utils import cli, distributed, files, run
@@ -66,7 +66,7 @@ def compute_twins_step(rank=0, count=1):
     """
     views, network = make_twins()
     weights = list(network.parameters())
-    with synchronised(network):
+    with synchronise_batch_norm(network):
         z1, z2 = (network(view.tensor_split(count)[rank]) for view in views)
         loss = distributed.backward(barlow_twins_loss(z1, z2, 0.1, 0.5), weights)
         own = network.eval()(views[0][: rank + 1]).mean().item()

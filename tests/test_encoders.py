@@ -559,7 +559,7 @@ def test_no_reduction_to_as_many_dimensions_or_more(tmp_path):
 
 
 def measure_quality(source, features):
-    return quality.feature_quality(source, lambda index: features[index], "convnet3", 0.125, CPU)
+    return quality.measure_quality(source, lambda index: features[index], "convnet3", 0.125, CPU)
 
 
 def test_target_no_better_than_an_untrained_student_gives_a_warning(source, capsys):
@@ -586,4 +586,4 @@ def test_quality_check_needs_labels_and_keeps_the_state_of_the_generator(source)
     measure_quality(source, torch.rand(60, 2, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(torch.get_rng_state(), before)
     unlabelled = argparse.Namespace(labels=None)
-    assert quality.feature_quality(unlabelled, None, "convnet3", 1.0, CPU) is None
+    assert quality.measure_quality(unlabelled, None, "convnet3", 1.0, CPU) is None

@@ -204,9 +204,9 @@ def test_invalid_recipe_is_an_error(name, value):
     distilled.meta["recipe"] = {name: value}
     usual = {"arch": "convnet3", "width": 0.25, "lr": 0.1, "epochs": 5, "augment": False}
     with pytest.raises(UserError, match=f"x: invalid recipe: {name}"):
-        pretrain.own_recipe(distilled, "x", usual)
+        pretrain.read_recipe(distilled, "x", usual)
     distilled.meta["recipe"] = {"epochs": 7, "unknown": 1}
-    assert pretrain.own_recipe(distilled, "x", usual) == usual | {"epochs": 7}
+    assert pretrain.read_recipe(distilled, "x", usual) == usual | {"epochs": 7}
 
 
 # Without this package

@@ -82,7 +82,9 @@ def test_moments_do_not_depend_on_the_batches():
 def test_command_uses_our_networks_and_stores_results(roots, runs, distilled, tmp_path):
     target, data, own = runs / "target" / "seed0" / "target.pt", roots[:2], tmp_path / "model.pt"
     network = models.build("vgg11", 32, 10, 0.125)  # 64 features
-    files.save(own, "model", saved.content(network, "vgg11", 0.125, 32, 10, {"method": "krr_st"}))
+    files.save(
+        own, "model", saved.make_content(network, "vgg11", 0.125, 32, 10, {"method": "krr_st"})
+    )
     flags = ["--distilled", str(distilled), *data]
     for network in (target, own, target):
         fid.main([*flags, "--network", str(network)])

@@ -16,7 +16,7 @@ from distillers.krr import centred_one_hot
 from distillers.pool import Member, Pool
 from tests.conftest import command, make_stopping_steps
 from utils import cli, run
-from utils.optim import LAMB, schedule
+from utils.optim import LAMB, make_schedule
 
 TOY = [
     "--source",
@@ -142,7 +142,7 @@ def test_lamb_does_not_move_without_a_gradient():
 
 def test_schedule_is_a_cosine_to_a_tenth():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    scheduler, rates = schedule(optimizer, "cosine_to_tenth", 100), {}
+    scheduler, rates = make_schedule(optimizer, "cosine_to_tenth", 100), {}
     for step in range(101):
         rates[step] = scheduler.get_last_lr()[0]
         optimizer.step()

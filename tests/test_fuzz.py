@@ -101,7 +101,7 @@ def foreign_files(tmp_path):
 
 
 def vary(content, count, foreign_files, seed=0):
-    """Yield the foreign_files files and `count` variants of `content`.
+    """Yield the files of foreign formats and `count` variants of `content`.
 
     In turn, bytes are cut off, flipped, swapped, overwritten and inserted.
     """

@@ -7,7 +7,7 @@ import distill
 import finetune
 import kd
 import pretrain
-from analysis.tables import document, gather_results
+from analysis.tables import format_tables, gather_results
 from data.distilled import load_distilled
 from distillers import gaussian, method
 from evaluation import results
@@ -135,7 +135,7 @@ def test_untrained_students_on_different_images_have_different_folders(
     lines = [line for line in results.read(folder / "results.jsonl") if line["protocol"] == "kd"]
     assert [line["images"]["method"] for line in lines] == ["gaussian", "krr_st", "krr_st"]
     assert [line["images"]["num_images"] for line in lines] == [30, 20, 20]
-    shown = document(gather_results([folder]))["digits"]
+    shown = format_tables(gather_results([folder]))["digits"]
     assert (
         "| no pre-training (convnet3-x0.125 at 32 px; on 30 images of Gaussian noise, digits) "
         in shown

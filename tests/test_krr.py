@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from distillers import krr
-from distillers.krr import ridge_predict, with_bias
+from distillers.krr import append_bias, ridge_predict
 
 
 def draw_features(generator, *shape):
@@ -21,7 +21,7 @@ def test_dual_prediction_equals_explicit_primal_solution(m, d_h, per_image, bias
     f_real, f_syn, y = draw_features(g, 9, d_h), draw_features(g, m, d_h), draw_features(g, m, 4)
     ours = ridge_predict(f_real, f_syn, y, 1e-3, per_image, bias)
     if bias:
-        f_real, f_syn = with_bias(f_real), with_bias(f_syn)
+        f_real, f_syn = append_bias(f_real), append_bias(f_syn)
     damping = 1e-3 * torch.trace(f_syn @ f_syn.T) / (m if per_image else 1)
     # argmin_W ||f_syn W - y||^2 + damping ||W||^2, solved for W (d_h, d_y) itself
     primal = (
@@ -58,14 +58,14 @@ def test_meta_gradients_agree_with_central_differences():
     x, y = torch.randn(5, 3, 32, 32, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     x.requires_grad_(), y.requires_grad_()
     f_real = network.embed(x_real)
-    ridge, start = 1e-2, with_bias(network.embed(x.detach()))
+    ridge, start = 1e-2, append_bias(network.embed(x.detach()))
     trace = (start @ start.T).trace()
 
     def loss_at(x, y):
-        f = with_bias(network.embed(x))
+        f = append_bias(network.embed(x))
         k = f @ f.T
         dual = torch.linalg.inv(k + ridge * trace * torch.eye(len(f), dtype=torch.float64)) @ y
-        return (y_real - with_bias(f_real) @ f.T @ dual).square().mean()
+        return (y_real - append_bias(f_real) @ f.T @ dual).square().mean()
 
     loss = torch.nn.functional.mse_loss(ridge_predict(f_real, network.embed(x), y, ridge), y_real)
     loss.backward()
@@ -178,7 +178,10 @@ def test_number_of_factorisations(device, ridge, expected):
 def test_refined_float32_factor_is_near_float64():
     """The loss of precision of a float32 factor at the default ridge, and its correction."""
     g = torch.Generator().manual_seed(4)
-    f, y = with_bias(draw_features(g, 300, 500).relu()), draw_features(g, 300, 16).requires_grad_()
+    f, y = (
+        append_bias(draw_features(g, 300, 500).relu()),
+        draw_features(g, 300, 16).requires_grad_(),
+    )
     k = (f @ f.T).requires_grad_()
     damping = 1e-6 * k.trace().detach()
     exact = krr.solve(k, damping, y)

@@ -124,7 +124,7 @@ def test_step(name, precision, source):
 @pytest.mark.parametrize("name", STEPS)
 def test_planted_wait_is_caught(name, source, monkeypatch):
     """The optimiser reads a value of the first parameter."""
-    build = optim.optimizer
+    build = optim.make_optimizer
 
     def waiting(name, params, *args, **kwargs):
         made = build(name, params, *args, **kwargs)
@@ -132,7 +132,7 @@ def test_planted_wait_is_caught(name, source, monkeypatch):
         made.register_step_post_hook(lambda *_: first.sum().item())
         return made
 
-    monkeypatch.setattr("utils.optim.optimizer", waiting)
+    monkeypatch.setattr("utils.optim.make_optimizer", waiting)
     with pytest.raises(RuntimeError, match="cannot be called on meta"):
         STEPS[name](source, META, "fp32", Guard)
 

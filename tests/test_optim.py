@@ -40,7 +40,7 @@ def test_steps_equal_those_of_a_loop(name, loop):
     start = [torch.randn(shape, generator=g) for shape in shapes]
     start[3].zero_()  # a norm of 0
     ours, theirs = ([each.clone().requires_grad_() for each in start] for _ in range(2))
-    optimizer = optim.optimizer(name, ours, 0.3, weight_decay=1e-2)
+    optimizer = optim.make_optimizer(name, ours, 0.3, weight_decay=1e-2)
     states = [{} for _ in start]
     unused = torch.zeros(2, requires_grad=True)  # no gradient
     optimizer.param_groups[0]["params"].append(unused)

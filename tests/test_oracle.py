@@ -156,7 +156,7 @@ def test_model_records_the_oracle_and_tables_have_its_row(toy, roots, tmp_path):
         "finetune.py", "--weights", path, "--dataset", "digits", "--protocol", "knn", *roots[:2]
     )
     assert "\nfull convnet3 -> digits (knn): " in done.stdout
-    shown = tables.document(tables.gather_results([tmp_path]))["digits"]
+    shown = tables.format_tables(tables.gather_results([tmp_path]))["digits"]
     assert "| full source (oracle) (convnet3-x0.125 at 32 px, m = 1437, digits) |" in shown
 
 

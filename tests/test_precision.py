@@ -171,7 +171,7 @@ def test_device_and_precision_are_stored_and_tables_name_bf16(in_bf16):
         assert own == made | (
             {"finetune.precision": ["bf16", "fp32"]} if line["precision"] == "bf16" else {}
         )
-    text = "".join(tables.document(lines).values())
+    text = "".join(tables.format_tables(lines).values())
     assert "bf16 in distill, pretrain)" in text and "bf16 in distill, pretrain, finetune)" in text
 
 

@@ -50,7 +50,9 @@ def test_results_do_not_depend_on_the_batch_size(monkeypatch):
     results = []
     for size in (7, 90):
         monkeypatch.setattr(probes, "BATCH", size)
-        results.append((probes.accuracy(net, data, CPU), probes.outputs(net.embed, data, CPU)))
+        results.append(
+            (probes.accuracy(net, data, CPU), probes.compute_outputs(net.embed, data, CPU))
+        )
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1])
 

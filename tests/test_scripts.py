@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import finetune
-from analysis.tables import document, gather_results
+from analysis.tables import format_tables, gather_results
 from data.distilled import load_distilled
 from data.images import load_images
 from evaluation import probes, results
@@ -129,7 +129,7 @@ def read_results(folder):
 
 
 def test_probes_with_several_numbers_of_labels_compute_features_once(tmp_path, monkeypatch):
-    calls, outputs = [], probes.outputs
+    calls, outputs = [], probes.compute_outputs
 
     def counted(function, images, *args):
         calls.append(len(images))
@@ -292,7 +292,7 @@ def test_finetuning_protocols_write_results(weights, roots, tmp_path):
     assert (
         load_model(weights.parent / "digits_full_2perclass_seed0" / "model.pt")["num_outputs"] == 10
     )
-    shown = document(gather_results([weights.parent]))["digits"]
+    shown = format_tables(gather_results([weights.parent]))["digits"]
     assert (
         "| KRR-ST (convnet3-x0.125 at 32 px, m = 20, digits) " in shown
         and "knn, 2 labels/class" in shown

@@ -203,7 +203,7 @@ def test_growth_measures_each_axis_and_draws_it(tmp_path, monkeypatch, capsys):
     )
     args = scaling.parse_args(["--width", "0.05", "--device", "cpu"])
     lines = [scaling.measure(setting, args) for _, setting in scaling.all_settings()]
-    text = scaling.markdown(lines)
+    text = scaling.format_results(lines)
     rows = [row.split("|")[1:3] for row in text.splitlines() if row.startswith("| ")][1:]
     assert ["distilled images m", "12"] in [[cell.strip() for cell in row] for row in rows]
     assert ["--chunk", "4"] in [[cell.strip() for cell in row] for row in rows]

@@ -51,7 +51,7 @@ def test_table_at_the_scale_of_the_paper():
     ]
     [(settings, columns, _)] = tables.split_by_scale(TABLES["table1"], lines)
     assert settings is None and columns == [("convnet3", "cifar10"), ("convnet3", "cars")]
-    shown = tables.document(lines, ["table1"])["table1"].split("\n\nTable")[0].splitlines()
+    shown = tables.format_tables(lines, ["table1"])["table1"].split("\n\nTable")[0].splitlines()
     assert shown[2:5] + shown[-3:] == [
         "| accuracy in %      |            | cifar10                | cars                   |",
         "| ------------------ | ---------- | ---------------------: | ---------------------: |",
@@ -92,7 +92,7 @@ def test_results_at_another_scale_are_in_a_table_that_says_so():
     lines += [make_line(58.0, method="random", deviations={**SMALL, "num_images": [50, 1000]})]
     [(settings, *_)] = tables.split_by_scale(TABLES["table1"], lines)
     assert "width 0.25 (1.0)" in settings
-    shown = tables.document(lines)["table1"]
+    shown = tables.format_tables(lines)["table1"]
     heading, _, *rows = shown.splitlines()
     assert (
         "not comparable with the paper" in heading
@@ -146,7 +146,7 @@ def test_kd_rows_are_named_after_their_images():
         ("krr_st", [60.0]),
     ]
     assert (
-        "on 2000 images of KRR-ST" in tables.document(lines)["cifar10"]
+        "on 2000 images of KRR-ST" in tables.format_tables(lines)["cifar10"]
     )  # the third result is in no table of the paper
 
 
@@ -160,14 +160,14 @@ def test_variants_have_separate_tables():
             deviations={"distill.random_targets": [True, False]},
         ),
     ]
-    made = tables.document(lines)
+    made = tables.format_tables(lines)
     assert "D5: pool that never resets" in made["ablations"] and "random targets" in made["y_init"]
     assert (
         "D5" not in made["y_init"]
         and "D5" not in made["table1"]
         and "Reduced" not in "".join(made.values())
     )
-    assert not {"ablations", "y_init"} & tables.document(lines[:1]).keys()
+    assert not {"ablations", "y_init"} & tables.format_tables(lines[:1]).keys()
 
 
 def test_fid_of_different_networks_is_in_separate_tables():
@@ -186,7 +186,7 @@ def test_fid_of_different_networks_is_in_separate_tables():
             )
         )
     ]
-    shown = tables.document(lines)["fid"]
+    shown = tables.format_tables(lines)["fid"]
     standard, own = shown.split("Appendix F")[1:]
     assert (
         "features of inception" in standard
@@ -200,17 +200,17 @@ def test_fid_of_different_networks_is_in_separate_tables():
     )
     assert "| 1.00" not in standard and "✓" not in shown
     other = [each | dict(source="imagenet", dataset="imagenet") for each in lines[:1]]
-    shown = tables.document(lines + other)["fid"]
+    shown = tables.format_tables(lines + other)["fid"]
     assert (
         "imagenet, features of inception" in shown
-        and "features of inception" in tables.document(other)["fid"]
+        and "features of inception" in tables.format_tables(other)["fid"]
     )
 
 
 def test_tables_as_csv_and_latex():
     lines = [make_line(a, seed=s) for s, a in enumerate((88.5, 88.7))]
     out = io.StringIO()
-    tables.comma_separated([TABLES["table1"]], lines, out)
+    tables.write_csv([TABLES["table1"]], lines, out)
     [row] = csv.DictReader(io.StringIO(out.getvalue()))
     assert (row["table"], row["scale"], row["method"], row["dataset"]) == (
         "table1",
@@ -226,7 +226,7 @@ def test_tables_as_csv_and_latex():
         and row["within_two_std"] == "True"
         and row["n"] == "2"
     )
-    made = tables.document(lines, ["table1"], tables.latex)["table1"]
+    made = tables.format_tables(lines, ["table1"], tables.format_latex)["table1"]
     assert (
         r"KRR-ST & ours & \textbf{88.60 $\pm$ 0.10 (n=2)} \\" in made
         and r"\begin{tabular}{llr}" in made
@@ -329,7 +329,7 @@ def test_best_value_of_each_column_is_bold():
             ("dm", "cars", 29.0),
         )
     ]
-    shown = tables.document(lines, ["table1"])["table1"]
+    shown = tables.format_tables(lines, ["table1"])["table1"]
     assert [text in shown for text in ("**81.00", "**30.00", "**80.00", "**29.00")] == [
         True,
         True,
@@ -355,7 +355,7 @@ def test_other_protocols_are_below_the_table_of_the_same_sets():
     ]
     lines += [make_line(9.0, method="dm", protocol="head", dataset="cifar100"), make_line(88.0)]
     lines += [make_line(44.0, protocol="linear", source="digits")]  # in no table of the paper
-    main, *beside = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
+    main, *beside = tables.format_tables(lines, ["table1"])["table1"].split("\n\nTable 1")
     assert main.startswith("Table 1") and "knn" not in main and "88.00" in main
     assert [text.split(", under")[0].split(" on ")[1] for text in beside] == ["cifar10", "cifar100"]
     heads = [cell.strip() for cell in beside[0].splitlines()[2].split("|")[3:-1]]
@@ -381,7 +381,7 @@ def test_other_protocols_are_below_the_table_of_the_same_sets():
         and "| **9.00 ± 0.00 (n=1)** |" in beside[1]
         and "paper" not in "".join(beside)
     )
-    rest = tables.document(lines)
+    rest = tables.format_tables(lines)
     assert (
         rest.keys() == {"table1", "cifar10"} and rest["cifar10"].count("(n=1)") == 1
     )  # each result once
@@ -400,7 +400,7 @@ def test_settings_are_listed_once_unless_they_differ():
             deviations=few | {"dm.real_batch": [16, 256]},
         ),
     ]
-    main, same, other = tables.document(lines, ["table1"])["table1"].split("\n\nTable 1")
+    main, same, other = tables.format_tables(lines, ["table1"])["table1"].split("\n\nTable 1")
     assert "finetune.steps 300 (10,000)" in main and "width 0.25 (1.0)" in main
     assert (
         "**Reduced scale**, with the settings of the table above." in same and "width" not in same
@@ -413,7 +413,7 @@ def test_probes_of_variants_are_below_their_table():
         make_line(50.0, protocol="linear"),
         make_line(40.0, protocol="linear", method="krr_st_d5"),
     ]
-    made = tables.document(lines)
+    made = tables.format_tables(lines)
     assert "40.00" in made["ablations"] and "40.00" not in made["table1"] and "y_init" not in made
 
 
@@ -425,7 +425,7 @@ def test_oracle_has_a_row_but_is_never_bold():
         make_line(70.0, method="full", num_images=50_000, deviations=full),
         make_line(52.0, deviations=full, **SCRATCH),
     ]
-    heading, _, *rows = tables.document(lines)["table1"].splitlines()
+    heading, _, *rows = tables.format_tables(lines)["table1"].splitlines()
     assert "num_images 300 (1,000)" in heading
     [oracle] = [row for row in rows if "full source (oracle) " in row]
     assert (
@@ -433,5 +433,5 @@ def test_oracle_has_a_row_but_is_never_bold():
         and "**70.00" not in oracle
         and "**60.00 ± 0.00 (n=1)**" in "".join(rows)
     )
-    alone = tables.document([make_line(70.0, method="full")])["table1"]
+    alone = tables.format_tables([make_line(70.0, method="full")])["table1"]
     assert "| full source (oracle) | ours  | 70.00 ± 0.00 (n=1) |" in alone

@@ -197,7 +197,7 @@ def find_non_finite(content, name=""):
 
 def digest(path):
     """Return the first 12 hexadecimal digits of a file's SHA-256, which identify the file."""
-    return checksums(path)["sha256"][:12]
+    return compute_checksums(path)["sha256"][:12]
 
 
 def write_json(path, content):
@@ -249,7 +249,7 @@ def create_array(path, dtype, shape):
     return array
 
 
-def checksums(path):
+def compute_checksums(path):
     """Return what `verify` compares: a file's `sha256`, size in `bytes` and time `mtime_ns`."""
     with open(path, "rb") as file:
         stat = os.stat(path)
@@ -265,7 +265,7 @@ def verify(path, expected, full=False):
 
     Args:
         path: path of the file.
-        expected: `checksums` of the file when it was written.
+        expected: `compute_checksums` of the file when it was written.
         full: read files of any size.
 
     Raises:
@@ -280,7 +280,7 @@ def verify(path, expected, full=False):
                 and stat.st_size > ALWAYS_VERIFIED
                 and stat.st_mtime_ns == expected["mtime_ns"]
             )
-            if trusted or checksums(path)["sha256"] == expected["sha256"]:
+            if trusted or compute_checksums(path)["sha256"] == expected["sha256"]:
                 return
             fault = "damaged (its content does not match its checksum)"
     raise DamagedFile(
@@ -292,7 +292,7 @@ def open_array(path, expected):
     """Verify a .npy file and return its array, mapped copy-on-write.
 
     Raises:
-        DamagedFile: if the file does not match its `checksums`, `expected`.
+        DamagedFile: if the file does not match its checksums `expected`.
     """
     verify(path, expected)
     return np.load(path, mmap_mode="c")

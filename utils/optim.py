@@ -100,7 +100,7 @@ def _norms(tensors):
     return torch.stack(torch._foreach_norm(tensors))
 
 
-def optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
+def make_optimizer(name, params, lr, weight_decay=0.0, momentum=0.9):
     """Return an optimiser.
 
     Args:
@@ -126,7 +126,7 @@ def gradient_norm(params):
     )
 
 
-def schedule(optimizer, name, steps, warmup=0):
+def make_schedule(optimizer, name, steps, warmup=0):
     """Return a learning-rate scheduler.
 
     Args:

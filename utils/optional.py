@@ -5,7 +5,7 @@ import importlib
 from utils.errors import UserError
 
 
-def optional(module, purpose, package=None):
+def import_optional(module, purpose, package=None):
     """Import and return a module.
 
     Raises UserError if its package is missing; the message says what to install for `purpose`.

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from utils import distributed
 
 
-def bar(iterable=None, **options):
+def progress_bar(iterable=None, **options):
     """Return a tqdm bar on standard error. `options` are those of tqdm (desc, total, initial)."""
     options |= dict(mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
     if not distributed.is_main_process():

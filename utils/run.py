@@ -18,7 +18,7 @@ import torch
 from utils import distributed, files, progress
 from utils.device import device_name
 from utils.errors import UserError
-from utils.optional import optional
+from utils.optional import import_optional
 
 CPU = torch.device("cpu")
 CHECKPOINT_SECONDS = 120
@@ -113,7 +113,7 @@ class Run:
                 "command": [program_name(), *sys.argv[1:]],
                 "settings": self.settings,
                 "device": self._device_name,
-                "versions": versions(),
+                "versions": package_versions(),
             },
         )
 
@@ -297,7 +297,7 @@ class Run:
         self._unread, self._window, self._began = [], {}, time.monotonic()
         with (
             _Signals() as signals,
-            progress.bar(total=total, initial=first, desc=phase) as self.bar,
+            progress.progress_bar(total=total, initial=first, desc=phase) as self.bar,
         ):
             for step in range(first, total):
                 yield step
@@ -452,7 +452,9 @@ class TensorBoard:
 
     def __init__(self, folder):
         self.folder, self.phase, self.writer = folder / "tensorboard", None, None
-        self.module = optional("torch.utils.tensorboard", "--tensorboard", package="tensorboard")
+        self.module = import_optional(
+            "torch.utils.tensorboard", "--tensorboard", package="tensorboard"
+        )
 
     def add(self, phase, step, scalars):
         """Write name -> value of a step. A resumed phase hides the values of later steps."""
@@ -546,6 +548,6 @@ def _last_part(word):
     return shlex.quote(Path(word).name if Path(word).is_absolute() else word)
 
 
-def versions():
+def package_versions():
     """Return the versions of Python and PyTorch, as stored with runs and results."""
     return {"python": sys.version.split()[0], "torch": str(torch.__version__)}
