@@ -18,7 +18,7 @@ ROOMS = (  # from the ground up; a file may import from its own room and from th
     ("tests",),
 )
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
-# Slow to import or optional, so read_import where used.
+# Slow to import or optional, so imported where they are used.
 LAZY = {"sklearn", "scipy", "torch_fidelity", "timm", "safetensors"}
 
 
