@@ -17,6 +17,7 @@ comparison (docs/speed.md). --bases U learns a low-rank set of the same size on 
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from data import augment
 from data.images import normalise, to_float
@@ -26,7 +27,7 @@ from distillers import low_rank, method, reference
 from distillers.krr import LIMITS, ridge_predict
 from distillers.low_rank import LowRank, Plain
 from distillers.method import Method
-from distillers.pool import Pool
+from distillers.pool import Pool, draw_subset
 from distillers.reference import Step
 from utils import cli, distributed, optim
 from utils.device import should_compile
@@ -53,6 +54,12 @@ HELP = dict(
     "(D7 normalised-init)",
     augment_outer="randomly crop and flip the real images, as the released code does "
     "(D8 outer-augmentation)",
+    pool_batch="number of distilled images, drawn at random, in a training step of a member; 0 for "
+    "all",
+    updates_per_batch="number of updates of the distilled set per mini-batch and drawn member; the "
+    "features of the real images are computed once for all of them",
+    averaged_steps="number of last steps whose X_s and Y_s are averaged; 0 to keep those of the "
+    "last step",
     source_images="number of random images of the source to use, 0 for all; if not all, the outer "
     "loss on the others is measured too",
     random_targets="draw the initial Y_s from N(0, 1) instead of taking the target network's "
@@ -64,7 +71,7 @@ HELP = dict(
 )
 
 
-def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
+def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None, f_real=None):
     """Compute the outer loss, equation 4 of the paper, as a mean over all entries (D4 mean-loss).
 
     This is the error on (X_t, g_phi(X_t)) of the ridge head fitted to (X_s, Y_s).
@@ -77,12 +84,13 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
         y_syn: (m, d_y) distilled targets.
         args: settings `chunk`, `ridge`, `ridge_per_image` and `bias_column`.
         fallbacks: as in `ridge_predict`.
+        f_real: (b, d_h) features of `x_real`, if they are known.
 
     Returns:
         Scalar tensor, differentiable in `x_syn` and `y_syn`.
     """
-    with torch.no_grad():
-        f_real = member.embed(x_real, args.chunk)  # (b, d_h)
+    if f_real is None:
+        f_real = embed_real(member, x_real, args)
     f_syn = member.embed(x_syn, args.chunk)  # (m, d_h)
     predicted = ridge_predict(  # (b, d_y)
         f_real,
@@ -95,6 +103,12 @@ def outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None):
         member.precision,
     )
     return F.mse_loss(predicted, y_real)
+
+
+@torch.no_grad()
+def embed_real(member, x_real, args):
+    """Return the features (b, d_h) of real images (b, 3, S, S)."""
+    return member.embed(x_real, args.chunk)
 
 
 class RealBatches:
@@ -177,9 +191,12 @@ def distill(source, chosen, target, args, run, device):
         compiled=not args.reference and should_compile(args.compile, device),
     )
     adamw = optim.make_optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
-    scheduler = optim.make_schedule(adamw, "linear", steps)
+    scheduler = optim.make_schedule(adamw, "linear", steps * args.updates_per_batch)
     state = dict(learned=Tensors(**syn.learned), optimizer=adamw, scheduler=scheduler)
     state |= dict(pool=pool, real=real.order, randomness=randomness) | syn.parts
+    learned = torch.nn.ParameterDict(syn.learned)  # the same memory
+    if args.averaged_steps:
+        state["averaged"] = averaged = AveragedModel(learned)
     run.resume(device, state, per_rank=("pool", "real", "randomness"))
 
     def to_set(**measured):
@@ -193,25 +210,36 @@ def distill(source, chosen, target, args, run, device):
         if (
             young := pool.first_below_initial_age()
         ):  # None if all such members belong to other ranks
-            young.train_step(x_init, y_init)
+            young.train_step(*draw_subset(x_init, y_init, args.pool_batch, randomness.cpu))
 
     for step in run.steps("distil", steps):  # line 6
         x_real, y_real = real.next()  # line 7
         member, fallbacks = pool.draw(randomness.cpu), []  # line 8
-        loss = outer_step.loss(member, x_real, y_real, *syn.compose(), args, fallbacks)  # line 9
-        adamw.zero_grad()
-        loss.backward(inputs=leaves)
-        loss = loss.detach()
-        distributed.all_reduce_mean([*(leaf.grad for leaf in leaves), loss])
-        # Adam divides by the gradient's magnitude plus 1e-8, so a gradient near 1e-8 would stop the
-        # images from moving. The log shows it (D4 mean-loss).
-        gradient, lr = leaves[0].grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
+        shared = {}
+        if args.updates_per_batch > 1:
+            shared["f_real"] = embed_real(member, x_real, args)
+        for _ in range(args.updates_per_batch):
+            loss = outer_step.loss(  # line 9
+                member, x_real, y_real, *syn.compose(), args, fallbacks, **shared
+            )
+            adamw.zero_grad()
+            loss.backward(inputs=leaves)
+            loss = loss.detach()
+            distributed.all_reduce_mean([*(leaf.grad for leaf in leaves), loss])
+            # Adam divides by the gradient's magnitude plus 1e-8, so a gradient near 1e-8 would stop
+            # the images from moving. The log shows it (D4 mean-loss).
+            gradient, lr = leaves[0].grad.square().mean().sqrt(), scheduler.get_last_lr()[0]
+            adamw.step()  # line 10
+            scheduler.step()
         run.log(step, loss=loss, gradient=gradient, lr=lr, larger_ridge=sum(fallbacks))
-        adamw.step()  # line 10
         x_syn, y_syn = (each.detach() for each in syn.compose())
-        pool.advance(member, x_syn, y_syn, args.keep_pool_count)  # lines 11-16
-        scheduler.step()
+        part = draw_subset(x_syn, y_syn, args.pool_batch, randomness.cpu)
+        pool.advance(member, *part, args.keep_pool_count)  # lines 11-16
+        if step >= steps - args.averaged_steps:
+            averaged.update_parameters(learned)
         method.update_picture(run, args, step, to_set)
+    if args.averaged_steps:
+        learned.load_state_dict(averaged.module.state_dict())
 
     facts = syn.finish(run)
     for name, index in measured_subsets(source, used, args.outer_batch).items():
@@ -238,8 +266,8 @@ def check_flags(args):
         raise UserError(
             "--reference requires --precision fp32 and excludes --augment-outer and --compile on"
         )
-    if args.reference and args.source_images:
-        raise UserError("--reference excludes --source-images")
+    if args.reference and (args.source_images or args.updates_per_batch > 1):
+        raise UserError("--reference excludes --source-images and --updates-per-batch")
     if args.source_images and args.source_images < args.num_images:
         raise UserError(
             f"--source-images {args.source_images}: fewer than --num-images {args.num_images}"

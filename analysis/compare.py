@@ -17,6 +17,8 @@ pre-training: its mean, and the 95 % interval of Student's t over the means per 
 marks an interval that excludes zero. By chance alone, one in twenty cells has a star. Column n is
 the number of distillations and of pre-trainings per distillation.
 
+The table `less_work` has a column with the TFLOP of a distillation (`measure_tflop`).
+
 The last table is the loss that distill.py minimises, times 100, under the final pool and for random
 images of the source, or for images that --source-images left out. Variants with a different kind of
 pool are not comparable in this loss.
@@ -27,15 +29,19 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from scipy import stats
 
+import models
 from analysis.tables import Cell, format_markdown, gather_results, other_column, protocol_order
+from benchmarks.timing import count_flop
 from data.distilled import load_distilled
 from distillers import registry
 from evaluation import results
 from experiments.tables import TABLES, Source
 from utils import cli, files
 from utils.errors import UserError
+from utils.presets import DISTILL
 
 HERE = Path(__file__).parent
 KEPT = (
@@ -64,6 +70,7 @@ LOSSES = {  # meta of a distilled set -> column
     "outer_loss_distilled": "distilled images",
     "outer_loss_distilled_others": "distilled images, on other images",
 }
+COST = "distillation, TFLOP"
 MEAN = "mean over data sets"
 
 
@@ -72,30 +79,46 @@ def results_file(name):
     return HERE / f"{name}.jsonl"
 
 
+def measure_tflop(distilled):
+    """Return the TFLOP that the networks need in a distillation by distill.py.
+
+    Counts the matrix products and convolutions of all passes, each backward pass as two forward
+    passes. Leaves out the ridge system and the first training of the pool.
+    """
+    settings = DISTILL | distilled.meta["settings"]
+    m, member_steps = len(distilled.images), settings["pool_steps"]
+    trained = min(settings["pool_batch"] or m, m) * member_steps / (member_steps + 1)
+    passes = settings["outer_batch"] + 3 * settings["updates_per_batch"] * m + 3 * trained
+    size = settings["image_size"]
+    network = models.build(settings["arch"], size, distilled.num_outputs, settings["width"])
+    network, x = network.to("meta").eval(), torch.empty(1, 3, size, size, device="meta")
+    return settings["outer_steps"] * passes * count_flop(lambda: network.embed(x)) / 1e12
+
+
 def read_losses(folder):
-    """Yield a line for each distilled.pt in a run root that stores its outer loss."""
+    """Yield lines with the outer loss and TFLOP of each set of distill.py in a run root."""
     for path in sorted(folder.glob("*/*/seed*/distilled.pt")):
-        meta = load_distilled(path).meta
+        distilled = load_distilled(path)
+        meta = distilled.meta
+        shared = dict(method=meta["method"], source=meta["source"], distilled_seed=meta["seed"])
+        shared |= dict(deviations=meta["deviations"])
         for name, dataset in LOSSES.items():
             if (loss := meta.get(name)) is not None:
-                yield dict(
-                    method=meta["method"],
-                    source=meta["source"],
-                    distilled_seed=meta["seed"],
-                    protocol=LOSS,
-                    dataset=dataset,
-                    accuracy=round(100 * loss, 4),
-                    digest=f"{files.digest(path)} {name}",
-                    deviations=meta["deviations"],
+                digest, accuracy = f"{files.digest(path)} {name}", round(100 * loss, 4)
+                yield shared | dict(
+                    protocol=LOSS, dataset=dataset, accuracy=accuracy, digest=digest
                 )
+        if "outer_loss_distilled" in meta:
+            digest, accuracy = f"{files.digest(path)} cost", round(measure_tflop(distilled), 4)
+            yield shared | dict(protocol=COST, dataset=COST, accuracy=accuracy, digest=digest)
 
 
 def describes(table, line):
     """Return whether a `Table` describes the row and the column of a result line."""
     if registry.base(line["method"]) not in {*table.methods, "full"}:
         return False
-    if line["protocol"] == LOSS:
-        return True
+    if line["protocol"] in (LOSS, COST):
+        return line["protocol"] == LOSS or table.show_cost
     if table.networks and line["arch"] not in table.networks:
         return False
     return any(protocol.made(line) for protocol in table.protocols)
@@ -142,7 +165,8 @@ def _split_by_target(table, lines):
 
 def column_of(line):
     """Return the column of a result: (protocol, data set)."""
-    return line["protocol"] if line["protocol"] == LOSS else other_column(line), line["dataset"]
+    measured = line["protocol"] in (LOSS, COST)  # of the set itself
+    return line["protocol"] if measured else other_column(line), line["dataset"]
 
 
 def group_by_seeds(lines, by_target=False):
@@ -161,6 +185,7 @@ def group_by_seeds(lines, by_target=False):
         for protocol, dataset in columns:
             datasets[protocol][dataset] = None
     datasets.pop(LOSS, None)
+    datasets.pop(COST, None)
     for protocol, names in datasets.items():
         for columns in found.values():
             parts = [columns.get((protocol, name), {}) for name in names]
@@ -251,7 +276,7 @@ def columns_by_dataset(found):
     """Return {data set: {protocol: column}}, with the mean first and the losses last."""
     columns = {column for values in found.values() for column in values}
     names = sorted(
-        {dataset for protocol, dataset in columns if protocol != LOSS},
+        {dataset for protocol, dataset in columns if protocol not in (LOSS, COST)},
         key=lambda name: (name != MEAN, name),
     )
     ordered = {}
@@ -276,6 +301,8 @@ def format_means(table, lines, against=None):
         loss = LOSS, "distilled images"
         if LOSS not in columns and sum(loss in values for values in found.values()) > 1:
             columns[LOSS] = loss
+        if table.show_cost:
+            columns[COST] = COST, COST
         names = [name for name in by_dataset if name not in (MEAN, LOSS)]
         heading += (
             f", evaluated on {names[0]}" if len(names) == 1 else f", {next(iter(by_dataset))}"

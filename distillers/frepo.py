@@ -30,12 +30,12 @@ import math
 import torch
 
 from data.images import normalise, to_float
-from data.loading import Loader, gather
+from data.loading import Loader
 from data.subsets import balanced_subset, held_out_subset
 from distillers import method
 from distillers.krr import LIMITS, centred_one_hot, ridge_predict
 from distillers.method import Method, make_distilled
-from distillers.pool import Pool
+from distillers.pool import Pool, draw_subset
 from utils import cli, optim
 from utils.device import should_compile
 from utils.run import Tensors
@@ -141,20 +141,14 @@ def distill(source, chosen, target, args, run, device):
         ),
     )
 
-    def draw_subset(x, y):
-        """Draw the part of the set for one training step of a member.
-
-        The mean squared error of that step is FRePo's half sum of squares times 2 / C. Adam's step
-        does not depend on a constant factor.
-        """
-        if len(x) <= args.pool_batch:
-            return x.detach(), y.detach()
-        index = torch.randperm(len(x), generator=randomness.cpu)[: args.pool_batch]
-        return gather(x.detach(), index), gather(y.detach(), index)
+    def draw_batch(x, y):
+        # The mean squared error of a training step is FRePo's half sum of squares times 2 / C.
+        # Adam's step does not depend on a constant factor.
+        return draw_subset(x, y, args.pool_batch, randomness.cpu)
 
     run.limits = LIMITS
     for _ in run.steps("initialise pool", sum(pool.ages)):
-        pool.first_below_initial_age().train_step(*draw_subset(x_init, y_init))
+        pool.first_below_initial_age().train_step(*draw_batch(x_init, y_init))
 
     for step in run.steps("distil", args.outer_steps):
         x_real, y_real = prepare(*loader.next())
@@ -170,7 +164,7 @@ def distill(source, chosen, target, args, run, device):
             lr=scheduler.get_last_lr()[0],
         )
         lamb.step()
-        pool.advance(member, *draw_subset(x_syn, y_syn))
+        pool.advance(member, *draw_batch(x_syn, y_syn))
         scheduler.step()
         method.update_picture(run, args, step, lambda: make_distilled(x_syn, y_syn, "soft", source))
 

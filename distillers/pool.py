@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+from data.loading import gather
 from models.frozen import Frozen, Skeleton
 from utils import distributed, optim
 from utils.device import autocast
@@ -165,3 +166,16 @@ class Pool:
         self.ages = state["ages"]
         for member, each in zip(self.members, state["members"], strict=True):
             member.load_state_dict(each)
+
+
+def draw_subset(x, y, count, generator):
+    """Draw images x (m, 3, S, S) and their targets y (m, d) for a training step of a member.
+
+    Returns `count` of them, in random order, without gradients; all of them, in order, if `count`
+    is 0 or at least m.
+    """
+    x, y = x.detach(), y.detach()
+    if not 0 < count < len(x):
+        return x, y
+    index = torch.randperm(len(x), generator=generator)[:count]
+    return gather(x, index), gather(y, index)

@@ -76,6 +76,16 @@ def distiller(name, title, **facts):
     )
 
 
+def _quarter(name, title, lr=1, **settings):
+    """Return a `Variant` of KRR-ST with a quarter of the steps, which differ in more settings."""
+    return Variant(
+        f"krr_st_quarter{name}",
+        f"KRR-ST, a quarter of the steps{title}",
+        settings,
+        factors=dict(outer_steps=0.25) | (dict(outer_lr=lr) if lr != 1 else {}),
+    )
+
+
 _AS_RELEASED = dict(keep_pool_count=True, raw_init=True, augment_outer=True)
 
 ENTRIES = (  # in the order of rows in tables
@@ -287,6 +297,16 @@ ENTRIES = (  # in the order of rows in tables
                 "KRR-ST, low-rank with rotations",
                 settings=dict(bases=200, views="rotations"),
             ),
+            _quarter("", ""),
+            _quarter("_lr_3", ", 3 x learning rate", lr=3),
+            _quarter("_lr_10", ", 10 x learning rate", lr=10),
+            _quarter("_averaged", ", 3 x learning rate, last 250 averaged", 3, averaged_steps=250),
+            _quarter("_pool_batch", ", 3 x learning rate, pool batch 50", 3, pool_batch=50),
+            _quarter("_b_64", ", 3 x learning rate, b = 64", 3, outer_batch=64),
+            _quarter("_updates", ", 4 updates per batch", updates_per_batch=4),
+            _quarter("_l_3", ", 3 x learning rate, l = 3", 3, pool_size=3),
+            _quarter("_T_40", ", 3 x learning rate, T = 40", 3, pool_steps=40),
+            _quarter("_narrow", ", 3 x learning rate, half the width", 3, width=0.125),
             Variant("krr_st_bf16", "KRR-ST, bf16 from distillation onwards", precision="bf16"),
         ),
     ),

@@ -137,6 +137,7 @@ class Table:
         quick_sources, quick_datasets: replace `sources` and `datasets` in the reduced table.
         more_sources: further sources that --sources accepts for the reduced table.
         without: pairs (source, method) to leave out.
+        show_cost: whether the table shows the operations of each distillation.
         pictures: methods whose sets are drawn.
         first: pairs (output file, command) to run before the others; {runs} is the run root.
         last: commands to run after the others; {runs} is the run root.
@@ -159,6 +160,7 @@ class Table:
     quick_datasets: tuple = ()
     more_sources: tuple = ()
     without: frozenset = frozenset()  # (source, method)
+    show_cost: bool = False
     pictures: tuple = ()
     first: tuple = ()
     last: tuple = ()
@@ -192,6 +194,7 @@ DEPARTURES = (
     "krr_st_d8",
     "krr_st_as_released",
 )
+LESS_WORK = tuple(name for name in registry.VARIANTS if name.startswith("krr_st_quarter"))
 
 _DEPARTURES_SCALE = Scale(
     folder="departures",
@@ -568,6 +571,23 @@ TABLES = {
             against="random_features",
             scale=replace(_SHORT_SCALE, folder="targets"),
             last=("-m analysis.compare targets {runs}",),
+        ),
+        Table(
+            "less_work",
+            "KRR-ST with a quarter of the outer steps, compared with all steps: larger learning "
+            "rates, averages of the last sets, smaller batches, several updates per batch, other "
+            "pools, and a narrower network. Learning rates can be compared by the outer loss, "
+            "which needs no test images.",
+            sources=(Source("imagenette", targets=(_ENCODER,)),),
+            methods=("random_features", "krr_st", *LESS_WORK),
+            datasets=("cifar10",),
+            networks=("convnet3",),
+            protocols=(_PROBE,),
+            distill_seeds=(0, 1, 2),
+            paired_seeds=True,
+            scale=_SMALL_SCALE,
+            show_cost=True,
+            last=("-m analysis.compare less_work {runs}",),
         ),
         Table(
             "sizes",

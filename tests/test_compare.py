@@ -4,8 +4,11 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 from scipy import stats
 
 from analysis import compare, docs
@@ -14,6 +17,7 @@ from evaluation import results
 from experiments.tables import TABLES, Protocol, Source, Table, TargetNetwork
 from tests.conftest import command
 from utils.errors import UserError
+from utils.presets import DISTILL
 
 
 def make_line(method, seeds, dataset, accuracy, protocol="linear", source="digits"):
@@ -258,7 +262,8 @@ def test_outer_losses_are_read_from_the_distilled_sets(distilled, tmp_path):
     copy = tmp_path / "digits" / "krr_st" / "seed0" / "distilled.pt"
     copy.parent.mkdir(parents=True)
     copy.write_bytes(distilled.read_bytes())
-    initial, learned = compare.read_losses(tmp_path)
+    initial, learned, cost = compare.read_losses(tmp_path)
+    assert cost["protocol"] == compare.COST and cost["method"] == "krr_st"
     meta = load_distilled(distilled).meta
     assert learned["method"] == "krr_st" and learned["source"] == "digits"
     assert learned["accuracy"] == pytest.approx(100 * meta["outer_loss_distilled"], 1e-3)
@@ -267,6 +272,26 @@ def test_outer_losses_are_read_from_the_distilled_sets(distilled, tmp_path):
         (compare.LOSS, "initial images"): {(0, None): initial["accuracy"]},
         (compare.LOSS, "distilled images"): {(0, None): learned["accuracy"]},
     }
+
+
+def test_tflop_are_those_of_all_passes():
+    """Write the operations of a ConvNet3 out: 2 x 9 x channels in x channels out per output."""
+    settings = dict(DISTILL, image_size=32, width=0.25, outer_steps=500, outer_batch=64)
+    settings |= dict(pool_steps=9, pool_batch=40, updates_per_batch=4)
+    sizes, channels = (32, 16, 8), (3, 32, 64, 128)
+    forward = sum(
+        2 * 9 * before * after * size**2
+        for size, (before, after) in zip(sizes, pairwise(channels), strict=True)
+    )
+    passes = 64 + 4 * 3 * 100 + 3 * 40 * 9 / 10
+    images = torch.zeros(100, 3, 32, 32)
+    distilled = SimpleNamespace(images=images, num_outputs=8, meta=dict(settings=settings))
+    assert compare.measure_tflop(distilled) == pytest.approx(500 * passes * forward / 1e12)
+    # Older sets do not store these two settings.
+    for name in ("pool_batch", "updates_per_batch"):
+        del settings[name]
+    passes = 64 + 3 * 100 + 3 * 100 * 9 / 10
+    assert compare.measure_tflop(distilled) == pytest.approx(500 * passes * forward / 1e12)
 
 
 def test_stored_departures_have_every_row_and_seed():

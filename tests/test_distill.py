@@ -19,6 +19,8 @@ from data.subsets import (
     random_subset,
     used_subset,
 )
+from distillers import method
+from distillers.pool import Member
 from models.target import NetworkTarget, load_target
 from tests.conftest import DISTILL, make_stopping_steps
 from utils import files, run
@@ -79,15 +81,14 @@ def test_digits_preset_reproduces_its_first_20_losses(data_root, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_stopped_run_resumes_to_the_same_set(toy, tmp_path, monkeypatch):
+CHEAPER = ("--pool-batch", "5", "--updates-per-batch", "2", "--averaged-steps", "7")
+
+
+@pytest.mark.parametrize("flags", [(), CHEAPER], ids=["paper", "cheaper"])
+def test_stopped_run_resumes_to_the_same_set(toy, tmp_path, monkeypatch, flags):
     """Stop once while the pool is initialised and once while the set is learned."""
-    toy = [
-        *toy,
-        "--outer-steps",
-        "9",
-        "--pool-steps",
-        "4",
-    ]  # members are reinitialised
+    toy = [*toy, *flags, "--outer-steps", "9"]
+    toy += ["--pool-steps", "4"]  # members are reinitialised
     whole, log = distil(tmp_path / "whole", *toy)
 
     for at in (("initialise pool", 1), ("distil", 4)):
@@ -148,6 +149,66 @@ def test_each_departure_changes_the_result(toy, tmp_path, flag):
         torch.testing.assert_close(usual.pixels(), other.pixels(), rtol=0, atol=0.2)
 
 
+def test_members_train_on_pool_batch_images(toy, tmp_path, monkeypatch):
+    sizes, chosen, train_step = [], set(), Member.train_step
+
+    def spy(self, x, y):
+        assert not x.requires_grad and len(x) == len(y)
+        sizes.append(len(x))
+        chosen.update(x[:, 0, 16, 16].tolist())
+        train_step(self, x, y)
+
+    monkeypatch.setattr(Member, "train_step", spy)
+    distil(tmp_path / "all", *toy)
+    assert {*sizes} == {20}
+    sizes.clear()
+    chosen.clear()
+    distil(tmp_path / "part", *toy, "--pool-batch", "5", "--outer-lr", "1e-12")
+    assert {*sizes} == {5} and len(chosen) > 5  # drawn anew for each step
+
+
+def test_updates_of_one_batch_share_the_features_of_the_real_images(toy, tmp_path, monkeypatch):
+    outer_loss, calls = distill.outer_loss, []
+
+    def spy(member, x_real, y_real, x_syn, y_syn, args, fallbacks=None, f_real=None):
+        loss = outer_loss(member, x_real, y_real, x_syn, y_syn, args, fallbacks, f_real)
+        if f_real is not None:
+            again = outer_loss(member, x_real, y_real, x_syn, y_syn, args)
+            assert torch.equal(loss, again)
+            calls.append((id(member), x_real.sum().item(), x_syn.detach().clone()))
+        return loss
+
+    monkeypatch.setattr(distill, "STEP", distill.STEP._replace(loss=spy))
+    _, log = distil(tmp_path, *toy, "--updates-per-batch", "3", "--outer-lr", "0.02")
+    groups = [calls[k : k + 3] for k in range(0, len(calls), 3)]
+    assert len(groups) == len(log) == 4
+    for group in groups:
+        assert len({call[:2] for call in group}) == 1
+        assert not torch.equal(group[0][2], group[1][2])
+    assert len({group[0][1] for group in groups}) == 4
+    # Each update takes a step of the linear schedule: 12 of them in 4 outer steps.
+    rates = [line["lr"] for line in log]
+    assert rates == pytest.approx([0.02 * (1 - k / 12 * (1 - 1e-3)) for k in (2, 5, 8, 11)])
+
+
+def test_averaged_steps_returns_the_mean_of_the_last_sets(toy, tmp_path, monkeypatch):
+    sets, update_picture = [], method.update_picture
+
+    def spy(run, args, step, to_set):
+        sets.append(to_set())
+        update_picture(run, args, step, to_set)
+
+    monkeypatch.setattr(method, "update_picture", spy)
+    toy = [*toy, "--outer-steps", "6", "--outer-lr", "0.1"]
+    learned, _ = distil(tmp_path, *toy, "--averaged-steps", "4")
+    images = torch.stack([each.images for each in sets])
+    targets = torch.stack([each.targets for each in sets])
+    assert len(images) == 6 and (images[-1] - images[2]).abs().max() > 0.05
+    torch.testing.assert_close(learned.images, images[2:].mean(0))
+    torch.testing.assert_close(learned.targets, targets[2:].mean(0))
+    assert learned.meta["deviations"]["distill.averaged_steps"] == [4, 0]
+
+
 def test_source_images_limits_the_run_to_a_subset(toy, roots, tmp_path, monkeypatch):
     """Check that features of images outside the subset are not used: they are NaN here."""
     source = load_images("digits", "train", 32, roots[1])
@@ -175,8 +236,9 @@ def test_source_images_limits_the_run_to_a_subset(toy, roots, tmp_path, monkeypa
         distil(tmp_path / "more", *toy, "--source-images", "2000")
     with pytest.raises(UserError, match="fewer than --num-images 20"):
         distil(tmp_path / "fewer", *toy, "--source-images", "19")
-    with pytest.raises(UserError, match="--reference excludes --source-images"):
-        distil(tmp_path / "slow", *toy, "--source-images", "100", "--reference")
+    for flags in (("--source-images", "100"), ("--updates-per-batch", "2")):
+        with pytest.raises(UserError, match="--reference excludes --source-images and --updates"):
+            distil(tmp_path / "slow", *toy, *flags, "--reference")
 
 
 def test_all_source_images_leave_no_others(data_root):
