@@ -65,7 +65,7 @@ def label_margin(y_syn):
 
 
 def objective(member, x_real, y_real, x_syn, y_syn, ridge, chunk=0, fallbacks=None):
-    """Return the objective (): the two terms above.
+    """Return the objective, a scalar tensor: the two terms above.
 
     Args:
         member: a `Member` of the pool.

@@ -105,7 +105,7 @@ def main(method, argv, prog=None):
         distance = result.meta["distance_from_initial"] = distance_from_initial(
             result, source, torch.tensor(initial)
         )
-        moved = f"; images moved by {distance:.4f} of the source's standard deviation (RMS)"
+        moved = f"; RMS distance from the initial images: {distance:.4f} standard deviations"
     save_picture(run.folder / "images.png", result)
     run.finish("distilled", result.content())
     print(f"wrote {run.artefact} and images.png{moved}")

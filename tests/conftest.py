@@ -92,7 +92,7 @@ def offline(monkeypatch):
         )
 
 
-def command(*words, check=True):
+def run_command(*words, check=True):
     """Run `python <words>` in the root of the repository and return the finished process.
 
     With `check`, the exit code must be 0.
@@ -113,7 +113,7 @@ def roots(tmp_path_factory):
     """
     top = tmp_path_factory.mktemp("toy")
     flags = ["--data-root", str(top / "data"), "--run-root", str(top / "runs")]
-    command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
+    run_command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
     return flags
 
 
@@ -131,14 +131,14 @@ def data_root(roots):
 @pytest.fixture(scope="session")
 def distilled(roots, runs):
     """Distil a toy set from the digits by KRR-ST and return its distilled.pt."""
-    command("distill.py", "--source", "digits", *DISTILL, *roots)
+    run_command("distill.py", "--source", "digits", *DISTILL, *roots)
     return runs / "krr_st" / "seed0" / "distilled.pt"
 
 
 @pytest.fixture(scope="session")
 def weights(roots, distilled):
     """Pre-train a network on `distilled` and return its model.pt."""
-    command("pretrain.py", "--distilled", distilled, *PRETRAIN, *roots)
+    run_command("pretrain.py", "--distilled", distilled, *PRETRAIN, *roots)
     return distilled.parent / "convnet3-x0.125" / "seed0" / "model.pt"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from tests.conftest import DISTILL, TARGET, command
+from tests.conftest import DISTILL, TARGET, run_command
 from utils import cli, device, files
 from utils.errors import UserError
 
@@ -30,7 +30,7 @@ def get_error(capsys, roots):
 
 
 def test_error_has_no_traceback(roots):
-    done = command("distill.py", "--source", "no_such_set", *roots, check=False)
+    done = run_command("distill.py", "--source", "no_such_set", *roots, check=False)
     assert (
         done.returncode == 2
         and done.stderr.count("\n") == 1
@@ -191,7 +191,7 @@ def test_missing_device(get_error):
 
 def test_missing_or_unknown_method(roots):
     for words in ([], ["magic"]):
-        done = command("-m", "distillers", *words, check=False)
+        done = run_command("-m", "distillers", *words, check=False)
         assert done.returncode == 2 and "random" in done.stderr and "Traceback" not in done.stderr
 
 

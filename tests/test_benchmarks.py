@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import agreement, distillation, interruption, smoke, speed, stages, step, timing
 from distillers import registry
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, run_command
 from utils.errors import UserError
 from utils.sampling import Randomness
 
@@ -291,7 +291,7 @@ def test_smoke_part():
 
 @pytest.mark.long
 def test_speed_of_all_stages():
-    done = command("-m", "benchmarks.stages", "--device", "cpu", "--preset", "digits")
+    done = run_command("-m", "benchmarks.stages", "--device", "cpu", "--preset", "digits")
     lines = [line for line in done.stdout.splitlines() if "preset digits" in line]
     assert [line.partition(",")[0] for line in lines] == [*stages.STAGES]
     for line in lines:

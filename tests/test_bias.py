@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from experiments import bias
 from models import barlow_twins
-from tests.conftest import command
+from tests.conftest import run_command
 
 UNIFORM = torch.full((1, bias.OUTCOMES), 1 / bias.OUTCOMES, dtype=torch.float64)
 
@@ -197,7 +197,7 @@ def test_fast_run_confirms_the_theorem(tmp_path):
 
     The sampled bias must agree with the exact one.
     """
-    out = command("-m", "experiments.bias", "--fast", "--out", tmp_path).stdout
+    out = run_command("-m", "experiments.bias", "--fast", "--out", tmp_path).stdout
     rows = [json.loads(line) for line in (tmp_path / "bias.jsonl").read_text().splitlines()]
     assert (tmp_path / "bias.png").stat().st_size > 10_000
     assert len(rows) == 2 * 8 and out.count("\n| ") == len(rows)

@@ -15,7 +15,7 @@ from analysis import compare, docs
 from data.distilled import load_distilled
 from evaluation import results
 from experiments.tables import TABLES, Protocol, Source, Table, TargetNetwork
-from tests.conftest import command
+from tests.conftest import run_command
 from utils.errors import UserError
 from utils.presets import DISTILL
 
@@ -253,7 +253,7 @@ def test_stored_results_give_the_same_tables_in_documents(tmp_path, monkeypatch,
 
 def test_invalid_results_file_is_an_error(tmp_path):
     (tmp_path / "results.jsonl").write_text("no json\n")
-    done = command("-m", "analysis.compare", "departures", tmp_path, check=False)
+    done = run_command("-m", "analysis.compare", "departures", tmp_path, check=False)
     assert done.returncode == 2 and "line 1 is not a result" in done.stderr
     assert "Traceback" not in done.stderr
 

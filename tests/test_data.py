@@ -18,7 +18,7 @@ from data.distilled import Distilled, load_distilled
 from data.images import load_images
 from data.loading import Loader
 from data.subsets import few_labels
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, run_command
 from utils import cli, files
 from utils.errors import UserError
 from utils.sampling import Batches
@@ -299,7 +299,7 @@ def test_interrupted_preparation_resumes_to_the_same_file(tmp_path, monkeypatch)
 def test_prepare_command_prints_counts_size_and_statistics(tmp_path, capsys):
     class_folders(tmp_path / "pets")
     flags = ["--data-root", str(tmp_path)]
-    first = command("-m", "data.prepare", "pets", "digits", "--size", "32", *flags).stdout
+    first = run_command("-m", "data.prepare", "pets", "digits", "--size", "32", *flags).stdout
     assert "pets train: 6 images of 2 classes, 0.0 MB, mean 0." in first
     assert "digits test: 360 images of 10 classes, 1.1 MB" in first
     prepare.main(["pets", "digits", "--size", "32", *flags])

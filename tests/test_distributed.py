@@ -22,7 +22,7 @@ from distillers import __main__ as distillers
 from distillers.pool import Member
 from models.barlow_twins import barlow_twins_loss
 from models.sync_batch_norm import synchronise_batch_norm
-from tests.conftest import DISTILL, ROOT, TARGET, command
+from tests.conftest import DISTILL, ROOT, TARGET, run_command
 from tests.ranks import run_ranks
 from utils import cli, distributed, files, run
 from utils.sampling import Batches, Randomness
@@ -80,7 +80,7 @@ def _compute_own_step():
 
 def test_four_processes_compute_equal_sets_and_measure_their_speed(home, data_root, tmp_path):
     words = [*DISTIL, "--pool-size", "4", "--data-root", data_root, "--run-root", home]
-    found, codes = run_ranks(4, tmp_path / "a", run_command, distill.main, words)
+    found, codes = run_ranks(4, tmp_path / "a", run_main, distill.main, words)
     assert codes == [0] * 4, read_outputs(tmp_path / "a", 4)
     assert len(found[0]) == 2 and found.count(found[0]) == 4
     words = [
@@ -95,7 +95,7 @@ def test_four_processes_compute_equal_sets_and_measure_their_speed(home, data_ro
         "--device",
         "cpu",
     ]
-    _, codes = run_ranks(4, tmp_path / "b", run_command, speed.main, words)
+    _, codes = run_ranks(4, tmp_path / "b", run_main, speed.main, words)
     out, *others = read_outputs(tmp_path / "b", 4)
     assert codes == [0] * 4 and not any(others[:3]), read_outputs(tmp_path / "b", 4)
     assert "4 processes" in out and "| 4 processes, with exchange |" in out
@@ -197,7 +197,7 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_command(main, words, event=None, of_rank=None):
+def run_main(main, words, event=None, of_rank=None):
     """Run a command in this process and return digests of the set that it computes.
 
     `event` = (phase, step, action) happens in rank `of_rank`.
@@ -254,7 +254,7 @@ def test_ranks_compute_equal_sets_and_a_killed_run_resumes_to_the_same_set(
     home, data_root, tmp_path
 ):
     words = [*DISTIL, "--data-root", data_root, "--run-root"]
-    found, codes = run_ranks(2, tmp_path / "a", run_command, distill.main, [*words, home])
+    found, codes = run_ranks(2, tmp_path / "a", run_main, distill.main, [*words, home])
     assert codes == [0, 0], read_outputs(tmp_path / "a", 2)
     assert len(found[0]) == 2 and found[0] == found[1]
     whole = home / "digits" / "krr_st" / "seed0"
@@ -274,7 +274,7 @@ def test_ranks_compute_equal_sets_and_a_killed_run_resumes_to_the_same_set(
         (1, ("distil", 12, stop)),
     ):
         found, codes = run_ranks(
-            2, tmp_path / "b", run_command, distill.main, [*words, alone], event, which
+            2, tmp_path / "b", run_main, distill.main, [*words, alone], event, which
         )
         text = read_outputs(tmp_path / "b", 2)
         if event[2] is kill:
@@ -286,8 +286,8 @@ def test_ranks_compute_equal_sets_and_a_killed_run_resumes_to_the_same_set(
                 and "stopped after step 13 of 20 (distil)" in text[2]
                 and not text[3]
             )
-    assert "ranks: 2 stored, 1 now" in command("distill.py", *words, alone, check=False).stderr
-    found, codes = run_ranks(2, tmp_path / "c", run_command, distill.main, [*words, alone])
+    assert "ranks: 2 stored, 1 now" in run_command("distill.py", *words, alone, check=False).stderr
+    found, codes = run_ranks(2, tmp_path / "c", run_main, distill.main, [*words, alone])
     assert codes == [0, 0] and found[0] == found[1]
     resumed = files.load(alone / "digits" / "krr_st" / "seed0" / "distilled.pt", "distilled")
     for name in ("images", "targets"):
@@ -324,7 +324,7 @@ def _record_steps(words):
 
     distill.STEP = distill.STEP._replace(loss=recording)
     distributed.all_reduce_mean, distributed.all_reduce_max = averaging, talking
-    run_command(distill.main, words)
+    run_main(distill.main, words)
     return [each for each in seen if len(each) == 3], len(talks)
 
 
@@ -381,17 +381,17 @@ def test_pretraining_in_two_processes_equals_one_and_resumes_with_another_number
         places[name].parent.mkdir()
         places[name].write_bytes(distilled.read_bytes())
     pretrain.main([*words, str(places["one"])])
-    _, codes = run_ranks(2, tmp_path / "a", run_command, pretrain.main, [*words, places["two"]])
+    _, codes = run_ranks(2, tmp_path / "a", run_main, pretrain.main, [*words, places["two"]])
     assert codes == [0, 0], read_outputs(tmp_path / "a", 2)
     event = ("pre-train", 5, stop)
     _, codes = run_ranks(
-        2, tmp_path / "b", run_command, pretrain.main, [*words, places["mixed"]], event, 0
+        2, tmp_path / "b", run_main, pretrain.main, [*words, places["mixed"]], event, 0
     )
     assert codes == [130, 130]
     _, codes = run_ranks(
         3,
         tmp_path / "c",
-        run_command,
+        run_main,
         pretrain.main,
         [*words, places["mixed"]],
         ("pre-train", 9, stop),
@@ -452,7 +452,7 @@ def test_other_stages_write_their_result_once(weights, distilled, data_root, tmp
             ),
         )
     ):
-        _, codes = run_ranks(2, tmp_path / str(number), run_command, main, [*words, *roots])
+        _, codes = run_ranks(2, tmp_path / str(number), run_main, main, [*words, *roots])
         assert codes == [0, 0], read_outputs(tmp_path / str(number), 2)
     assert "already in results.jsonl" in (tmp_path / "3" / "out0").read_text()
     assert files.load(tmp_path / "digits/target/seed0/target.pt", "target")["quality"]["knn"] > 20

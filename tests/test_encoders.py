@@ -25,7 +25,7 @@ from models.encoders import load_encoder
 from models.features import project, read_features, reduce_features
 from models.saved import load_matching
 from models.target import load_target
-from tests.conftest import DISTILL, command, make_stopping_steps
+from tests.conftest import DISTILL, make_stopping_steps, run_command
 from utils import cli, files, run
 from utils.errors import UserError
 
@@ -231,7 +231,7 @@ def test_features_from_a_file_give_the_same_set_as_the_encoder(
 
 def test_listing_gives_the_order_of_the_rows(flags, photos, source):
     root = flags[flags.index("--data-root") + 1]
-    done = command("-m", "data.prepare", photos, "--size", "32", "--data-root", root, "--list")
+    done = run_command("-m", "data.prepare", photos, "--size", "32", "--data-root", root, "--list")
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     train = [row for row in rows if row[0] == "train"]
     assert [int(row[1]) for row in train] == list(range(60))

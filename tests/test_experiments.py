@@ -14,7 +14,7 @@ from distillers import method, registry
 from experiments.__main__ import make_plan
 from experiments.plan import Choice, Plan, to_flags
 from experiments.tables import TABLES, Protocol, Scale, Source, Table, TargetNetwork
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, run_command
 from utils.errors import UserError
 from utils.presets import PRESETS, STAGES
 
@@ -196,7 +196,7 @@ def test_flags_select_commands_and_bad_flags_are_errors(capsys):
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(UserError, match="table9: no such table; choose one of table1, "):
         make_plan(["table9"])
-    done = command("-m", "experiments", check=False)
+    done = run_command("-m", "experiments", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(
         "python -m experiments: error: the first argument must be a table"

@@ -25,7 +25,7 @@ from distillers.__main__ import main as distillers
 from evaluation import fid, results
 from models.saved import load_model
 from publishing import cards, dd_ranking, export, standalone
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, run_command
 from tests.hub import Hub
 from utils import files
 from utils.errors import UserError
@@ -136,7 +136,7 @@ def test_pngs_are_the_rounded_pixels(folder):
 
 def test_pretraining_on_the_folder_gives_the_same_weights(folder, weights, tmp_path, roots):
     """Use the recipe in the set, and write to the run root."""
-    command("pretrain.py", "--distilled", folder, *roots[:2], "--run-root", tmp_path)
+    run_command("pretrain.py", "--distilled", folder, *roots[:2], "--run-root", tmp_path)
     again = load_model(
         tmp_path / "digits" / "toy" / "seed0" / "convnet3-x0.125" / "seed0" / "model.pt"
     )
@@ -230,7 +230,7 @@ def test_load_py_supports_every_recipe(kind, tmp_path):
         save_set(tmp_path, make_set(kind)),
         ["--steps", "6"] if kind == "soft" else ["--epochs", "3"],
     )
-    command("pretrain.py", "--distilled", path, "--width", "0.05", "--batch-size", "8", *few)
+    run_command("pretrain.py", "--distilled", path, "--width", "0.05", "--batch-size", "8", *few)
     distillers(["export", str(path), str(tmp_path / "out")])
     run_without_package(tmp_path / "out" / "load.py", cwd=tmp_path)
     original = load_model(path.parent / "convnet3-x0.05" / "seed0" / "model.pt")
@@ -402,7 +402,7 @@ def test_damaged_folder_is_a_one_line_error(copy, fault):
 
 def test_commands_exit_with_this_error(copy, roots):
     _cut(copy / "distilled.safetensors", 1000)
-    done = command("pretrain.py", "--distilled", copy, *roots, check=False)
+    done = run_command("pretrain.py", "--distilled", copy, *roots, check=False)
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1

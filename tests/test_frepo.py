@@ -14,7 +14,7 @@ from distillers import __main__ as distillers
 from distillers import frepo
 from distillers.krr import centred_one_hot
 from distillers.pool import Member, Pool
-from tests.conftest import command, make_stopping_steps
+from tests.conftest import make_stopping_steps, run_command
 from utils import cli, run
 from utils.optim import LAMB, make_schedule
 
@@ -184,7 +184,9 @@ def data(data_root):
 
 
 def test_command_starts_from_balanced_images_and_scaled_labels(data_root, data, tmp_path):
-    command("-m", "distillers", "frepo", "--run-root", tmp_path, *TOY, *data, "--outer-lr", "1e-12")
+    run_command(
+        "-m", "distillers", "frepo", "--run-root", tmp_path, *TOY, *data, "--outer-lr", "1e-12"
+    )
     d = load_distilled(tmp_path / "digits" / "frepo" / "seed0" / "distilled.pt")
     source = load_images("digits", "train", 32, data_root)
     chosen = balanced_subset(source, 20, 0)

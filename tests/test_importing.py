@@ -11,7 +11,7 @@ from data.distilled import Distilled, load_distilled
 from data.images import load_images
 from distillers import importing
 from models.saved import load_model
-from tests.conftest import PRETRAIN, command
+from tests.conftest import PRETRAIN, run_command
 from utils import files
 from utils.errors import UserError
 
@@ -245,7 +245,7 @@ def test_imported_set_can_be_pretrained_on(tmp_path, x, capsys):
         "--run-root",
         tmp_path,
     ]
-    assert "wrote" in command(*words).stdout
+    assert "wrote" in run_command(*words).stdout
     words = [str(word) for word in words[3:]]
     importing.main(words)
     assert "already exists" in capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_imported_set_can_be_pretrained_on(tmp_path, x, capsys):
     pretrain.main(["--distilled", str(path), *PRETRAIN])
     saved = load_model(path.parent / "convnet3-x0.125" / "seed0" / "model.pt")
     assert saved["num_outputs"] == 10 and saved["meta"]["method"] == "dm_released"
-    assert "--normalised none|STATS" in command("-m", "distillers", "import", "--help").stdout
+    assert "--normalised none|STATS" in run_command("-m", "distillers", "import", "--help").stdout
 
 
 FEATURES = {"y.pt": torch.randn(M, 5)}

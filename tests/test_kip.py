@@ -13,7 +13,7 @@ from data.images import load_images
 from data.subsets import balanced_subset
 from distillers import __main__ as distillers
 from distillers import kip, ntk
-from tests.conftest import command, make_stopping_steps
+from tests.conftest import make_stopping_steps, run_command
 from utils import cli, run
 
 TOY = [
@@ -255,7 +255,7 @@ def data(data_root):
 
 
 def test_command_writes_balanced_images_with_their_labels(data_root, data, tmp_path):
-    command("-m", "distillers", "kip", "--run-root", tmp_path, *TOY, *CONV, *data)
+    run_command("-m", "distillers", "kip", "--run-root", tmp_path, *TOY, *CONV, *data)
     d = load_distilled(tmp_path / "digits" / "kip" / "seed0" / "distilled.pt")
     assert (
         d.target_kind == "soft"

@@ -15,7 +15,7 @@ from data.images import load_images
 from distillers import method
 from models.saved import load_model
 from models.target import load_target
-from tests.conftest import command, make_stopping_steps
+from tests.conftest import make_stopping_steps, run_command
 from utils import files, run
 from utils.errors import UserError
 from utils.presets import preset
@@ -152,7 +152,7 @@ def test_model_records_the_oracle_and_tables_have_its_row(toy, roots, tmp_path):
         "target.epochs"
     ] == [1, 30]
     assert "num_images" not in meta["deviations"] and "pretrain.epochs" not in meta["deviations"]
-    done = command(
+    done = run_command(
         "finetune.py", "--weights", path, "--dataset", "digits", "--protocol", "knn", *roots[:2]
     )
     assert "\nfull convnet3 -> digits (knn): " in done.stdout
@@ -248,7 +248,7 @@ def test_distance_from_the_initial_images_is_stored_and_printed(
     moved = ((pixels - initial) / source.std.double()[:, None, None]).square().mean().sqrt().item()
     assert d.meta["distance_from_initial"] == pytest.approx(moved, rel=1e-4) and moved > 1e-4
     assert (
-        f"images moved by {d.meta['distance_from_initial']:.4f} of"
+        f"initial images: {d.meta['distance_from_initial']:.4f} standard deviations"
         in capsys.readouterr().out.splitlines()[-1]
     )
 

@@ -11,7 +11,7 @@ from distillers import __main__ as distillers
 from evaluation import probes, results
 from experiments import protocols
 from models import saved
-from tests.conftest import DISTILL, TARGET, command
+from tests.conftest import DISTILL, TARGET, run_command
 from utils.errors import UserError
 
 
@@ -57,11 +57,11 @@ def run_root(tmp_path_factory):
     """Make a run root with the three sets of digits for seed 0, and return it."""
     top = tmp_path_factory.mktemp("protocols")
     flags = ["--data-root", str(top / "data"), "--run-root", str(top / "runs")]
-    command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
+    run_command("pretrain_target.py", "--source", "digits", *TARGET, *flags)
     common = ["--source", "digits", "--num-images", "20", *flags]
     distillers.main(["random_features", *common])
     distillers.main(["high_loss", *common, "--width", "0.03", "--experts", "1"])
-    command("distill.py", "--source", "digits", *DISTILL, *flags)
+    run_command("distill.py", "--source", "digits", *DISTILL, *flags)
     return top / "runs"
 
 

@@ -11,7 +11,7 @@ from data.images import load_images, normalise
 from evaluation import probes
 from models import saved
 from models.target import load_target
-from tests.conftest import TARGET, command
+from tests.conftest import TARGET, run_command
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_command_compares_the_head_with_the_target_on_test_images(
     weights, runs, data_root, roots, tmp_path
 ):
     words = ["--weights", str(weights), "--dataset", "digits", *roots, "--protocol", "r2"]
-    command("finetune.py", *words)
+    run_command("finetune.py", *words)
     lines = [json.loads(x) for x in (weights.parent / "results.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["protocol"] == "r2"]
 
@@ -49,14 +49,14 @@ def test_command_compares_the_head_with_the_target_on_test_images(
     torch.testing.assert_close(stored, features, rtol=1e-4, atol=1e-4)
 
     before = len(lines)
-    command("finetune.py", *words)  # already in results.jsonl
+    run_command("finetune.py", *words)  # already in results.jsonl
     assert len((weights.parent / "results.jsonl").read_text().splitlines()) == before
 
 
 def test_other_targets_and_label_flags_are_errors(weights, roots, tmp_path, capsys):
     words = ["--weights", str(weights), "--dataset", "digits", *roots, "--protocol", "r2"]
     other = [*roots[:2], "--run-root", str(tmp_path)]
-    command("pretrain_target.py", "--source", "digits", *TARGET, *other, "--seed", "1")
+    run_command("pretrain_target.py", "--source", "digits", *TARGET, *other, "--seed", "1")
     target = tmp_path / "digits" / "target" / "seed1" / "target.pt"
     with pytest.raises(UserError, match="was not pre-trained on the features of"):
         finetune.main([*words, "--target-network", str(target)])

@@ -6,7 +6,7 @@ import pytest
 
 from data.distilled import TARGET_KINDS
 from distillers import method, registry
-from tests.conftest import command
+from tests.conftest import run_command
 from utils.presets import PRETRAIN, STAGES
 
 
@@ -46,15 +46,15 @@ def test_names_are_unique_and_known_with_and_without_their_target_network():
 
 
 def test_command_line_lists_the_methods_and_names_itself():
-    shown = command("-m", "distillers", "--help").stdout
+    shown = run_command("-m", "distillers", "--help").stdout
     assert all(f"\n  {name} " in shown for name in registry.COMMANDS)
     assert "\n  krr_st " not in shown
-    done = command("-m", "distillers", check=False)
+    done = run_command("-m", "distillers", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(
         "python -m distillers: error: the first argument must be a method"
     )
-    done = command("-m", "distillers", "random", "--name", "full.encoder", check=False)
+    done = run_command("-m", "distillers", "random", "--name", "full.encoder", check=False)
     assert done.returncode == 2 and "must be a plain word" in done.stderr
 
 

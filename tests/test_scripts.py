@@ -18,7 +18,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from evaluation import probes, results
 from models.saved import load_model, rebuild
-from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, command
+from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, run_command
 from utils import files
 from utils.errors import UserError
 
@@ -57,8 +57,10 @@ def test_distill_writes_set_picture_and_settings(distilled):
 
 def test_finished_run_is_not_repeated_and_other_settings_are_an_error(distilled, roots):
     before = distilled.stat().st_mtime_ns
-    assert "already exists" in command("distill.py", "--source", "digits", *DISTILL, *roots).stdout
-    other = command(
+    assert (
+        "already exists" in run_command("distill.py", "--source", "digits", *DISTILL, *roots).stdout
+    )
+    other = run_command(
         "distill.py", "--source", "digits", *DISTILL, "--outer-lr", "0.5", *roots, check=False
     )
     assert other.returncode == 2 and "outer_lr: " in other.stderr and "0.5 now" in other.stderr
@@ -95,7 +97,7 @@ def test_interrupted_command_writes_a_checkpoint_and_resumes(roots, runs, tmp_pa
         and "Traceback" not in errors
     )
     assert (log.parent / "checkpoint.pt").is_file() and not (log.parent / "distilled.pt").exists()
-    command(*words)
+    run_command(*words)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
         range(1, 101)
     )
@@ -103,7 +105,7 @@ def test_interrupted_command_writes_a_checkpoint_and_resumes(roots, runs, tmp_pa
 
 
 def test_distillation_starts_from_random_images_with_features(roots, runs, distilled):
-    command(
+    run_command(
         "-m", "distillers", "random_features", "--source", "digits", "--num-images", "20", *roots
     )
     real = load_distilled(runs / "random_features" / "seed0" / "distilled.pt")
@@ -197,10 +199,10 @@ def test_pretraining_recipe_depends_on_the_kind_of_targets(roots, runs, weights)
         and saved["meta"]["method"] == "krr_st"
         and saved["width"] == 0.125
     )
-    command("-m", "distillers", "random", "--source", "digits", "--num-images", "20", *roots)
+    run_command("-m", "distillers", "random", "--source", "digits", "--num-images", "20", *roots)
     path = runs / "random" / "seed0" / "distilled.pt"
     assert load_distilled(path).targets.bincount().tolist() == [2] * 10
-    command("pretrain.py", "--distilled", path, *PRETRAIN, "--seed", "1", *roots)
+    run_command("pretrain.py", "--distilled", path, *PRETRAIN, "--seed", "1", *roots)
     saved = load_model(path.parent / "convnet3-x0.125" / "seed1" / "model.pt")
     assert saved["num_outputs"] == 10 and saved["meta"]["settings"]["loss"] == "cross_entropy"
     assert saved["meta"]["settings"]["augment"] is True
@@ -211,7 +213,7 @@ def test_pretraining_recipe_depends_on_the_kind_of_targets(roots, runs, weights)
         "digits",
         *roots,
     ]
-    command("finetune.py", *flags, "--protocol", "head")
+    run_command("finetune.py", *flags, "--protocol", "head")
     [line] = results.read(path.parent / "convnet3-x0.125" / "seed1" / "results.jsonl")
     assert line["protocol"] == "head" and line["accuracy"] == pytest.approx(
         compute_accuracy(saved, roots), abs=1e-3
@@ -221,7 +223,7 @@ def test_pretraining_recipe_depends_on_the_kind_of_targets(roots, runs, weights)
     soft.targets, soft.target_kind = torch.eye(10)[soft.targets], "soft"
     path = runs / "soft" / "seed0" / "distilled.pt"
     files.save(path, "distilled", soft.content())
-    command(
+    run_command(
         "pretrain.py",
         "--distilled",
         path,
@@ -242,10 +244,13 @@ def test_finetuning_protocols_write_results(weights, roots, tmp_path):
     weights = shutil.copy(weights, tmp_path / "model.pt")
     flags = ["--weights", weights, "--dataset", "digits", "--labels-per-class", "2", *roots]
     for protocol in ("linear", "knn"):
-        assert "2 labels per class" in command("finetune.py", *flags, "--protocol", protocol).stdout
-    command("finetune.py", *flags, "--steps", "2")
-    assert "already in results.jsonl" in command("finetune.py", *flags, "--steps", "2").stdout
-    command(
+        assert (
+            "2 labels per class"
+            in run_command("finetune.py", *flags, "--protocol", protocol).stdout
+        )
+    run_command("finetune.py", *flags, "--steps", "2")
+    assert "already in results.jsonl" in run_command("finetune.py", *flags, "--steps", "2").stdout
+    run_command(
         "finetune.py",
         "--weights",
         weights,
@@ -313,11 +318,11 @@ def test_kd_distils_a_teacher_trained_from_scratch(weights, distilled, roots):
         "--steps",
         "2",
     ]
-    command("finetune.py", *scratch, *roots)
+    run_command("finetune.py", *scratch, *roots)
     teacher = (
         distilled.parents[3] / "scratch" / "resnet10-x0.125_32px" / "digits_full_seed0" / "model.pt"
     )
-    command(
+    run_command(
         "kd.py",
         "--weights",
         weights,
@@ -398,16 +403,16 @@ def test_folder_of_images_is_a_source(tmp_path):
         tmp_path / "photos",
     ]
     size = ["--preset", "digits", "--image-size", "48"]
-    command("pretrain_target.py", *roots, *size, *TARGET, "--batch-size", "16")
-    command("distill.py", *roots, *size, *DISTILL)
+    run_command("pretrain_target.py", *roots, *size, *TARGET, "--batch-size", "16")
+    run_command("distill.py", *roots, *size, *DISTILL)
     [path] = (tmp_path / "runs").glob("photos-*/krr_st/seed0/distilled.pt")
     assert load_distilled(path).images.shape == (20, 3, 48, 48)
-    command("pretrain.py", "--distilled", path, *PRETRAIN)
+    run_command("pretrain.py", "--distilled", path, *PRETRAIN)
 
 
 @pytest.mark.parametrize(
     "script", ["pretrain_target.py", "distill.py", "pretrain.py", "finetune.py", "kd.py"]
 )
 def test_scripts_have_help(script):
-    shown = command(script, "--help").stdout
+    shown = run_command(script, "--help").stdout
     assert f"python {script}" in shown and "--data-root" in shown

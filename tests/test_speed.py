@@ -11,7 +11,7 @@ import torch
 import models
 from benchmarks import scaling, speed
 from models.frozen import Frozen, Skeleton
-from tests.conftest import DISTILL, command
+from tests.conftest import DISTILL, run_command
 from utils import allocator
 from utils.run import read_log
 
@@ -100,7 +100,7 @@ def losses(roots, name, *flags):
         "--log-every",
         "1",
     ]
-    command(*words, "--name", name, *flags)
+    run_command(*words, "--name", name, *flags)
     return [
         line["loss"]
         for line in read_log(Path(roots[3]) / "digits" / name / "seed0")
@@ -135,7 +135,7 @@ def test_reference_is_plain(roots):
         "refused",
         "--reference",
     ]
-    done = command(*words, "--augment-outer", check=False)
+    done = run_command(*words, "--augment-outer", check=False)
     assert done.returncode == 2 and done.stderr.startswith(
         "distill.py: error: --reference requires"
     )
@@ -184,9 +184,9 @@ print((resident() - before) // 2**20)
 keep_freed_memory(False)
 print((resident() - before) // 2**20)
 """
-    kept, back = map(int, command("-c", code, "keep").stdout.split())
+    kept, back = map(int, run_command("-c", code, "keep").stdout.split())
     assert kept > 200 > 50 > back
-    assert max(map(int, command("-c", code, "usual").stdout.split())) < 50
+    assert max(map(int, run_command("-c", code, "usual").stdout.split())) < 50
     allocator.keep_freed_memory(False)
 
 

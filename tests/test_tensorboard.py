@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import PRETRAIN, command
+from tests.conftest import PRETRAIN, run_command
 from utils import run
 from utils.errors import UserError
 from utils.run import read_log
@@ -69,7 +69,7 @@ def test_flag_does_not_change_the_result(distilled, weights, roots, tmp_path):
     pytest.importorskip("tensorboard")
     copy = tmp_path / "distilled.pt"
     copy.write_bytes(distilled.read_bytes())
-    command(
+    run_command(
         "pretrain.py", "--distilled", copy, *PRETRAIN, "--log-every", "1", "--tensorboard", *roots
     )
     folder = tmp_path / "convnet3-x0.125" / "seed0"
@@ -77,7 +77,10 @@ def test_flag_does_not_change_the_result(distilled, weights, roots, tmp_path):
     assert read_scalars(folder / "tensorboard" / "pre-train")["loss"] == read_logged(
         folder, "pre-train", "loss"
     )
-    assert "already exists" in command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
+    assert (
+        "already exists"
+        in run_command("pretrain.py", "--distilled", copy, *PRETRAIN, *roots).stdout
+    )
 
 
 def test_missing_package_is_an_error_at_the_start(monkeypatch, tmp_path):
