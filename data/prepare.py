@@ -52,7 +52,8 @@ def prepare(name, split, size, root, labels=False, partial=False):
     Returns:
         The record, a dict: `count`, `classes`, `whole` (whether a named set has its published
         counts; None for others), `damaged` files, `mean` and `std` of each channel over [0, 1],
-        `folders` (`_folder_times`), `files` (name -> `files.checksums`) and the path `stem`.
+        `folders` (`_folder_times`), `files` (name -> `files.compute_checksums`) and the path
+        `stem`.
 
     Raises:
         UserError: if raw images are missing, if their counts are not the published ones, or if more

@@ -22,7 +22,7 @@ class StartingWeights:
     """Initial weights of a run.
 
     Attributes:
-        saved: content of the network's file (`models.saved.content`).
+        saved: content of the network's file (`models.saved.make_content`).
         folder: folder of the results.
         digest: `files.digest` of the file, or "none".
         seed: seed of the run.

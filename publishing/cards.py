@@ -119,7 +119,7 @@ def format_checksums(folder, main):
     return f"""## Files
 
 `{exported.SUMS}` lists the SHA-256 of every file except this one: `sha256sum -c {exported.SUMS}`.
-The SHA-256 of `{main}` is `{files.checksums(folder / main)["sha256"]}`.
+The SHA-256 of `{main}` is `{files.compute_checksums(folder / main)["sha256"]}`.
 """
 
 

@@ -515,7 +515,7 @@ def test_bad_command_line_is_reported_once_and_other_commands_exit_with_an_error
 
 
 def test_first_rank_shows_progress_bar_unless_disabled():
-    code = "from utils import progress; list(progress.bar(range(3), desc='steps'))"
+    code = "from utils import progress; list(progress.progress_bar(range(3), desc='steps'))"
     shown = [
         subprocess.run(
             [sys.executable, "-c", code],
