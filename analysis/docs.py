@@ -6,7 +6,7 @@
 A table is placed between `<!-- table NAME -->` and `<!-- end of table -->`. NAME is one of:
 - a table or data set of `analysis.tables`;
 - a table of `analysis.compare` with stored results, or NAME.datasets of such a table;
-- methods, speed, parallel, scaling, protocols or protocol_factors.
+- methods, speed, parallel, scaling, protocols, protocol_factors or successors.
 """
 
 import re

@@ -5,7 +5,7 @@
 
 The first table has a row for each combination of the factors. The second has the mean difference
 between a set and random images with the target's features, over all combinations with one value of
-a factor.
+a factor. The third has the sets of scripts/run_successors.sh under the protocols of the two papers.
 """
 
 import itertools
@@ -16,7 +16,8 @@ from analysis.compare import format_cell, paired_differences
 from analysis.tables import Cell, format_markdown
 from distillers import registry
 from evaluation import results
-from experiments.protocols import PROBES, STEPS, STORED, WEIGHT_DECAYS
+from experiments.protocols import PAPERS, PROBES, STEPS, STORED, WEIGHT_DECAYS
+from experiments.tables import TABLES
 from utils import cli
 
 BASE = ("random_features", False)
@@ -91,17 +92,44 @@ def format_factors(lines):
     return format_markdown(rows)
 
 
+def format_successors(lines):
+    """Return the third table as Markdown: differences are from random images of equal storage."""
+    rows = [[Cell("images, method"), *(Cell(f"protocol of {name}") for name in PAPERS), Cell("n")]]
+    for method in TABLES["successors"].methods:
+        m = method.partition("_m_")[2]
+        base = f"random_features_m_{m}" if m else "random_features"
+        found = [select_accuracies(lines, (method, False), values) for values in PAPERS.values()]
+        others = [
+            {} if method == base else select_accuracies(lines, (base, False), values)
+            for values in PAPERS.values()
+        ]
+        if any(found):
+            name = registry.title(method).partition(", m = ")[0]
+            cells = map(format_cell, found, others)
+            rows.append(
+                [Cell(f"{m or 100}, {name}"), *map(Cell, cells), Cell(f"{max(map(len, found))}")]
+            )
+    return format_markdown(rows)
+
+
+TABLES_BY_NAME = {
+    "protocols": format_combinations,
+    "protocol_factors": format_factors,
+    "successors": format_successors,
+}
+
+
 def collected_tables():
     """Return {name: text} of the tables of the stored results."""
     if not (lines := results.read(STORED)):
         return {}
-    return dict(protocols=format_combinations(lines), protocol_factors=format_factors(lines))
+    return {name: format_lines(lines) for name, format_lines in TABLES_BY_NAME.items()}
 
 
 def main(argv):
     args = parse_args(argv)
     lines = results.read(args.results)
-    print(format_combinations(lines), format_factors(lines), sep="\n\n")
+    print(*(format_lines(lines) for format_lines in TABLES_BY_NAME.values()), sep="\n\n")
 
 
 def parse_args(argv):

@@ -7,7 +7,7 @@ A run folder is named after its method or variant. If a source has several targe
 and the name of the target network follow: `krr_st.encoder`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ def distiller(name, title, **facts):
     )
 
 
+def _of_size(name, title, *sizes, **settings):
+    """Return a `Variant` for each number of images (or of plain images' worth) in `sizes`."""
+    return tuple(
+        Variant(f"{name}_m_{m}", f"{title}, m = {m}", dict(num_images=m, **settings)) for m in sizes
+    )
+
+
 def _quarter(name, title, lr=1, **settings):
     """Return a `Variant` of KRR-ST with a quarter of the steps, which differ in more settings."""
     return Variant(
@@ -86,6 +93,7 @@ def _quarter(name, title, lr=1, **settings):
     )
 
 
+_LOW_RANK, _LOW_RANK_TITLE = dict(views="rotations"), "KRR-ST, low-rank with rotations"
 _AS_RELEASED = dict(keep_pool_count=True, raw_init=True, augment_outer=True)
 
 ENTRIES = (  # in the order of rows in tables
@@ -116,6 +124,9 @@ ENTRIES = (  # in the order of rows in tables
         summary="random real images with the target network's features; KRR-ST starts from these",
         targets="feature",
         target_network=True,
+        variants=_of_size(
+            "random_features", "random real images with the target's features", 50, 200
+        ),
     ),
     distiller(
         "kmeans",
@@ -134,6 +145,16 @@ ENTRIES = (  # in the order of rows in tables
                 settings=dict(ignore_labels=True),
                 targets="feature",
             ),
+            *(
+                replace(variant, targets="feature")
+                for variant in _of_size(
+                    "kmeans_features",
+                    "k-means images with the target's features",
+                    50,
+                    200,
+                    ignore_labels=True,
+                )
+            ),
         ),
     ),
     distiller(
@@ -146,6 +167,7 @@ ENTRIES = (  # in the order of rows in tables
         stage="high_loss",
         targets="feature",
         target_network=True,
+        variants=_of_size("high_loss", "highest-loss images with the target's features", 50, 200),
     ),
     distiller(
         "dsa",
@@ -190,6 +212,7 @@ ENTRIES = (  # in the order of rows in tables
         stage="mkdt",
         targets="feature",
         target_network=True,
+        variants=_of_size("mkdt", "MKDT", 50, 200),
     ),
     distiller(
         "kip",
@@ -274,8 +297,7 @@ ENTRIES = (  # in the order of rows in tables
             Variant("krr_st_pool_of_1", "KRR-ST, a pool of one member", settings=dict(pool_size=1)),
             Variant("krr_st_T_5", "KRR-ST, T = 5", settings=dict(pool_steps=5)),
             Variant("krr_st_T_80", "KRR-ST, T = 80", settings=dict(pool_steps=80)),
-            Variant("krr_st_m_50", "KRR-ST, m = 50", settings=dict(num_images=50)),
-            Variant("krr_st_m_200", "KRR-ST, m = 200", settings=dict(num_images=200)),
+            *_of_size("krr_st", "KRR-ST", 50, 200),
             Variant(
                 "krr_st_n_1000", "KRR-ST, 1,000 source images", settings=dict(source_images=1000)
             ),
@@ -294,9 +316,11 @@ ENTRIES = (  # in the order of rows in tables
             ),
             Variant(
                 "krr_st_low_rank",
-                "KRR-ST, low-rank with rotations",
-                settings=dict(bases=200, views="rotations"),
+                _LOW_RANK_TITLE,
+                settings=_LOW_RANK | dict(bases=200),
             ),
+            *_of_size("krr_st_low_rank", _LOW_RANK_TITLE, 50, **_LOW_RANK, bases=100),
+            *_of_size("krr_st_low_rank", _LOW_RANK_TITLE, 200, **_LOW_RANK, bases=400),
             _quarter("", ""),
             _quarter("_lr_3", ", 3 x learning rate", lr=3),
             _quarter("_lr_10", ", 10 x learning rate", lr=10),

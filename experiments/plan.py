@@ -123,7 +123,7 @@ class Plan:
             self._list.add(self._filled(words))
 
     def _filled(self, words):
-        return [word.format(runs=self.runs) for word in words.split()]
+        return [word.format(runs=self.runs, data=self.data_root) for word in words.split()]
 
     def _methods_on(self, source):
         return [each for each in self.methods if (source.name, each) not in self.table.without]
@@ -193,6 +193,7 @@ class Plan:
             usual = self._preset(source, entry.stage) | own
             own |= variant.settings
             own |= {key: factor * usual[key] for key, factor in variant.factors.items()}
+            own |= self.scale.methods.get(variant.name, {})
         return own
 
     def _make_set(self, source, name, target, seed):

@@ -1,7 +1,8 @@
 """Which part of the protocol decides whether KRR-ST is above random images?
 
-    python -m experiments.protocols runs/small            # takes an hour on one CPU core
-    python -m experiments.protocols runs/small --collect  # also stores the results
+    python -m experiments.protocols runs/small                # takes 2 hours on one CPU core
+    python -m experiments.protocols runs/small --collect      # also stores the results
+    python -m experiments.protocols runs/small --successors   # sets of scripts/run_successors.sh
 
 The files of MKDT (Joshi et al., ICLR 2025) put KRR-ST below random images with target features. The
 KRR-ST paper has no such row. The two papers evaluate differently. This experiment evaluates the
@@ -16,8 +17,14 @@ same sets with all combinations of:
 
 The sets of `random_features`, `high_loss` and `krr_st` in the run root are used, which
 scripts/run_small.sh makes. One network is pre-trained on each distilled set, with the seed of the
-set, and evaluated on CIFAR-10 with 100 labels per class. The networks and results.jsonl are in
-<run root>/protocols. Rerun the command to resume. --collect writes experiments/protocols.jsonl.
+set, and evaluated on CIFAR-10 with 100 labels per class.
+
+--successors evaluates the sets of the table `successors` with two of these combinations only, which
+are the protocols of the two papers (`PAPERS`). In that of MKDT, a set with a learned learning rate
+is pre-trained with it.
+
+The networks and results.jsonl are in <run root>/protocols. Rerun the command to resume. --collect
+writes experiments/protocols.jsonl.
 """
 
 import itertools
@@ -37,6 +44,7 @@ from data.images import load_images
 from data.subsets import few_labels
 from evaluation import probes, results
 from evaluation.starting_weights import measure_cost
+from experiments.tables import TABLES
 from models import saved
 from pretrain import pretrain
 from utils import cli, files
@@ -54,6 +62,10 @@ SETS = ("random_features", "high_loss", "krr_st")
 STEPS = {80: dict(epochs=20, batch_size=25), 600: dict(epochs=600, batch_size=100)}
 WEIGHT_DECAYS = (1e-4, 1e-3)
 NETWORKS = ("dc_convnet3", "convnet3")
+PAPERS = {
+    "MKDT": dict(arch="dc_convnet3", steps=80, weight_decay=1e-4, probe="20 iterations"),
+    "KRR-ST": dict(arch="convnet3", steps=600, weight_decay=1e-3, probe="converged"),
+}
 
 
 def unconverged_accuracy_of(features, labels, tests, test_labels, num_classes):
@@ -124,6 +136,16 @@ def list_cases():
     return cases
 
 
+def list_successors():
+    """Return the `Case`s of the table `successors`: each set with the protocols of `PAPERS`."""
+    return [
+        Case(method, seed, *(paper[name] for name in ("arch", "steps", "weight_decay")))
+        for method in TABLES["successors"].methods
+        for seed in SEEDS
+        for paper in PAPERS.values()
+    ]
+
+
 def pretrained_network(case, args, device):
     """Return the `Network` of a `Case` and the digest of its set; pre-train it if needed."""
     torch.manual_seed(case.seed)
@@ -132,13 +154,15 @@ def pretrained_network(case, args, device):
     path = args.runs / SOURCE / case.method / f"seed{case.seed}" / "distilled.pt"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; make it with: bash scripts/run_small.sh --sources {SOURCE} "
-            f"--methods {' '.join(SETS)}"
+            f"{path}: no such file; make it with: bash scripts/run_successors.sh, or "
+            f"bash scripts/run_small.sh --sources {SOURCE} --methods {' '.join(SETS)}"
         )
     distilled, digest = load_distilled(path), files.digest(path)
     images = distilled.pixels() if case.raw else distilled.images
     recipe = preset("other", "pretrain", "feature", case.arch) | STEPS[case.steps]
     recipe |= dict(weight_decay=case.weight_decay, precision=args.precision)
+    if case.arch == PAPERS["MKDT"]["arch"] and "learned_rate" in distilled.meta:
+        recipe["lr"] = distilled.meta["learned_rate"]
     run = Run(
         args.runs / "protocols" / case.name, "model.pt", asdict(case) | recipe | dict(set=digest)
     )
@@ -177,7 +201,7 @@ def main(argv):
     )
     folder = args.runs / "protocols"
     known = Counter(line["name"] for line in results.read(folder / "results.jsonl"))
-    for case in list_cases():
+    for case in list_successors() if args.successors else list_cases():
         if known[case.name] == len(PROBES):
             continue
         facts = asdict(case) | dict(width=WIDTH, image_size=SIZE, labels_per_class=LABELS_PER_CLASS)
@@ -202,6 +226,11 @@ def parse_args(argv):
     cli.add_data_root(parser)
     add_device_flags(parser)
     parser.add_argument("runs", type=Path, help="run root with the sets, such as runs/small")
+    parser.add_argument(
+        "--successors",
+        action="store_true",
+        help="evaluate the sets of scripts/run_successors.sh with the protocols of the two papers",
+    )
     parser.add_argument(
         "--collect", action="store_true", help="store the results in experiments/protocols.jsonl"
     )

@@ -87,7 +87,7 @@ class Scale:
         width: width of the pre-trained networks, if it differs from the preset's.
         target: settings of pretrain_target.py.
         sets: settings of all methods.
-        methods: settings by method.
+        methods: settings by method or variant.
         pretrain: settings of pretrain.py by kind of targets.
         finetune: settings of finetune.py.
         kd: settings of kd.py.
@@ -140,7 +140,7 @@ class Table:
         show_cost: whether the table shows the operations of each distillation.
         pictures: methods whose sets are drawn.
         first: pairs (output file, command) to run before the others; {runs} is the run root.
-        last: commands to run after the others; {runs} is the run root.
+        last: commands to run after the others; {runs} is the run root, {data} the data root.
     """
 
     name: str
@@ -193,6 +193,14 @@ DEPARTURES = (
     "krr_st_d7",
     "krr_st_d8",
     "krr_st_as_released",
+)
+SUCCESSORS = (
+    "random_features",
+    "kmeans_features",
+    "high_loss",
+    "mkdt",
+    "krr_st_low_rank",
+    "krr_st",
 )
 LESS_WORK = tuple(name for name in registry.VARIANTS if name.startswith("krr_st_quarter"))
 
@@ -294,6 +302,11 @@ _SMALL_SCALE = Scale(
             pool_steps=150,
         ),
         high_loss=dict(arch="dc_convnet3", width=0.25, experts=10),
+        # As many operations as KRR-ST with as many images.
+        mkdt=dict(arch="dc_convnet3", width=0.25, experts=10, outer_steps=100),
+        krr_st_low_rank_m_50=dict(outer_steps=350),
+        krr_st_low_rank=dict(outer_steps=500),
+        krr_st_low_rank_m_200=dict(outer_steps=570),
     ),
     # An epoch of 100 or 200 images is one step.
     pretrain={"feature": dict(epochs=600), "class": dict(epochs=600), "source": dict(steps=600)},
@@ -588,6 +601,21 @@ TABLES = {
             scale=_SMALL_SCALE,
             show_cost=True,
             last=("-m analysis.compare less_work {runs}",),
+        ),
+        Table(
+            "successors",
+            "KRR-ST, MKDT and low-rank KRR-ST, and the real images that they start from, with the "
+            "storage of 50, 100 and 200 plain images. The methods that learn a set use about as "
+            "many operations. Three distillations per row, each evaluated with the protocols of "
+            "the papers on MKDT and KRR-ST (experiments/protocols.py).",
+            sources=(Source("imagenette", targets=(_ENCODER,)),),
+            methods=tuple(f"{name}{m}" for m in ("_m_50", "", "_m_200") for name in SUCCESSORS),
+            protocols=(),
+            seeds=(),
+            distill_seeds=(0, 1, 2),
+            against="random_features",
+            scale=_SMALL_SCALE,
+            last=("-m experiments.protocols {runs} --data-root {data} --successors",),
         ),
         Table(
             "sizes",

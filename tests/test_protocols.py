@@ -1,6 +1,8 @@
 """The experiment on evaluation protocols: its probe, its command at toy size, and its tables."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from data.distilled import load_distilled
 from distillers import __main__ as distillers
 from evaluation import probes, results
 from experiments import protocols
+from experiments.tables import TABLES
 from models import saved
 from tests.conftest import DISTILL, TARGET, run_command
 from utils.errors import UserError
+from utils.presets import preset
 
 
 def two_classes(scale):
@@ -163,4 +167,74 @@ def test_stored_results_are_in_the_documentation_tables(tmp_path, monkeypatch):
     line |= dict(probe="converged", accuracy=50.0, digest="x")
     (tmp_path / "some.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(tables, "STORED", tmp_path / "some.jsonl")
-    assert tables.collected_tables().keys() == {"protocols", "protocol_factors"}
+    keys = {"protocols", "protocol_factors", "successors"}
+    assert tables.collected_tables().keys() == keys
+
+
+@pytest.fixture
+def successors(run_root, toy, monkeypatch):
+    """Add a set with a learned rate, and list three sets of two sizes."""
+    flags = ["--data-root", run_root.parent / "data", "--run-root", run_root]
+    path = run_root / "digits" / "mkdt" / "seed0" / "distilled.pt"
+    if not path.is_file():
+        argv = ["--source", "digits", "--num-images", 20, "--width", 0.03, "--experts", 1]
+        argv += ["--outer-steps", 2, "--inner-steps", 2, "--expert-batch", 400, *flags]
+        distillers.main(["mkdt", *map(str, argv)])
+        for name in ("random_features", "krr_st"):
+            other = run_root / "digits" / f"{name}_m_50" / "seed0"
+            other.mkdir(parents=True)
+            shutil.copy(run_root / "digits" / name / "seed0" / "distilled.pt", other)
+    methods = ("random_features", "mkdt", "random_features_m_50", "krr_st_m_50")
+    listed = {"successors": replace(TABLES["successors"], methods=methods)}
+    for module in (protocols, tables):
+        monkeypatch.setattr(module, "TABLES", listed)
+    for name, steps in (("MKDT", 2), ("KRR-ST", 3)):
+        monkeypatch.setitem(protocols.PAPERS, name, protocols.PAPERS[name] | dict(steps=steps))
+    return flags
+
+
+def test_successors_are_evaluated_with_the_protocols_of_two_papers(run_root, successors, capsys):
+    path = run_root / "protocols" / "results.jsonl"
+    known = len(results.read(path)) if path.is_file() else 0
+    protocols.main([str(run_root), *map(str, successors[:2]), "--successors"])
+    lines = results.read(path)
+    new = {line["name"] for line in lines[known:]}
+    assert {"mkdt_dc_convnet3_2_0.0001_seed0", "mkdt_convnet3_3_0.001_seed0"} <= new
+    assert {"krr_st_m_50_convnet3_3_0.001_seed0"} <= new and len(lines) >= known + 2 * 6
+
+    text = tables.format_successors(lines)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+    assert rows[0][1:3] == ["protocol of MKDT", "protocol of KRR-ST"]
+    names = [row[0] for row in rows[2:]]
+    assert names[:2] == ["100, random real images with the target's features", "100, MKDT"]
+    assert names[3] == "50, KRR-ST"
+
+    def accuracy(name, probe):
+        return next(e["accuracy"] for e in lines if (e["name"], e["probe"]) == (name, probe))
+
+    ours = accuracy("krr_st_m_50_convnet3_3_0.001_seed0", "converged")
+    base = accuracy("random_features_m_50_convnet3_3_0.001_seed0", "converged")
+    assert rows[5][2] == f"{ours:.2f} ± 0.00 ({ours - base:+.2f})"
+    theirs = accuracy("mkdt_dc_convnet3_2_0.0001_seed0", "20 iterations")
+    base = accuracy("random_features_dc_convnet3_2_0.0001_seed0", "20 iterations")
+    assert rows[3][1] == f"{theirs:.2f} ± 0.00 ({theirs - base:+.2f})"
+    assert [row[3] for row in rows[2:]] == ["1"] * 4
+
+
+def test_the_learned_rate_is_used_with_the_protocol_of_mkdt_only(run_root, successors, monkeypatch):
+    rates = {}
+
+    def spy(network, data, args, *rest):
+        rates[type(network.features[1]).__name__] = args.lr
+        raise UserError("enough")
+
+    monkeypatch.setattr(protocols, "pretrain", spy)
+    args = protocols.parse_args([str(run_root)])
+    for arch in ("dc_convnet3", "convnet3"):
+        with pytest.raises(UserError, match="enough"):
+            case = protocols.Case("mkdt", 0, arch, 2, 0.125)
+            protocols.pretrained_network(case, args, torch.device("cpu"))
+    learned = load_distilled(run_root / "digits" / "mkdt" / "seed0" / "distilled.pt")
+    usual = preset("other", "pretrain", "feature", "convnet3")["lr"]
+    assert rates == {"GroupNorm": learned.meta["learned_rate"], "BatchNorm2d": usual}
+    assert learned.meta["learned_rate"] != usual
