@@ -1,7 +1,7 @@
 """The tables of experiments/protocols.py: KRR-ST and random images under two protocols.
 
     python -m analysis.protocols                                     # stored results
-    python -m analysis.protocols runs/small/protocols/results.jsonl
+    python -m analysis.protocols runs/small/protocols/protocols.jsonl
 
 The first table has a row for each combination of the factors. The second has the mean difference
 between a set and random images with the target's features, over all combinations with one value of

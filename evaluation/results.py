@@ -18,9 +18,9 @@ from utils import files
 from utils.errors import UserError
 
 
-def find(folder, key):
+def find(folder, key, name="results.jsonl"):
     """Return the result in `folder` whose settings have the digest `key`, or None."""
-    return next((line for line in read(folder / "results.jsonl") if line["digest"] == key), None)
+    return next((line for line in read(folder / name) if line["digest"] == key), None)
 
 
 def read(path):
@@ -44,14 +44,14 @@ def read(path):
     return lines
 
 
-def append(folder, line):
-    """Append a result, unless the file has one with the same digest.
+def append(folder, line, name="results.jsonl"):
+    """Append a result to the file `name`, unless the file has one with the same digest.
 
     Several processes may append at the same time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.jsonl"
-    files.append_line(path, json.dumps(line), unless=lambda: find(folder, line["digest"]))
+    path = folder / name
+    files.append_line(path, json.dumps(line), unless=lambda: find(folder, line["digest"], name))
 
 
 def format_line(line):

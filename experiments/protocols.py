@@ -23,8 +23,8 @@ set, and evaluated on CIFAR-10 with 100 labels per class.
 are the protocols of the two papers (`PAPERS`). In that of MKDT, a set with a learned learning rate
 is pre-trained with it.
 
-The networks and results.jsonl are in <run root>/protocols. Rerun the command to resume. --collect
-writes experiments/protocols.jsonl.
+The networks and the results, protocols.jsonl, are in <run root>/protocols. Rerun the command to
+resume. --collect writes experiments/protocols.jsonl.
 """
 
 import itertools
@@ -54,7 +54,8 @@ from utils.presets import preset
 from utils.run import Run, settings_digest
 from utils.sampling import Randomness
 
-STORED = Path(__file__).parent / "protocols.jsonl"
+NAME = "protocols.jsonl"  # not results.jsonl, because its lines fit no table of analysis.tables
+STORED = Path(__file__).parent / NAME
 SOURCE, DATASET, LABELS_PER_CLASS = "imagenette", "cifar10", 100
 WIDTH, SIZE = 0.25, 32
 SEEDS = (0, 1, 2)
@@ -200,7 +201,7 @@ def main(argv):
         for split in ("train", "test")
     )
     folder = args.runs / "protocols"
-    known = Counter(line["name"] for line in results.read(folder / "results.jsonl"))
+    known = Counter(line["name"] for line in results.read(folder / NAME))
     for case in list_successors() if args.successors else list_cases():
         if known[case.name] == len(PROBES):
             continue
@@ -211,12 +212,11 @@ def main(argv):
         for probe, accuracy in evaluate(case, network, train, test, args, device):
             line = facts | dict(name=case.name, probe=probe, accuracy=round(accuracy, 4))
             key = settings_digest(facts | dict(probe=probe, precision=args.precision))
-            results.append(
-                folder, line | dict(digest=key) | measure_cost(device, args.precision, started)
-            )
+            line |= dict(digest=key) | measure_cost(device, args.precision, started)
+            results.append(folder, line, NAME)
             print(f"{case.name}, probe {probe}: {accuracy:.2f} %")
     if args.collect:
-        lines = results.read(folder / "results.jsonl")
+        lines = results.read(folder / NAME)
         files.write_text(STORED, "".join(json.dumps(line) + "\n" for line in lines))
         print(f"{STORED}: {len(lines)} results")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from analysis import protocols as tables
+from analysis.tables import gather_results
 from data.distilled import load_distilled
 from distillers import __main__ as distillers
 from evaluation import probes, results
@@ -94,7 +95,9 @@ def test_all_combinations_are_evaluated_once(run_root, toy, tmp_path, monkeypatc
     capsys.readouterr()
     protocols.main(argv)
     assert "%" not in capsys.readouterr().out  # no new accuracy
-    assert results.read(run_root / "protocols" / "results.jsonl") == lines
+    assert results.read(run_root / "protocols" / protocols.NAME) == lines
+
+    assert gather_results([run_root]) == []  # for other tables
 
     text = tables.format_combinations(lines)
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
@@ -194,7 +197,7 @@ def successors(run_root, toy, monkeypatch):
 
 
 def test_successors_are_evaluated_with_the_protocols_of_two_papers(run_root, successors, capsys):
-    path = run_root / "protocols" / "results.jsonl"
+    path = run_root / "protocols" / protocols.NAME
     known = len(results.read(path)) if path.is_file() else 0
     protocols.main([str(run_root), *map(str, successors[:2]), "--successors"])
     lines = results.read(path)
