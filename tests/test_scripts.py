@@ -137,7 +137,7 @@ def test_probes_with_several_numbers_of_labels_compute_features_once(tmp_path, m
         calls.append(len(images))
         return outputs(function, images, *args)
 
-    monkeypatch.setattr(probes, "outputs", counted)
+    monkeypatch.setattr(probes, "compute_outputs", counted)
     together = [*make_untrained_flags(tmp_path, "a"), "--protocol", "linear", "--label-fraction"]
     finetune.main([*together, "0.05", "0.5", "1"])
     assert calls == [1437, 360]
