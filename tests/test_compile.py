@@ -72,6 +72,7 @@ def check_fifty_steps():
             )
 
 
+@pytest.mark.long
 def test_fifty_compiled_steps_equal_plain_ones_with_one_compilation_for_all_members(traced):
     check_fifty_steps()
 

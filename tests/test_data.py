@@ -418,6 +418,7 @@ def test_counts_and_statistics_of_real_images_are_the_published_ones(
     assert prepare.prepare(name, "train", size, real_images, partial=True) == train
 
 
+@pytest.mark.long
 def test_enlarging_keeps_the_standard_deviation_as_the_released_statistics(real_images):
     """Compare the standard deviations at 32 and 64 px with the released ones, 0.2470 and 0.2469.
 

@@ -281,6 +281,7 @@ def test_random_images_start_from_noise(toy, tmp_path):
     assert usual.meta["initial"] is not None
 
 
+@pytest.mark.long
 def test_noise_has_the_mean_and_covariance_of_the_source(data_root):
     source = load_images("digits", "train", 32, data_root)
     x = source.normalised(torch.arange(len(source)), torch.device("cpu")).flatten(1).double()

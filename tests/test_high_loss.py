@@ -102,6 +102,7 @@ def test_hardest_images_are_sorted_with_the_first_of_ties():
     ]
 
 
+@pytest.mark.long
 def test_seed_determines_the_images(select_images):
     first, again, other = (
         select_images(seed=seed, top=top) for seed, top in ((0, "a"), (0, "b"), (1, "a"))

@@ -223,6 +223,7 @@ def test_source_statistics_are_those_of_its_images(tmp_path, x):
     torch.testing.assert_close(d.pixels(), x, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_imported_set_can_be_pretrained_on(tmp_path, x, capsys):
     torch.save(x, tmp_path / "x.pt")
     torch.save(

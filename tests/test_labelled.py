@@ -259,6 +259,7 @@ def test_stopped_run_resumes_to_the_same_set(method, small_root, tmp_path, monke
     assert not list((tmp_path / "parts").rglob("checkpoint.pt"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "share", "flags"),
     [

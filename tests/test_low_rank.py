@@ -352,6 +352,7 @@ def test_plain_set_has_its_usual_name_and_format(distilled):
     assert "factors" not in content and distilled.parent.parent.name == "krr_st"
 
 
+@pytest.mark.long
 def test_raw_init_learns_pixels(distil):
     d = distil("--raw-init").d
     assert d.mean.tolist() == [0, 0, 0] and (d.images - d.pixels()).abs().mean() < 0.05

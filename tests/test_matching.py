@@ -224,6 +224,7 @@ def test_mkdt_learns_images_targets_and_rate(distil):
         assert moved == [place == i for i in range(3)]
 
 
+@pytest.mark.long
 def test_seed_determines_the_set_of_mkdt(distil):
     first, again, other = (
         distil("mkdt", seed=s, top=top).d for s, top in ((0, "a"), (0, "b"), (1, "a"))
@@ -262,6 +263,7 @@ def test_mkdt_on_digits_lowers_the_objective(distil):
     assert d.images.isfinite().all() and d.targets.isfinite().all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_experts_are_reused_until_their_settings_change(distil, name):
     times = {path: path.stat().st_mtime_ns for path in distil(name).experts}
@@ -283,6 +285,7 @@ def test_experts_are_reused_until_their_settings_change(distil, name):
     assert len(distil(name, "--expert-lr", "0.02", seed=3).experts) == 5
 
 
+@pytest.mark.long
 def test_another_target_has_its_own_experts(distil, runs, tmp_path):
     content = files.load(runs / "target" / "seed0" / "target.pt", "target")
     content["network"][

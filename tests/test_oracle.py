@@ -143,6 +143,7 @@ def test_oracle_takes_as_many_steps_as_the_set_of_the_preset():
         assert {key for key in recipe if recipe[key] != feature_recipe[key]} == {"steps", "epochs"}
 
 
+@pytest.mark.long
 def test_model_records_the_oracle_and_tables_have_its_row(toy, roots, tmp_path):
     pretrain.main([*toy, "--steps", "2"])
     path = tmp_path / f"digits/{PLACE}/seed0/model.pt"

@@ -45,6 +45,7 @@ def test_names_are_unique_and_known_with_and_without_their_target_network():
     assert registry.own_settings("full_10x") == {"pretrain.steps"}
 
 
+@pytest.mark.long
 def test_command_line_lists_the_methods_and_names_itself():
     shown = run_command("-m", "distillers", "--help").stdout
     assert all(f"\n  {name} " in shown for name in registry.COMMANDS)

@@ -169,6 +169,7 @@ def test_speed_prints_a_table_and_collects_it(tmp_path, monkeypatch, capsys):
         assert found["loss"] < 1e-3 and max(found.values()) < 0.05
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_is_kept_when_asked_for():
     code = """

@@ -218,6 +218,7 @@ def test_command_writes_images_without_targets(distil, data_root, capsys):
         pretrain.main(["--distilled", str(artefact), "--width", "0.03"])
 
 
+@pytest.mark.long
 def test_stopped_run_resumes_to_the_same_set_and_the_seed_determines_it(distil, monkeypatch):
     whole = load_distilled(distil())
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
