@@ -232,11 +232,18 @@ def format_cell(values, base):
     accuracies = values.values()
     text = f"{statistics.fmean(accuracies):.2f} ± {statistics.pstdev(accuracies):.2f}"
     if apart := paired_differences(values, base):
-        text += f" ({statistics.fmean(apart):+.2f}"
-        if bounds := interval(apart):
-            low, high = bounds
-            text += f" [{low:+.2f}, {high:+.2f}]{'*' if low > 0 or high < 0 else ''}"
-        text += ")"
+        text += f" ({format_differences(apart)})"
+    return text
+
+
+def format_differences(apart):
+    """Return the mean of differences with its 95 % interval, and a star if that excludes zero."""
+    if not apart:
+        return ""
+    text = f"{statistics.fmean(apart):+.2f}"
+    if bounds := interval(apart):
+        low, high = bounds
+        text += f" [{low:+.2f}, {high:+.2f}]{'*' if low > 0 or high < 0 else ''}"
     return text
 
 

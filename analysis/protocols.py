@@ -5,14 +5,15 @@
 
 The first table has a row for each combination of the factors. The second has the mean difference
 between a set and random images with the target's features, over all combinations with one value of
-a factor. The third has the sets of scripts/run_successors.sh under the protocols of the two papers.
+a factor, and its 95 % interval over the distillations. The third has the sets of
+scripts/run_successors.sh under the protocols of the two papers.
 """
 
 import itertools
 from pathlib import Path
 from statistics import fmean
 
-from analysis.compare import format_cell, paired_differences
+from analysis.compare import format_cell, format_differences, paired_differences
 from analysis.tables import Cell, format_markdown
 from distillers import registry
 from evaluation import results
@@ -80,14 +81,14 @@ def format_factors(lines):
             cells = []
             for row in shown:
                 apart = [
-                    difference
-                    for values in list_combinations(**{name: value})
-                    for difference in paired_differences(
+                    paired_differences(
                         select_accuracies(lines, row, values),
                         select_accuracies(lines, BASE, values),
                     )
+                    for values in list_combinations(**{name: value})
                 ]
-                cells.append(f"{fmean(apart):+.2f}" if apart else "")
+                # A combination has a difference for each distillation.
+                cells.append(format_differences([*map(fmean, zip(*apart, strict=False))]))
             rows.append([Cell(text), *map(Cell, cells)])
     return format_markdown(rows)
 
