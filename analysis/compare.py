@@ -359,7 +359,7 @@ def main(argv):
     if args.against and args.against not in known:
         raise UserError(f"--against {args.against}: not one of {', '.join(sorted(known))}")
     if args.collect:
-        kept = [{name: line.get(name) for name in KEPT} for line in lines]
+        kept = [{k: line.get(k) for k in KEPT} for line in lines if describes(table, line)]
         text = "".join(json.dumps(line) + "\n" for line in sorted(kept, key=sort_key))
         files.write_text(path, text)
         print(f"{path}: {len(kept)} results\n")
