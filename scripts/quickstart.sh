@@ -5,7 +5,8 @@
 # The precision is float32 on all machines.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-digits=runs/digits arch=convnet3-x0.25 precision="--precision fp32" # as in the preset digits in utils/presets.py
+# As in the preset digits in utils/presets.py.
+digits=runs/digits arch=convnet3-x0.25 precision="--precision fp32"
 
 run() {
   echo "\$ python $*"
