@@ -194,8 +194,8 @@ def distill(source, chosen, target, args, run, device):
     scheduler = optim.make_schedule(adamw, "linear", steps * args.updates_per_batch)
     state = dict(learned=Tensors(**syn.learned), optimizer=adamw, scheduler=scheduler)
     state |= dict(pool=pool, real=real.order, randomness=randomness) | syn.parts
-    learned = torch.nn.ParameterDict(syn.learned)  # the same memory
     if args.averaged_steps:
+        learned = torch.nn.ParameterDict(syn.learned)  # the same memory
         state["averaged"] = averaged = AveragedModel(learned)
     run.resume(device, state, per_rank=("pool", "real", "randomness"))
 

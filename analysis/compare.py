@@ -71,6 +71,7 @@ LOSSES = {  # meta of a distilled set -> column
     "outer_loss_distilled_others": "distilled images, on other images",
 }
 COST = "distillation, TFLOP"
+OF_SETS = (LOSS, COST)  # measured on a set itself, in place of a protocol
 MEAN = "mean over data sets"
 
 
@@ -117,7 +118,7 @@ def describes(table, line):
     """Return whether a `Table` describes the row and the column of a result line."""
     if registry.base(line["method"]) not in {*table.methods, "full"}:
         return False
-    if line["protocol"] in (LOSS, COST):
+    if line["protocol"] in OF_SETS:
         return line["protocol"] == LOSS or table.show_cost
     if table.networks and line["arch"] not in table.networks:
         return False
@@ -165,8 +166,8 @@ def _split_by_target(table, lines):
 
 def column_of(line):
     """Return the column of a result: (protocol, data set)."""
-    measured = line["protocol"] in (LOSS, COST)  # of the set itself
-    return line["protocol"] if measured else other_column(line), line["dataset"]
+    own = line["protocol"] in OF_SETS
+    return line["protocol"] if own else other_column(line), line["dataset"]
 
 
 def group_by_seeds(lines, by_target=False):
@@ -184,8 +185,8 @@ def group_by_seeds(lines, by_target=False):
     for columns in found.values():
         for protocol, dataset in columns:
             datasets[protocol][dataset] = None
-    datasets.pop(LOSS, None)
-    datasets.pop(COST, None)
+    for protocol in OF_SETS:
+        datasets.pop(protocol, None)
     for protocol, names in datasets.items():
         for columns in found.values():
             parts = [columns.get((protocol, name), {}) for name in names]
@@ -283,7 +284,7 @@ def columns_by_dataset(found):
     """Return {data set: {protocol: column}}, with the mean first and the losses last."""
     columns = {column for values in found.values() for column in values}
     names = sorted(
-        {dataset for protocol, dataset in columns if protocol not in (LOSS, COST)},
+        {dataset for protocol, dataset in columns if protocol not in OF_SETS},
         key=lambda name: (name != MEAN, name),
     )
     ordered = {}

@@ -113,7 +113,7 @@ def format_successors(lines):
     return format_markdown(rows)
 
 
-TABLES_BY_NAME = {
+FORMATTERS = {
     "protocols": format_combinations,
     "protocol_factors": format_factors,
     "successors": format_successors,
@@ -124,13 +124,13 @@ def collected_tables():
     """Return {name: text} of the tables of the stored results."""
     if not (lines := results.read(STORED)):
         return {}
-    return {name: format_lines(lines) for name, format_lines in TABLES_BY_NAME.items()}
+    return {name: format_lines(lines) for name, format_lines in FORMATTERS.items()}
 
 
 def main(argv):
     args = parse_args(argv)
     lines = results.read(args.results)
-    print(*(format_lines(lines) for format_lines in TABLES_BY_NAME.values()), sep="\n\n")
+    print(*(format_lines(lines) for format_lines in FORMATTERS.values()), sep="\n\n")
 
 
 def parse_args(argv):

@@ -7,7 +7,7 @@ A run folder is named after its method or variant. If a source has several targe
 and the name of the target network follow: `krr_st.encoder`.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,13 @@ def distiller(name, title, **facts):
     )
 
 
-def _of_size(name, title, *sizes, **settings):
+def _of_size(name, title, *sizes, targets="", **settings):
     """Return a `Variant` for each number of images (or of plain images' worth) in `sizes`."""
     return tuple(
-        Variant(f"{name}_m_{m}", f"{title}, m = {m}", dict(num_images=m, **settings)) for m in sizes
+        Variant(
+            f"{name}_m_{m}", f"{title}, m = {m}", dict(num_images=m, **settings), targets=targets
+        )
+        for m in sizes
     )
 
 
@@ -145,15 +148,13 @@ ENTRIES = (  # in the order of rows in tables
                 settings=dict(ignore_labels=True),
                 targets="feature",
             ),
-            *(
-                replace(variant, targets="feature")
-                for variant in _of_size(
-                    "kmeans_features",
-                    "k-means images with the target's features",
-                    50,
-                    200,
-                    ignore_labels=True,
-                )
+            *_of_size(
+                "kmeans_features",
+                "k-means images with the target's features",
+                50,
+                200,
+                targets="feature",
+                ignore_labels=True,
             ),
         ),
     ),

@@ -112,7 +112,7 @@ def draw_images(generator):
 
 
 def make_shifts():
-    """Return one-pixel shifts with zero padding as matrices: x @ shifts() is (4, n, 16)."""
+    """Return one-pixel shifts with zero padding as matrices: x @ make_shifts() is (4, n, 16)."""
     pixels = F.pad(torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, SIDE, SIDE), [1] * 4)
     corners = ((0, 1), (1, 0), (1, 2), (2, 1))
     return torch.stack(
