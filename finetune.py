@@ -22,6 +22,7 @@ weights. `full` also writes the network to <folder of the weights>/<dataset>_ful
 With --weights none, that folder is <run root>/scratch/<arch>_<size>px.
 """
 
+import statistics
 import time
 from pathlib import Path
 
@@ -116,13 +117,17 @@ class Evaluation:
         train, test: labelled `ImageSet`s.
         per_class: number of labels per class, or 0.
         share: fraction of the labels, or 0. If both are 0, all labels are used.
+        The accuracy is the mean over `args.label_draws` draws of these labels.
         target: `Target` of the source, for the protocol r2.
     """
 
     def __init__(self, args, start, train, test, per_class, share, target=None):
         self.args, self.start, self.train, self.test = args, start, train, test
         self.target = target
+        self.few = per_class, share
         self.labels = dict(labels_per_class=per_class, label_fraction=share)
+        if args.label_draws > 1:
+            self.labels["label_draws"] = args.label_draws
         fingerprints = [train.fingerprint, test.fingerprint]
         settings = starting_weights.run_settings(
             args, start, dataset=train.name, fingerprints=fingerprints
@@ -135,18 +140,20 @@ class Evaluation:
         self.key = settings_digest(self.settings)
         suffix = f"_{per_class}perclass" if per_class else ""
         suffix += f"_{share:g}" if share else ""
+        suffix += f"_{args.label_draws}draws" if args.label_draws > 1 else ""
         self.name = f"{train.name}_{args.protocol}{suffix}_seed{start.seed}"
         precision = deviations(preset_name(train.name), "finetune", dict(precision=args.precision))
         self.changed = train.deviations | test.deviations | precision
 
-    def choose(self):
-        """Return the indices of the labelled images."""
+    def draw_labels(self):
+        """Return the indices of the labelled images, for each draw."""
         generator = torch.Generator().manual_seed(self.start.seed)
-        return few_labels(self.train, *self.labels.values(), generator)
+        draws = range(self.args.label_draws)
+        return [few_labels(self.train, *self.few, generator) for _ in draws]
 
     def fine_tune(self, device):
         """Train the whole network and return its accuracy in percent."""
-        randomness, chosen = Randomness(self.start.seed, device), self.choose()
+        randomness, chosen = Randomness(self.start.seed, device), self.draw_labels()[0]
         train = self.train if len(chosen) == len(self.train) else self.train.subset(chosen)
         network = saved.rebuild(self.start.saved, len(train.classes)).to(device)
         folder, args = self.start.folder / self.name, self.args
@@ -198,11 +205,11 @@ class Evaluation:
 def probe(evaluations, start, train, test, args, device):
     """Yield the accuracy, in percent, of a probe for each evaluation.
 
-    The features are computed once for all evaluations.
+    The features are computed once for all evaluations and draws of labels.
     """
     network = saved.rebuild(start.saved).to(device)
-    chosen = [each.choose() for each in evaluations]
-    needed = torch.cat(chosen).unique()  # in order
+    chosen = [each.draw_labels() for each in evaluations]
+    needed = torch.cat([index for draws in chosen for index in draws]).unique()  # in order
     mean, std, num_classes = train.mean, train.std, len(train.classes)
     features, tests = (
         probes.compute_outputs(network.embed, images, device, args.precision, mean, std)
@@ -210,9 +217,14 @@ def probe(evaluations, start, train, test, args, device):
     )
     labels, test_labels = train.labels[needed].to(device), test.labels.to(device)
     accuracy = PROBES[args.protocol]
-    for index in chosen:
-        rows = torch.searchsorted(needed, index).to(device)
-        yield accuracy(features[rows], labels[rows], tests, test_labels, num_classes)
+    for draws in chosen:
+        accuracies = []
+        for index in draws:
+            rows = torch.searchsorted(needed, index).to(device)
+            accuracies.append(
+                accuracy(features[rows], labels[rows], tests, test_labels, num_classes)
+            )
+        yield statistics.fmean(accuracies)
 
 
 @restore_backends()
@@ -298,10 +310,21 @@ def parse_args(argv):
         metavar="F",
         help="train on this fraction of each class; several values give one evaluation each",
     )
+    parser.groups["data"].add_argument(
+        "--label-draws",
+        type=cli.positive_int,
+        default=1,
+        metavar="N",
+        help="linear and knn with few labels: mean accuracy of N random choices of the labels "
+        "(default: 1)",
+    )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
     args = parser.parse_args(argv)
     if args.protocol == "r2" and (args.labels_per_class or args.label_fraction):
         parser.error("--protocol r2 uses no labels")
+    few = args.labels_per_class or args.label_fraction
+    if args.label_draws > 1 and not (few and args.protocol in PROBES):
+        parser.error("--label-draws requires a probe with --labels-per-class or --label-fraction")
     if args.target_network and args.protocol != "r2":
         parser.error("--target-network requires --protocol r2")
     return args

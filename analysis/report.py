@@ -437,7 +437,9 @@ def find_fault(line):
     fid, kd = line.get("protocol") == "fid", line.get("protocol") == "kd"
     words = ["method", "dataset", "protocol", *(["network", "source"] if fid else ["arch"])]
     numbers = ["fid"] if fid else ["accuracy", "width", "image_size"]
-    optional = {"num_images": int, "distilled_seed": int, "source": str, "labels_per_class": int}
+    optional = {"source": str} | dict.fromkeys(
+        ("num_images", "distilled_seed", "labels_per_class", "label_draws"), int
+    )
     images, changed = line.get("images", {}), line.get("deviations", {})
     faults = [name for name in words if not isinstance(line.get(name), str)]
     faults += [name for name in numbers if not figures.is_number(line.get(name))]

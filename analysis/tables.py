@@ -509,6 +509,7 @@ def other_column(line):
     labels += (
         f", {100 * line['label_fraction']:g} % of labels" if line.get("label_fraction") else ""
     )
+    labels += f", {line['label_draws']} draws" if line.get("label_draws") else ""
     return f"{line['protocol']}{labels}"
 
 
@@ -609,6 +610,7 @@ def identity(line):
         "protocol",
         "labels_per_class",
         "label_fraction",
+        "label_draws",
         "images",
         "network",
         "deviations",

@@ -3,7 +3,7 @@
 A line contains:
 
 - the network: source, method, arch, width, image_size, num_images, seed, distilled_seed
-- the evaluation: dataset, protocol, labels_per_class, label_fraction
+- the evaluation: dataset, protocol, labels_per_class, label_fraction, label_draws
 - the result: accuracy in percent
 - the settings: `digest`, and `deviations` of all stages from the paper's settings
 - the cost: device, versions, seconds and peak memory of the evaluating process
@@ -61,6 +61,8 @@ def format_line(line):
     )
     if line.get("label_fraction"):
         labels = f", {100 * line['label_fraction']:g} % of the labels"
+    if line.get("label_draws"):
+        labels += f", mean of {line['label_draws']} draws"
     images = f" on {line['images']['method']} images" if "images" in line else ""
     how = f"{line['protocol']}{labels}{images}"
     return f"{line['method']} {line['arch']} -> {line['dataset']} ({how}): {line['accuracy']:.2f} %"

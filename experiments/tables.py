@@ -73,7 +73,8 @@ class Protocol:
         few = [(n, 0) for n in self.labels_per_class]
         few += [(0, 0 if share == 1 else share) for share in self.label_fractions]
         labels = line.get("labels_per_class") or 0, line.get("label_fraction") or 0
-        return line["protocol"] == self.name and labels in (few or [(0, 0)])
+        named = line["protocol"] == self.name and "label_draws" not in line
+        return named and labels in (few or [(0, 0)])
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ def group_accuracies(lines, untrained=()):
             if "accuracy" in line:
                 few = line.get("labels_per_class") or line.get("label_fraction") or 0
                 labels = f"{few} per class" if few >= 1 else f"{100 * few:g} %" if few else "all"
+                if line.get("label_draws"):
+                    labels += f", mean of {line['label_draws']} draws"
                 network = f"{models.label(line['arch'], line['width'])} at {line['image_size']} px"
                 key = (network, line["dataset"], line["protocol"], labels)
                 found.setdefault(key, ([], []))[column].append(line["accuracy"])

@@ -28,9 +28,10 @@ for seed in 0 1 2; do
     weights="$digits/$set/seed0/$arch/seed$seed/model.pt"
     [ $set = none ] && weights="none --seed $seed"
     weights="$weights $precision"
-    echo "finetune.py --weights $weights --dataset digits --labels-per-class 10 --protocol linear"
-    echo "finetune.py --weights $weights --dataset digits --labels-per-class 2 --protocol linear"
-    echo "finetune.py --weights $weights --dataset digits --labels-per-class 2"
+    evaluate="finetune.py --weights $weights --dataset digits"
+    echo "$evaluate --protocol linear --labels-per-class 2 10 --label-draws 10"
+    echo "$evaluate --labels-per-class 2"
+    [ $set = none ] || echo "$evaluate --protocol r2"
   done
 done | run_in_parallel
 

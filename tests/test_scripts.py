@@ -13,9 +13,11 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import finetune
+import models
 from analysis.tables import format_tables, gather_results
 from data.distilled import load_distilled
 from data.images import load_images
+from data.subsets import few_labels
 from evaluation import probes, results
 from models.saved import load_model, rebuild
 from tests.conftest import DISTILL, PRETRAIN, ROOT, TARGET, run_command
@@ -164,6 +166,50 @@ def test_probes_with_several_numbers_of_labels_compute_features_once(tmp_path, m
     finetune.main([*together, "0.05", "0.2", "1"])  # two exist already
     assert calls == [sum(-(-n // 5) for n in count_classes(tmp_path)), 360]
     assert len(read_results(tmp_path / "a")) == 4
+
+
+def test_probe_averages_draws_of_labels(tmp_path):
+    flags = [*make_untrained_flags(tmp_path, "a"), "--protocol", "linear", "--labels-per-class"]
+    finetune.main([*flags, "1", "3"])
+    finetune.main([*flags, "1", "3", "--label-draws", "4"])
+    found = read_results(tmp_path / "a")
+    assert len({line["digest"] for line in found.values()}) == 4
+    train, test = (
+        load_images("digits", split, 32, tmp_path / "data", labels=True)
+        for split in ("train", "test")
+    )
+    torch.manual_seed(0)
+    network = models.build("convnet3", 32, 10, 0.125)
+    features, tests = (
+        probes.compute_outputs(network.embed, images, torch.device("cpu"), "fp32", *statistics)
+        for statistics in [(train.mean, train.std)]
+        for images in (train, test)
+    )
+    for number in (1, 3):
+        generator = torch.Generator().manual_seed(0)
+        accuracies = []
+        for _ in range(4):
+            rows = few_labels(train, number, 0, generator)
+            labels = train.labels[rows]
+            accuracies.append(
+                probes.linear_accuracy_of(features[rows], labels, tests, test.labels, 10)
+            )
+        one, mean = (
+            found[f"digits_linear_{number}perclass{draws}_seed0"] for draws in ("", "_4draws")
+        )
+        assert len(set(accuracies)) > 1
+        assert "label_draws" not in one and mean["label_draws"] == 4
+        assert one["accuracy"] == pytest.approx(accuracies[0], abs=0.3)
+        assert mean["accuracy"] == pytest.approx(sum(accuracies) / 4, abs=0.1)
+    shown = format_tables(gather_results([tmp_path]))["digits"]
+    assert "linear, 3 labels/class, 4 draws" in shown
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol", "linear"], ["--labels-per-class", "2"]])
+def test_draws_of_labels_need_a_probe_with_few_labels(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main([*make_untrained_flags(tmp_path, "a"), *flags, "--label-draws", "2"])
+    assert "--label-draws requires a probe with" in capsys.readouterr().err
 
 
 def count_classes(tmp_path):
