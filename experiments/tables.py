@@ -543,9 +543,9 @@ TABLES = {
         Table(
             "encoder_architectures",
             "VGG11, ResNet10 and MobileNet, pre-trained on the sets of the table `encoder`, which "
-            "were distilled with a ConvNet3.",
+            "were distilled with a ConvNet3, and on all images.",
             sources=(Source("imagenette", targets=(_ENCODER,)),),
-            methods=("scratch", "random_features", "krr_st"),
+            methods=("scratch", "random_features", "krr_st", "full"),
             datasets=("cifar10", "imagenette"),
             networks=("vgg11", "resnet10", "mobilenet"),
             protocols=(_PROBE,),
