@@ -84,16 +84,19 @@ def measure_tflop(distilled):
     """Return the TFLOP that the networks need in a distillation by distill.py.
 
     Counts the matrix products and convolutions of all passes, each backward pass as two forward
-    passes. Leaves out the ridge system and the first training of the pool.
+    passes. The initial training of the pool counts with its expected number of steps. Leaves out
+    the ridge system.
     """
     settings = DISTILL | distilled.meta["settings"]
     m, member_steps = len(distilled.images), settings["pool_steps"]
-    trained = min(settings["pool_batch"] or m, m) * member_steps / (member_steps + 1)
-    passes = settings["outer_batch"] + 3 * settings["updates_per_batch"] * m + 3 * trained
+    trained = 3 * min(settings["pool_batch"] or m, m)
+    passes = settings["outer_batch"] + 3 * settings["updates_per_batch"] * m
+    passes = settings["outer_steps"] * (passes + trained * member_steps / (member_steps + 1))
+    passes += settings["pool_size"] * max(2, member_steps) / 2 * trained
     size = settings["image_size"]
     network = models.build(settings["arch"], size, distilled.num_outputs, settings["width"])
     network, x = network.to("meta").eval(), torch.empty(1, 3, size, size, device="meta")
-    return settings["outer_steps"] * passes * count_flop(lambda: network.embed(x)) / 1e12
+    return passes * count_flop(lambda: network.embed(x)) / 1e12
 
 
 def read_losses(folder):

@@ -277,21 +277,22 @@ def test_outer_losses_are_read_from_the_distilled_sets(distilled, tmp_path):
 def test_tflop_are_those_of_all_passes():
     """Write the operations of a ConvNet3 out: 2 x 9 x channels in x channels out per output."""
     settings = dict(DISTILL, image_size=32, width=0.25, outer_steps=500, outer_batch=64)
-    settings |= dict(pool_steps=9, pool_batch=40, updates_per_batch=4)
+    settings |= dict(pool_size=6, pool_steps=9, pool_batch=40, updates_per_batch=4)
     sizes, channels = (32, 16, 8), (3, 32, 64, 128)
     forward = sum(
         2 * 9 * before * after * size**2
         for size, (before, after) in zip(sizes, pairwise(channels), strict=True)
     )
-    passes = 64 + 4 * 3 * 100 + 3 * 40 * 9 / 10
+    initial_steps = 6 * sum(range(1, 9)) / 8  # a member starts with 1 to 8 steps
+    passes = 500 * (64 + 4 * 3 * 100 + 3 * 40 * 9 / 10) + initial_steps * 3 * 40
     images = torch.zeros(100, 3, 32, 32)
     distilled = SimpleNamespace(images=images, num_outputs=8, meta=dict(settings=settings))
-    assert compare.measure_tflop(distilled) == pytest.approx(500 * passes * forward / 1e12)
+    assert compare.measure_tflop(distilled) == pytest.approx(passes * forward / 1e12)
     # Older sets do not store these two settings.
     for name in ("pool_batch", "updates_per_batch"):
         del settings[name]
-    passes = 64 + 3 * 100 + 3 * 100 * 9 / 10
-    assert compare.measure_tflop(distilled) == pytest.approx(500 * passes * forward / 1e12)
+    passes = 500 * (64 + 3 * 100 + 3 * 100 * 9 / 10) + initial_steps * 3 * 100
+    assert compare.measure_tflop(distilled) == pytest.approx(passes * forward / 1e12)
 
 
 def test_stored_departures_have_every_row_and_seed():
