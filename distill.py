@@ -11,8 +11,8 @@ run saves checkpoints: rerun the same command to resume after Ctrl-C. At the end
 the outer loss of the initial set and of the distilled set under the final pool.
 
 --reference computes each step as the paper writes it, slowly and with the same losses, for
-comparison (docs/speed.md). --bases U learns a low-rank set of the same size on disk
-(distillers/low_rank.py).
+comparison (docs/speed.md). --bases U learns a low-rank set, which needs the storage of
+--num-images plain images (distillers/low_rank.py). It is in runs/<source>/krr_st_low_rank/seed0/.
 """
 
 import torch

@@ -10,8 +10,7 @@ which replaces the recipe's; --ignore-learned-rate keeps the recipe's.
 
 Writes <folder of the set>/<arch>/seed<k>/model.pt, where k is the seed of the pre-training. For an
 exported set, the folder is <run root>/<source>/<name of the set>/seed<k of the set>. The
-paper's three runs are three pre-trainings on one distilled set. Pre-training on 1,000 images of
-32 px takes at most an hour on a CPU; on the digits preset it takes seconds.
+paper's three runs are three pre-trainings on one distilled set.
 
 With --source, the network is fitted to the target features of all images of the source. It uses the
 recipe for features, and takes as many optimiser steps as for a distilled set of the preset's size,

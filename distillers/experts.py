@@ -1,7 +1,8 @@
 """Experts: networks trained on the source.
 
 mtt and mkdt match their parameters, and high_loss ranks images by their errors. Expert k is trained
-with seed k. With the same settings it is the same network for all methods and all seeds of a run.
+with seed k, so with the same settings it is the same network for all methods. mtt and mkdt use the
+first experts for every seed of a run. high_loss uses others for each seed.
 """
 
 import torch

@@ -48,7 +48,7 @@ class Entry:
         labels: whether it needs the source's labels: "yes", "no" or "optional".
         target_network: whether it needs a target network.
         multi_process: whether several processes can share a run (torchrun).
-        bf16: whether bf16 was measured not to change results, from distillation to fine-tuning
+        bf16: whether `--precision auto` may select bf16, from distillation to fine-tuning
             (docs/findings.md). If so, `--precision auto` may choose it.
         variants: its `Variant`s.
     """

@@ -97,30 +97,6 @@ def r2_percent(predicted, targets):
     return 100 * (1 - residual / (targets - targets.mean(0)).square().sum()).item()
 
 
-def knn_accuracy(embed, train, test, device, precision="fp32"):
-    """Return `knn_accuracy_of` for the features `embed` of two labelled `ImageSet`s."""
-    return knn_accuracy_of(*_labelled_features(embed, train, test, device, precision))
-
-
-def linear_accuracy(embed, train, test, device, precision="fp32"):
-    """Return `linear_accuracy_of` for the features `embed` of two labelled `ImageSet`s."""
-    return linear_accuracy_of(*_labelled_features(embed, train, test, device, precision))
-
-
-def _labelled_features(embed, train, test, device, precision):
-    """Return features and labels of both sets, and the number of classes.
-
-    The statistics of `train` normalise both sets.
-    """
-    parts = []
-    for images in (train, test):
-        parts += [
-            compute_outputs(embed, images, device, precision, train.mean, train.std),
-            images.labels.to(device),
-        ]
-    return *parts, len(train.classes)
-
-
 def knn_accuracy_of(features, labels, tests, test_labels, num_classes, k=20, temperature=0.07):
     """Compute the accuracy, in percent, of weighted nearest neighbours by cosine similarity.
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import models
@@ -135,8 +136,18 @@ class Plan:
         return [(k, seed) for k in self.distill_seeds for seed in self.seeds]
 
     def _run(self, words, *outputs):
-        """Add a command of a stage."""
-        self._list.add([*words, *self.extra], *outputs)
+        """Add a command of a stage. It needs the data sets that it names to be prepared."""
+        words = [*words, *self.extra]
+        reads = [
+            self._prepared_file(name, self._size(source))
+            for flag, name in pairwise(words)
+            for source in self.sources
+            if flag in ("--source", "--dataset")
+        ]
+        self._list.add(words, *outputs, reads=reads)
+
+    def _prepared_file(self, name, size):
+        return self.data_root / "prepared" / f"{name}-{size}px" / "test.json"
 
     def _preset_name(self, source):
         return self.scale.preset.format(source=source.name)
@@ -170,9 +181,8 @@ class Plan:
                 for name in (source.name, *self.datasets):
                     size = self._size(source)
                     words = ["-m", "data.prepare", name, "--size", size, "--partial"]
-                    outputs = self.data_root / "prepared" / f"{name}-{size}px" / "test.json"
-                    self._list.add([*words, "--data-root", self.data_root], outputs)
-        self._list.wait()
+                    words += ["--data-root", self.data_root]
+                    self._list.add(words, self._prepared_file(name, size))
 
     def _target_network(self, source, target):
         """Add the task of a target network, and return its file."""

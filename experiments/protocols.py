@@ -4,9 +4,9 @@
     python -m experiments.protocols runs/small --collect      # also stores the results
     python -m experiments.protocols runs/small --successors   # sets of scripts/run_successors.sh
 
-The files of MKDT (Joshi et al., ICLR 2025) put KRR-ST below random images with target features. The
-KRR-ST paper has no such row. The two papers evaluate differently. This experiment evaluates the
-same sets with all combinations of:
+The results published with MKDT (Joshi et al., ICLR 2025) put KRR-ST below random images with target
+features. The KRR-ST paper has no such row. The two papers evaluate differently. This experiment
+evaluates the same sets with all combinations of:
 
 - steps of pre-training: 80 (20 epochs of 4 batches, as in MKDT) or 600 (of all images)
 - weight decay of pre-training: 1e-4 (MKDT) or 1e-3 (KRR-ST)
@@ -156,7 +156,8 @@ def pretrained_network(case, args, device):
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; make it with: bash scripts/run_successors.sh, or "
-            f"bash scripts/run_small.sh --sources {SOURCE} --methods {' '.join(SETS)}"
+            f"bash scripts/run_small.sh --sources {SOURCE} --datasets {DATASET} --seeds 0 "
+            f"--methods {' '.join(SETS)} --protocols linear_0.01_0.1"
         )
     distilled, digest = load_distilled(path), files.digest(path)
     images = distilled.pixels() if case.raw else distilled.images

@@ -101,10 +101,10 @@ class TaskList:
     """Distinct tasks in the order of addition."""
 
     def __init__(self):
-        self.tasks, self._made, self._first = [], {}, []
+        self.tasks, self._made = [], {}
 
-    def add(self, words, *outputs):
-        """Add a task. It needs the tasks whose outputs are named in its words.
+    def add(self, words, *outputs, reads=()):
+        """Add a task. It needs the tasks whose outputs are named in its words or in `reads`.
 
         A task without outputs needs all previous tasks.
         """
@@ -112,9 +112,9 @@ class TaskList:
         if task.outputs and task.outputs[0] in self._made:
             return
         if task.outputs:
-            paths = [Path(word) for word in task.words]
+            paths = [Path(word) for word in (*task.words, *reads)]
             named = [self._made.get(str(each)) for path in paths for each in (path, *path.parents)]
-            task.needs = [*dict.fromkeys([*self._first, *filter(None, named)])]
+            task.needs = [*dict.fromkeys(filter(None, named))]
         else:
             task.needs = [*self.tasks]
         for output in task.outputs:
@@ -122,10 +122,6 @@ class TaskList:
         for folder in task.folders if "#" in "".join(task.outputs) else ():
             self._made[str(folder)] = task
         self.tasks.append(task)
-
-    def wait(self):
-        """Make all later tasks wait for the tasks so far."""
-        self._first = [*self.tasks]
 
 
 def estimate(tasks, jobs):

@@ -511,11 +511,11 @@ TABLES = {
         ),
         Table(
             "compare_methods",
-            "All methods at one small budget: 100 images of CIFAR-10 at 32 px, and networks with a "
-            "quarter of their width. There are three pre-trainings per set, of 300 steps, or 1,500 "
-            "for soft labels. Two accuracies: the network trained only on the distilled set (head; "
-            "methods with labels), and a linear probe of its features with 100 labels per class. "
-            "Took 76 minutes on 2 shared CPU cores.",
+            "The methods of Table 1 at one small budget: 100 images of CIFAR-10 at 32 px, and "
+            "networks with a quarter of their width. There are three pre-trainings per set, of 300 "
+            "steps, or 1,500 for soft labels. Two accuracies: the network trained only on the "
+            "distilled set (head; methods with labels), and a linear probe of its features with "
+            "100 labels per class. Took 76 minutes on 2 shared CPU cores.",
             sources=(Source("cifar10"),),
             methods=(*WITH_FEATURES, *CONDENSED, "kip", "frepo", "krr_st"),
             datasets=("cifar10",),

@@ -92,7 +92,7 @@ def describe_origin(meta):
         "method": registry.title(str(meta.get("method"))),
         "seed": meta.get("seed"),
         "preset": meta.get("preset"),
-        "deviations from the preset": ", ".join(
+        "deviations from the paper's settings": ", ".join(
             f"{name} {here} instead of {there}" for name, (here, there) in changed
         ),
     }

@@ -298,3 +298,21 @@ def test_methods_of_all_tables_are_in_the_registry():
         assert {*table.methods} <= registry.TITLES.keys()
         assert registry.base(table.against) in registry.TITLES or table.name == "figures"
         assert len({*table.methods}) == len(table.methods)
+
+
+def test_commands_need_only_the_data_sets_that_they_name():
+    tasks = make_plan(["small", "--sources", "imagenette", "--seeds", "0"])[1].tasks
+    prepared = {get_value(t.words, "data.prepare"): t for t in tasks if "data.prepare" in t.words}
+    assert prepared.keys() == {"imagenette", "cifar10", "cars"}
+
+    def all_needs(task):
+        return {task}.union(*map(all_needs, task.needs))
+
+    for task in tasks[:-1]:  # the last one prints the table
+        needed = {name for name, each in prepared.items() if each in all_needs(task)}
+        dataset = [word for word in ("cifar10", "cars") if word in task.words]
+        untrained = "none" in task.words
+        if task not in prepared.values():
+            used = {*dataset} if untrained else {"imagenette", *dataset}
+            assert needed == (used or {"imagenette"}), task.command
+    assert {*prepared.values()} <= all_needs(tasks[-1])

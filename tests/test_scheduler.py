@@ -54,17 +54,16 @@ def test_tasks_wait_for_the_files_that_they_name(tmp_path, capfd):
 def test_tasks_wait_for_evaluations_that_they_name():
     made = TaskList()
     made.add(["x.py", "first"], "a")
-    made.wait()
     folder = "runs/net/results.jsonl"
-    made.add(["finetune.py", "--seed", 0], f"{folder}#cars_full_seed0")
+    made.add(["finetune.py", "--seed", 0], f"{folder}#cars_full_seed0", reads=["a"])
     made.add(["finetune.py", "--seed", 1], f"{folder}#cars_0.1_seed1", f"{folder}#cars_seed1")
     made.add(["kd.py", "--teacher", "runs/net/cars_full_seed0/model.pt"], "b")
     made.add(["print.py"])
     assert [[made.tasks.index(each) for each in task.needs] for task in made.tasks] == [
         [],
         [0],
-        [0],
-        [0, 1],
+        [],
+        [1],
         [0, 1, 2, 3],
     ]
 
