@@ -332,6 +332,12 @@ ENTRIES = (  # in the order of rows in tables
             _quarter("_l_3", ", 3 x learning rate, l = 3", 3, pool_size=3),
             _quarter("_T_40", ", 3 x learning rate, T = 40", 3, pool_steps=40),
             _quarter("_narrow", ", 3 x learning rate, half the width", 3, width=0.125),
+            Variant(
+                "krr_st_half_l_3",
+                "KRR-ST, half of the steps, 3 x learning rate, l = 3",
+                dict(pool_size=3),
+                factors=dict(outer_steps=0.5, outer_lr=3),
+            ),
             Variant("krr_st_bf16", "KRR-ST, bf16 from distillation onwards", precision="bf16"),
         ),
     ),

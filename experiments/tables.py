@@ -204,7 +204,9 @@ SUCCESSORS = (
     "krr_st_low_rank",
     "krr_st",
 )
-LESS_WORK = tuple(name for name in registry.VARIANTS if name.startswith("krr_st_quarter"))
+LESS_WORK = tuple(
+    name for name in registry.VARIANTS if name.startswith(("krr_st_quarter", "krr_st_half"))
+)
 
 _DEPARTURES_SCALE = Scale(
     folder="departures",
@@ -589,7 +591,7 @@ TABLES = {
         ),
         Table(
             "less_work",
-            "KRR-ST with a quarter of the outer steps, compared with all steps: larger learning "
+            "KRR-ST with a quarter or half of the outer steps, compared with all: larger learning "
             "rates, averages of the last sets, smaller batches, several updates per batch, other "
             "pools, and a narrower network. Learning rates can be compared by the outer loss, "
             "which needs no test images.",
