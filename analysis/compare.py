@@ -118,12 +118,15 @@ def read_losses(folder):
 
 
 def describes(table, line):
-    """Return whether a `Table` describes the row and the column of a result line."""
+    """Return whether a `Table` describes the row, the column and the seeds of a result line."""
     if registry.base(line["method"]) not in {*table.methods, "full"}:
         return False
     if line["protocol"] in OF_SETS:
         return line["protocol"] == LOSS or table.show_cost
     if table.networks and line["arch"] not in table.networks:
+        return False
+    has_set = registry.entry_of(line["method"]).module
+    if table.paired_seeds and has_set and line["seed"] != line["distilled_seed"]:
         return False
     return any(protocol.made(line) for protocol in table.protocols)
 

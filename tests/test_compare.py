@@ -214,6 +214,18 @@ def test_each_network_has_a_table_without_the_results_of_other_tables():
     ]
 
 
+def test_table_of_paired_seeds_has_no_other_pairs():
+    paired = replace(TABLE, paired_seeds=True)
+    lines = [
+        make_line("krr_st", (0, 0), "cars", 1.0),
+        make_line("krr_st", (0, 1), "cars", 5.0),
+        make_line("scratch", (0, 1), "cars", 2.0),
+        make_line("full", (0, 1), "cars", 3.0),
+    ]
+    assert [compare.describes(TABLE, line) for line in lines] == [True] * 4
+    assert [compare.describes(paired, line) for line in lines] == [True, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("protocol", "labels", "made"),
     [
