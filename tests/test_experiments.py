@@ -212,7 +212,7 @@ def test_quick_ablations_accept_any_source_with_a_quick_preset(monkeypatch):
     tenths = {
         get_value(w, "--preset"): get_value(w, "--outer-lr") for w in distilled if "--outer-lr" in w
     }
-    assert tenths == {f"quick-{name}": "0.0005" for name in sources}
+    assert tenths == {f"quick-{name}": "0.003" for name in sources}
     assert {get_value(words, "--arch") for words in commands if words[0] == "pretrain.py"} == {
         PRESETS[f"quick-{name}"]["distill"]["arch"] for name in sources
     }

@@ -236,6 +236,8 @@ _LONG = dict(finetune=dict(steps=10_000))  # [P 4.1] for CIFAR-10, CIFAR-100 and
 _AT_64 = dict(arch="convnet4", outer_lr=1e-5, shift_width=16)  # [P 4.1], [Boost]
 _INSTANCE_NORM = ("dm", "dsa", "mtt", "high_loss", "mkdt")  # stages with networks of [DC]
 _DC_AT_64 = {stage: dict(arch="dc_convnet4") for stage in _INSTANCE_NORM}  # [ours]
+# [ours] of the table less_work (docs/speed.md); T is a quarter of the steps of pre-training
+_LESS_WORK = dict(outer_steps=1000, outer_lr=0.03, outer_batch=256, pool_size=3)
 _FEW_EXPERTS = dict(experts=10)  # [ours] for two CPU cores
 _DIGITS_EXPERTS = dict(experts=4, expert_batch=64)  # [ours]
 
@@ -329,22 +331,19 @@ PRESETS = {  # changes to the values above
         ),
         distill=dict(
             arch="convnet4",
-            num_images=30,
+            num_images=100,
             width=0.25,
-            outer_steps=300,
-            outer_lr=0.02,
-            outer_batch=256,
-            pool_size=5,
-            pool_steps=60,
+            pool_steps=150,
             # 0.1 is tuned for a mean over 512 target features; these targets have 128.
             pool_lr=0.05,
+            **_LESS_WORK,
         ),
         **_DC_AT_64
         | dict(
             high_loss=_FEW_EXPERTS | dict(arch="dc_convnet4"),
             mkdt=_FEW_EXPERTS | dict(arch="dc_convnet4", outer_steps=100),
         ),
-        pretrain={"feature": dict(epochs=300, lr=0.05)},
+        pretrain={"feature": dict(epochs=600, lr=0.05)},
     ),
     # [ours] any other set or folder
     "other": dict(image_size=64, distill=_AT_64 | dict(outer_lr=1e-3), **_DC_AT_64),
@@ -353,7 +352,7 @@ PRESETS = {  # changes to the values above
 _QUICK = dict(  # [ours] --quick of scripts/run_*.sh: a table in under three hours on two CPU cores
     image_size=32,
     target=dict(width=0.25, epochs=10, warmup_epochs=1, projector_dim=512),
-    distill=dict(outer_steps=1200, outer_lr=5e-3, outer_batch=512, pool_size=8, pool_steps=100),
+    distill=dict(pool_steps=60, **_LESS_WORK),
     dm=dict(outer_steps=200, real_batch=16),
     dsa=dict(networks=10, outer_loops=2, inner_epochs=5, real_batch=16),
     mtt=dict(
