@@ -271,13 +271,15 @@ def count_runs(columns):
 def format_table(found, heading, columns, against):
     """Return a Markdown table with a row for each method that has results.
 
-    `columns` is {heading: column}; `heading` is the first cell.
+    `columns` is {heading: column}; `heading` is the first cell. All columns except the cost have
+    the differences from the row `against`.
     """
     rows = [[Cell(heading), *map(Cell, columns), Cell("n")]]
     for method in sorted(found, key=registry.order):
         mine = [found[method].get(column, {}) for column in columns.values()]
+        reference = found.get(against, {}) if method != against else {}
         base = [
-            found[against].get(column, {}) if against in found and method != against else {}
+            {} if column == (COST, COST) else reference.get(column, {})
             for column in columns.values()
         ]
         if any(mine):
