@@ -111,20 +111,20 @@ def label_choices(args):
 class Evaluation:
     """One evaluation, which gives one line of results.
 
+    The accuracy of a probe is the mean over `args.label_draws` draws of the labels.
+
     Args:
         args: parsed flags.
         start: `StartingWeights`.
         train, test: labelled `ImageSet`s.
         per_class: number of labels per class, or 0.
         share: fraction of the labels, or 0. If both are 0, all labels are used.
-        The accuracy is the mean over `args.label_draws` draws of these labels.
         target: `Target` of the source, for the protocol r2.
     """
 
     def __init__(self, args, start, train, test, per_class, share, target=None):
         self.args, self.start, self.train, self.test = args, start, train, test
         self.target = target
-        self.few = per_class, share
         self.labels = dict(labels_per_class=per_class, label_fraction=share)
         if args.label_draws > 1:
             self.labels["label_draws"] = args.label_draws
@@ -148,8 +148,8 @@ class Evaluation:
     def draw_labels(self):
         """Return the indices of the labelled images, for each draw."""
         generator = torch.Generator().manual_seed(self.start.seed)
-        draws = range(self.args.label_draws)
-        return [few_labels(self.train, *self.few, generator) for _ in draws]
+        few = self.labels["labels_per_class"], self.labels["label_fraction"]
+        return [few_labels(self.train, *few, generator) for _ in range(self.args.label_draws)]
 
     def fine_tune(self, device):
         """Train the whole network and return its accuracy in percent."""

@@ -49,7 +49,7 @@ class Entry:
         target_network: whether it needs a target network.
         multi_process: whether several processes can share a run (torchrun).
         bf16: whether `--precision auto` may select bf16, from distillation to fine-tuning
-            (docs/findings.md). If so, `--precision auto` may choose it.
+            (docs/findings.md).
         variants: its `Variant`s.
     """
 

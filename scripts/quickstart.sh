@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All stages on scikit-learn's handwritten digits: target network, distillation, pre-training,
 # linear probe, fine-tuning and knowledge distillation. Prints a table of accuracies and the path of
-# the distilled images. Takes 4 to 7 minutes on 2 CPU cores after installation. Rerun it to resume.
+# the distilled images. Takes 4 to 8 minutes on 2 CPU cores after installation. Rerun it to resume.
 # The precision is float32 on all machines.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -38,7 +38,10 @@ def test_evaluation_restores_modes_and_changes_no_buffer():
     state = {name: value.clone() for name, value in net.state_dict().items()}
     for batch_statistics in (False, True):
         probes.accuracy(net, make_images(), CPU, batch_statistics=batch_statistics)
-    probes.compute_outputs(net.embed, make_images(), CPU)
+    features = probes.compute_outputs(net.embed, make_images(), CPU)
+    labels = make_images().labels
+    probes.knn_accuracy_of(features, labels, features, labels, 3)
+    probes.linear_accuracy_of(features, labels, features, labels, 3)
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
@@ -75,7 +78,8 @@ def test_batch_statistics_are_those_of_training_mode(monkeypatch):
 
 def test_knn_follows_its_formula():
     net, train, test = make_network().eval(), make_images(40), make_images(20, seed=1)
-    bank, queries = (probes.compute_outputs(net.embed, images, CPU) for images in (train, test))
+    with torch.no_grad():
+        bank, queries = (net.embed(d.normalised(torch.arange(len(d)), CPU)) for d in (train, test))
     correct = 0
     for query, truth in zip(queries, test.labels, strict=True):
         similarity = torch.nn.functional.cosine_similarity(bank, query[None])
@@ -83,7 +87,8 @@ def test_knn_follows_its_formula():
         for i in similarity.argsort(descending=True)[:20]:
             votes[train.labels[i]] += float(torch.exp(similarity[i] / 0.07))
         correct += max(range(3), key=votes.__getitem__) == truth
-    ours = probes.knn_accuracy_of(bank, train.labels, queries, test.labels, 3)
+    features, tests = (probes.compute_outputs(net.embed, images, CPU) for images in (train, test))
+    ours = probes.knn_accuracy_of(features, train.labels, tests, test.labels, 3)
     assert ours == pytest.approx(100 * correct / 20)
 
 
@@ -95,10 +100,14 @@ def test_linear_probe_agrees_with_scikit_learn():
         make_images(60, signal=0.05),
         make_images(200, seed=1, signal=0.05),
     )
-    features, tests = (probes.compute_outputs(net.embed, images, CPU) for images in (train, test))
-    f, q = features.double().numpy(), tests.double().numpy()
+    with torch.no_grad():
+        f, q = (
+            net.embed(d.normalised(torch.arange(len(d)), CPU)).double().numpy()
+            for d in (train, test)
+        )
     mean, std = f.mean(0), f.std(0).clip(1e-6)
     theirs = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit((f - mean) / std, train.labels)
+    features, tests = (probes.compute_outputs(net.embed, images, CPU) for images in (train, test))
     ours = probes.linear_accuracy_of(features, train.labels, tests, test.labels, 3)
     assert ours == pytest.approx(100 * theirs.score((q - mean) / std, test.labels), abs=1.0)
     assert 40 < ours < 100
