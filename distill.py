@@ -188,7 +188,7 @@ def distill(source, chosen, target, args, run, device):
         weight_decay=args.pool_weight_decay,
         precision=args.precision,
         memory_format=outer_step.memory_format,
-        compiled=not args.reference and should_compile(args.compile, device),
+        compiled=not args.reference and should_compile(args, device),
     )
     adamw = optim.make_optimizer("adamw", leaves, args.outer_lr, weight_decay=0.0)
     scheduler = optim.make_schedule(adamw, "linear", steps * args.updates_per_batch)

@@ -14,7 +14,7 @@ import time
 import torch
 
 import models
-from benchmarks.step import make_step
+from benchmarks.step import SETTINGS, make_step
 from benchmarks.timing import GPU_STEPS, format_median, machine_name, peak_memory, synchronize
 from utils import distributed, progress
 
@@ -59,10 +59,9 @@ def measure(args, device):
             time_steps(lambda shared=shared: distributed.all_reduce_mean(shared), device)
         )
         rounds.append(took)
-    names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
     return dict(
         preset=args.preset,
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in SETTINGS},
         machine=machine_name(device),
         ranks=distributed.world_size(),
         torch=str(torch.__version__),

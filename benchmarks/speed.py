@@ -30,7 +30,7 @@ import torch
 import distill
 import models
 from benchmarks import parallel
-from benchmarks.step import make_step, time_parts, without_values
+from benchmarks.step import SETTINGS, make_step, time_parts, without_values
 from benchmarks.timing import (
     count_flop,
     find_limit,
@@ -46,18 +46,7 @@ from utils.allocator import keep_freed_memory
 from utils.device import select_device
 
 RESULTS = Path(__file__).with_name("speed.jsonl")
-KEY = (
-    "preset",
-    "arch",
-    "width",
-    "image_size",
-    "num_images",
-    "outer_batch",
-    "precision",
-    "chunk",
-    "machine",
-    "ranks",
-)
+KEY = ("preset", *SETTINGS, "machine", "ranks")
 LENGTHS = ("outer_steps", "pool_size", "pool_steps")  # from which the time of a run follows
 CHECKED = 200  # most distilled and real images in the comparison with float64
 
@@ -171,10 +160,9 @@ def measure(args, device):
             dict(ours=fast("time"), peak=fast("peak"), plain=plain("time"))
             for _ in progress.progress_bar(range(args.pairs), desc="pairs")
         ]
-        names = ("arch", "width", "image_size", "num_images", "outer_batch", "precision", "chunk")
         return dict(
             preset=args.preset,
-            **{name: getattr(args, name) for name in (*names, *LENGTHS)},
+            **{name: getattr(args, name) for name in (*SETTINGS, *LENGTHS)},
             machine=machine_name(device),
             ranks=1,
             torch=str(torch.__version__),
@@ -220,6 +208,7 @@ def format_result(result):
     setting = f"m = {result['num_images']:,}, b = {result['outer_batch']:,}, "
     setting += f"{result['image_size']} px, {network}"
     setting += f", --chunk {result['chunk']}" if result["chunk"] else ""
+    setting += ", --compile off" if result["compile"] == "off" else ""
     where = f"{precision} on {result['machine']}, torch {result['torch']}"
     first = result["pool_size"] * result["pool_steps"] / 2
     pool = result["parts"]["training step of the pool member"][0]

@@ -24,6 +24,17 @@ from utils import distributed, optim
 from utils.device import should_compile
 from utils.sampling import Randomness
 
+SETTINGS = (  # that determine the time of a step
+    "arch",
+    "width",
+    "image_size",
+    "num_images",
+    "outer_batch",
+    "precision",
+    "chunk",
+    "compile",
+)
+
 
 def sparse_tensor(shape, dtype):
     """Return a tensor of zeros, memory-mapped from a deleted sparse file without disk usage."""
@@ -88,7 +99,7 @@ class Step:
             args.pool_weight_decay,
             "fp32" if plain else args.precision,
             memory_format=layout,
-            compiled=not plain and should_compile(args.compile, device),
+            compiled=not plain and should_compile(args, device),
         )
         self.adamw = optim.make_optimizer(
             "adamw", [self.x_syn, self.y_syn], args.outer_lr, weight_decay=0.0

@@ -124,7 +124,7 @@ def distill(source, chosen, target, args, run, device):
         weight_decay=0.0,
         precision=args.precision,
         optimizer="adam",
-        compiled=should_compile(args.compile, device),
+        compiled=should_compile(args, device),
     )
     lamb = optim.make_optimizer("lamb", [x_syn, y_syn], args.outer_lr)
     scheduler = optim.make_schedule(lamb, "cosine_to_tenth", args.outer_steps)

@@ -1,6 +1,7 @@
 """The model pool of Algorithm 1: networks that differ in their number of training steps."""
 
 import copy
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class Passes:
         self.skeleton = Skeleton(network, compiled)
         self._train = None
         if compiled:
+            # Ridge regression needs full float32 (utils/device.py).
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             module = copy.deepcopy(network).train().to("meta")
             self._train = torch.compile(
                 lambda tensors, x: torch.func.functional_call(module, tensors, (x,)), dynamic=False

@@ -92,13 +92,15 @@ def test_share_of_the_limit_and_ratio():
     def time(seconds):
         return dict(seconds=seconds, steps=1, memory=1.0)
 
-    facts = dict(arch="convnet3", width=1.0, image_size=32, num_images=10, outer_batch=12, chunk=0)
+    facts = dict(arch="convnet3", width=1.0, image_size=32, num_images=10, outer_batch=12)
+    facts |= dict(chunk=0, compile="off")
     facts |= dict(outer_steps=100, pool_size=1, pool_steps=2, preset="cifar100", precision="fp32")
     peak = {"matrix product": 4e9, "convolution": 5e9}
     rounds = [dict(ours=time(1.0), plain=time(each), peak=peak) for each in (2.0, 3.0, 7.0)]
     parts = {"training step of the pool member": [0.5, 1e9]}
     facts |= dict(machine="a CPU", torch="2.0", rounds=rounds, parts=parts, errors={})
     text = speed.format_result(facts | dict(flop=2.5e9, plain_flop=5e9))
+    assert "convnet3, --compile off)" in text
     assert "**3.00 (2.00 to 7.00) times as fast as the plain step in fp32**" in text
     assert "n = 3 pairs" in text and "50 (50 to 50) % of the limit" in text
     assert "| 500.0 | 1.0 | 2 | 40% |" in text

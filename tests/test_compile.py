@@ -107,14 +107,19 @@ def test_command_compiles_and_does_not_store_the_choice(traced, monkeypatch, roo
 
 
 def test_choice(monkeypatch):
+    def compiles(choice, place, steps=160_000):
+        args = SimpleNamespace(compile=choice, outer_steps=steps)
+        return device.should_compile(args, place)
+
     cuda = torch.device("cuda")
     monkeypatch.setattr(device, "find_compiler_fault", lambda device: None)
-    assert device.should_compile("auto", cuda) and device.should_compile("on", CPU)
-    assert not device.should_compile("auto", CPU) and not device.should_compile("off", cuda)
+    assert compiles("auto", cuda) and compiles("on", CPU) and compiles("on", cuda, 2)
+    assert not compiles("auto", CPU) and not compiles("off", cuda)
+    assert not compiles("auto", cuda, 2000)  # compiling takes longer than so few steps
     monkeypatch.setattr(device, "find_compiler_fault", lambda device: "no g++")
-    assert not device.should_compile("auto", cuda)
+    assert not compiles("auto", cuda)
     with pytest.raises(UserError, match=r"--compile on: .*no g\+\+"):
-        device.should_compile("on", CPU)
+        compiles("on", CPU)
 
 
 def test_missing_compiler_is_found(monkeypatch):

@@ -183,8 +183,9 @@ def add_compile_flag(parser):
         "--compile",
         choices=["auto", "on", "off"],
         default="auto",
-        help="compile the networks of the pool, which takes a minute and makes a step faster; "
-        "losses are equal up to rounding (default: on with CUDA if a compiler works, else off)",
+        help="compile the networks of the pool, which takes more than half a minute and makes a "
+        "step faster; losses are equal up to rounding (default: on with CUDA from 10,000 outer "
+        "steps on, if a compiler works; else off)",
     )
 
 

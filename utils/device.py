@@ -10,6 +10,9 @@ import torch
 from utils import allocator, distributed
 from utils.errors import UserError
 
+# From this number of outer steps on, networks are compiled on a GPU. On an H200, compiling takes
+# more than half a minute, and as many steps of a small set take a minute (docs/speed.md).
+COMPILED_STEPS = 10_000
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # exists if the driver is loaded
 
 
@@ -69,16 +72,21 @@ def computes_in_bf16(name):
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def should_compile(choice, device):
-    """Return whether the value `choice` of --compile means to compile on `device`.
+def should_compile(args, device):
+    """Return whether a method with a pool compiles its networks on `device`.
+
+    Args:
+        args: parsed flags, with `compile` and `outer_steps`.
+        device: torch device.
 
     Raises:
-        UserError: if the choice is on, and torch.compile does not work on this machine.
+        UserError: with --compile on, if torch.compile does not work on this machine.
     """
-    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+    pays = device.type == "cuda" and args.outer_steps >= COMPILED_STEPS
+    if args.compile == "off" or (args.compile == "auto" and not pays):
         return False
     fault = find_compiler_fault(device)
-    if fault and choice == "on":
+    if fault and args.compile == "on":
         raise UserError(f"--compile on: torch.compile does not work here ({fault}); use off")
     return fault is None
 
