@@ -17,6 +17,7 @@ features with the features of an untrained student network. The labels serve thi
 training does not use them.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,8 @@ def make_network_target(source, args, device):
 
 def make_feature_target(source, args, device):
     """Write the features of the source that an encoder computes or that a file holds."""
-    flags = dict(pca=args.pca, precision=args.precision, image_size=args.image_size, seed=args.seed)
+    names = ("pca", "unit_scale", "precision", "image_size", "seed")
+    flags = {name: getattr(args, name) for name in names}
     if args.features:
         encoder, name = None, f"features {args.features.name}"
         flags["features"] = files.digest(args.features) if args.features.is_file() else None
@@ -195,20 +197,22 @@ def make_feature_target(source, args, device):
         encoder.facts["from_raw"] = originals.from_raw
         array = np.load(encoded, mmap_mode="r")
     path = run.folder / "features.npy"
-    components, stored = reduce_features(array, path, args.pca)
+    reduction, stored = reduce_features(array, path, args.pca, args.unit_scale)
     table = torch.from_numpy(np.load(path, mmap_mode="r+"))
     print(
         f"{len(table):,} features of {stored['encoder_dim']} dimensions, "
         f"{100 * stored['zeros']:.1f} % zeros; "
-        f"kept {table.shape[1]} dimensions, {100 * stored['variance_kept']:.1f} % of the variance"
+        f"kept {table.shape[1]} dimensions, {100 * stored['variance_kept']:.1f} % of the variance; "
+        f"root mean square {stored['rms']:.3g}, {'divided by it' if args.unit_scale else 'kept'}"
     )
+    changed = {"target.encoder": [name, "Barlow Twins"], "target.pca": [table.shape[1], 0]}
+    changed |= {"target.unit_scale": [True, False]} if args.unit_scale else {}
     content = stored | dict(
         features=files.compute_checksums(path),
         encoder=encoder and encoder.facts | dict(what=args.encoder, file=str(args.weights)),
-        components=components,
+        reduction=reduction,
         name=name,
-        deviations=source.deviations
-        | {"target.encoder": [name, "Barlow Twins"], "target.pca": [table.shape[1], 0]},
+        deviations=source.deviations | changed,
     )
     finish(
         run, source, args, device, content, table.shape[1], lambda index: table[index].to(device)
@@ -285,8 +289,14 @@ def parse_args(argv):
         type=cli.non_negative_int,
         default=COMPONENTS,
         metavar="D",
-        help="number of principal components to keep; 0 keeps the features unchanged (default: "
+        help="number of principal components to keep; 0 keeps all dimensions (default: "
         "%(default)s)",
+    )
+    elsewhere.add_argument(
+        "--unit-scale",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="divide the features by their root mean square (default: on)",
     )
     if cli.peek_flag("encoder", argv) or cli.peek_flag("features", argv):
         parser.set_defaults(weights="")  # a preset's weights are for --arch

@@ -1,5 +1,6 @@
 """Features of all images of a source, computed by an encoder or read from a file."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -121,18 +122,21 @@ def _read_safetensors(path):
         raise UserError(f"--features {path}: not a readable safetensors file") from error
 
 
-def reduce_features(array, path, count):
+def reduce_features(array, path, count, unit_scale=False):
     """Write the leading principal components of features to a .npy file.
 
     Args:
         array: (n, d) features, which may be mapped from disk.
         path: file to write, float32.
-        count: D, number of components to keep; 0 keeps the features unchanged.
+        count: D, number of components to keep; 0 keeps all dimensions.
+        unit_scale: divide the result by its root mean square.
 
     Returns:
-        components: dict with `mean` (d,) and `components` (D, d) float32; None without a reduction.
-        facts: dict with `encoder_dim` d, `zeros`, the fraction of features that are exactly 0, and
-            `variance_kept`, the fraction of the variance that the components explain.
+        reduction: dict of arguments of `project`: `mean` (d,) and `components` (D, d) float32, or
+            None for both without a reduction, and the number `scale`.
+        facts: dict with `encoder_dim` d, `zeros`, the fraction of features that are exactly 0,
+            `variance_kept`, the fraction of the variance that the components explain, and `rms`,
+            the root mean square before it is divided.
     """
     n, width = array.shape
     count = min(count, width, max(1, n - 1)) if count else 0
@@ -149,13 +153,22 @@ def reduce_features(array, path, count):
         mean, components = mean.float(), components.float()
     with files.atomic_write(path) as partial:
         out = files.create_array(partial, np.float32, (n, width if components is None else count))
+        squares = 0.0
         for start in range(0, n, ROWS):
             rows = torch.from_numpy(np.array(array[start : start + ROWS], dtype=np.float32))
-            out[start : start + len(rows)] = project(rows, mean, components).numpy()
+            rows = project(rows, mean, components)
+            out[start : start + len(rows)] = rows.numpy()
+            squares += rows.double().square().sum().item()
+        facts["rms"] = math.sqrt(squares / out.size)
+        scale = 1 / facts["rms"] if unit_scale and squares else 1.0
+        for start in range(0, n, ROWS):
+            out[start : start + ROWS] *= scale
         out.flush()
-    return None if components is None else dict(mean=mean, components=components), facts
+    return dict(mean=mean, components=components, scale=scale), facts
 
 
-def project(features, mean, components):
-    """Project features (b, d) onto `components` (D, d); unchanged if that is None."""
-    return features if components is None else (features - mean) @ components.T
+def project(features, mean=None, components=None, scale=1.0):
+    """Project features (b, d) onto `components` (D, d), unless None, and multiply by `scale`."""
+    if components is not None:
+        features = (features - mean) @ components.T
+    return features * scale

@@ -1,6 +1,6 @@
 """The target g_phi, a network of this project or an encoder, and its features of the source."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -144,13 +144,13 @@ class FeatureTarget(Target):
     Attributes:
         table: (n, d_y) features, mapped from disk.
         encoder: dict of facts from which `load_encoder` rebuilds the encoder, or None.
-        components: principal components of `reduce_features`, or None.
+        reduction: dict of arguments of `features.project`.
         mean, std: (3,) statistics of the source.
     """
 
     table: torch.Tensor = None
     encoder: dict | None = None
-    components: dict | None = None
+    reduction: dict = field(default_factory=dict)
     mean: torch.Tensor = None
     std: torch.Tensor = None
 
@@ -171,10 +171,11 @@ class FeatureTarget(Target):
         """Return the features (b, d_y) of pixels in [0, 1] at the encoder's input size."""
         with torch.no_grad(), autocast(self.device, self.precision):
             features = encoder(pixels).float()
-        mean, components = ((self.components or {}).get(name) for name in ("mean", "components"))
-        if components is not None:
-            mean, components = mean.to(features), components.to(features)
-        return project(features, mean, components)
+        reduction = {
+            name: value.to(features) if torch.is_tensor(value) else value
+            for name, value in self.reduction.items()
+        }
+        return project(features, **reduction)
 
     def _test_batches(self, source, images, root):
         encoder = self.require_network()
@@ -268,12 +269,12 @@ def load_target(path, source, device, precision):
 def _feature_target(saved, source, common):
     path = common["path"]
     files.require(
-        saved, path, "target", ("features", "encoder", "components", "name", "mean", "std")
+        saved, path, "target", ("features", "encoder", "reduction", "name", "mean", "std")
     )
     table = torch.from_numpy(files.open_array(path.parent / "features.npy", saved["features"]))
     if table.ndim != 2 or len(table) != len(source):
         raise UserError(f"{path}: features of shape {tuple(table.shape)} for {len(source)} images")
-    names = ("encoder", "components", "mean", "std", "name")
+    names = ("encoder", "reduction", "mean", "std", "name")
     return FeatureTarget(
         **common, feature_dim=table.shape[1], table=table, **{name: saved[name] for name in names}
     )

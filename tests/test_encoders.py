@@ -155,12 +155,15 @@ def test_features_are_those_of_the_raw_images_at_the_encoder_size(
     assert saved["zeros"] == pytest.approx((encoded == 0).double().mean().item())
     table = load_target(target_path, source, CPU, "fp32").features_of(source).double()
     expected = centred @ directions[:3].T
+    rms = expected.square().mean().sqrt()
+    assert saved["rms"] == pytest.approx(rms.item(), rel=1e-5)
+    assert table.square().mean().item() == pytest.approx(1, rel=1e-5)
+    expected /= rms
     torch.testing.assert_close(
         table.abs(), expected.abs(), rtol=1e-3, atol=1e-5
     )  # the sign of a component is arbitrary
-    again = (
-        saved["components"]["mean"].double() + table @ saved["components"]["components"].double()
-    )
+    mean, components = (saved["reduction"][name].double() for name in ("mean", "components"))
+    again = mean + rms * table @ components
     error = (again - encoded).square().sum()
     torch.testing.assert_close(error, values[3:].square().sum(), rtol=1e-3, atol=1e-6)
 
@@ -181,9 +184,9 @@ def test_encoder_computes_features_of_new_images(target_path, encoder_file, sour
     target = load_target(target_path, source, CPU, "fp32")
     index = torch.tensor([3, 41])
     x = source.normalised(index, CPU)
-    components = files.load(target_path, "target")["components"]
+    kept = files.load(target_path, "target")["reduction"]
     encoded = load_tiny(encoder_file)(resize(source.raw(index, CPU), 24))
-    expected = (encoded - components["mean"]) @ components["components"].T
+    expected = (encoded - kept["mean"]) @ kept["components"].T * kept["scale"]
     torch.testing.assert_close(target.features(x), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -334,8 +337,8 @@ def test_features_of_test_images_are_those_of_the_raw_images(
     paths = [photos / "test" / name / "0.png" for name in ("blue", "red")]
     pixels = np.stack([decode(path, 24) for path in paths])
     features = load_tiny(encoder_file)(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).double()
-    kept = {name: value.double() for name, value in target.components.items()}
-    expected = (features - kept["mean"]) @ kept["components"].T
+    mean, components = (target.reduction[name].double() for name in ("mean", "components"))
+    expected = (features - mean) @ components.T * target.reduction["scale"]
     torch.testing.assert_close(stored.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -551,11 +554,28 @@ def test_checkpoints_of_other_libraries_load_into_our_target_network(prefix, tmp
 def test_no_reduction_to_as_many_dimensions_or_more(tmp_path):
     array = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     for count in (0, 4, 9):
-        components, facts = reduce_features(array, tmp_path / "f.npy", count)
-        assert components is None and facts["variance_kept"] == 1.0
+        reduction, facts = reduce_features(array, tmp_path / "f.npy", count)
+        assert facts["variance_kept"] == 1.0
         assert np.array_equal(np.load(tmp_path / "f.npy"), array)
-    x = torch.rand(3, 4)
-    assert project(x, None, None) is x
+        x = torch.rand(3, 4)
+        assert torch.equal(project(x, **reduction), x)
+
+
+def test_scale_of_the_features_does_not_matter(tmp_path):
+    """Compare features with 8 times the features: equal after the division, with or without PCA."""
+    array = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    for count in (0, 2):
+        stored = []
+        for name, factor in (("a.npy", 1), ("b.npy", 8)):
+            reduction, facts = reduce_features(factor * array, tmp_path / name, count, True)
+            stored.append(np.load(tmp_path / name))
+            rows = project(torch.from_numpy(factor * array), **reduction)
+            np.testing.assert_allclose(rows, stored[-1], rtol=1e-5, atol=1e-6)
+            assert reduction["scale"] == pytest.approx(1 / facts["rms"])
+        np.testing.assert_allclose(np.abs(stored[0]), np.abs(stored[1]), rtol=1e-4, atol=1e-5)
+        assert np.mean(np.square(stored[0])) == pytest.approx(1, rel=1e-5)
+    reduction, facts = reduce_features(np.zeros((5, 3)), tmp_path / "c.npy", 0, True)
+    assert facts["rms"] == 0 and reduction["scale"] == 1
 
 
 def measure_quality(source, features):
