@@ -161,7 +161,7 @@ def reduce_features(array, path, count, unit_scale=False):
             squares += rows.double().square().sum().item()
         facts["rms"] = math.sqrt(squares / out.size)
         scale = 1 / facts["rms"] if unit_scale and squares else 1.0
-        for start in range(0, n, ROWS):
+        for start in range(0, n, ROWS) if scale != 1 else ():
             out[start : start + ROWS] *= scale
         out.flush()
     return dict(mean=mean, components=components, scale=scale), facts
