@@ -134,8 +134,8 @@ def describes(table, line):
 def split_blocks(table, lines):
     """Return [(heading, lines)] for each source, target network and network of a `Table`.
 
-    If the row that others are compared with names a target network, there is no block for each
-    target network.
+    Of several target networks, those without results are left out. If the row that others are
+    compared with names a target network, there is no block for each target network.
     """
     if len(table.networks) < 2:
         return _split_by_target(table, lines)
@@ -162,12 +162,17 @@ def _split_by_target(table, lines):
             mine = [
                 line
                 for line in lines
-                if line["source"] in (name, None)
-                and line["method"].partition(".")[2] in (target.name, "")
+                if line["source"] in (name, None) and target_of(line) in (target.name, "")
             ]
             heading = name + (f", target network {target.name}" if several else "")
-            blocks.append((heading, mine))
+            if not several or any(map(target_of, mine)):
+                blocks.append((heading, mine))
     return blocks
+
+
+def target_of(line):
+    """Return the name of the target network in the method of a result, or ""."""
+    return line["method"].partition(".")[2]
 
 
 def column_of(line):

@@ -5,7 +5,8 @@
 
 Runs the scripts for a few steps on the digits:
 1. Every command in float32 on the CPU and on the device, with equal random numbers. The logged
-   losses must agree (agreement.py).
+   losses must agree (agreement.py). The device uses --deterministic, because the kernels that cuDNN
+   selects by timing round differently from run to run.
 2. Every stage that trains twice with --deterministic on the device, in its default precision. The
    losses must be equal.
 3. A distillation on the device, with --deterministic, that is killed, resumed, stopped by SIGINT
@@ -177,7 +178,7 @@ def check_agreement(command, folder, device):
             command.run(folder / runs, "--device", name, "--precision", "fp32", *flags)
             for runs, name, flags in (
                 ("expected", "cpu", []),
-                ("found", device, ["--compile", "on"] if compiles else []),
+                ("found", device, ["--deterministic", *(["--compile", "on"] * compiles)]),
             )
         )
     if command.artefact:

@@ -147,7 +147,8 @@ def machine_name(device):
 
 
 def format_median(values, digits=2):
-    """Return median, minimum and maximum as text."""
+    """Return the median as text, with minimum and maximum if there is more than one value."""
     values = [*values]
     numbers = statistics.median(values), min(values), max(values)
-    return "{} ({} to {})".format(*(f"{each:,.{digits}f}" for each in numbers))
+    median, low, high = (f"{each:,.{digits}f}" for each in numbers)
+    return f"{median} ({low} to {high})" if len(values) > 1 else median

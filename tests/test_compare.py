@@ -143,7 +143,7 @@ def test_there_is_a_table_per_data_set_and_one_of_means():
 
 
 def test_each_target_network_has_a_table_with_all_rows_that_use_no_target():
-    targets = TargetNetwork("target"), TargetNetwork("encoder")
+    targets = tuple(map(TargetNetwork, ("target", "encoder", "without_results")))
     table = Table(
         "toy",
         "A toy.",
