@@ -79,6 +79,6 @@ def print_quality(quality):
     if distributed.is_main_process() and not is_better(quality):
         print(
             "warning: a linear probe of the target is no better than one of an untrained "
-            f"{student}; distilling this target cannot help (docs/encoders.md)",
+            f"{student}; distilling this target may not help (docs/encoders.md)",
             file=sys.stderr,
         )

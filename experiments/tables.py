@@ -307,7 +307,7 @@ _SMALL_SCALE = Scale(
         ),
         high_loss=dict(arch="dc_convnet3", width=0.25, experts=10),
         # As many operations as KRR-ST with as many images. Learning rates were chosen by the
-        # methods' own objectives (docs/methods.md).
+        # methods' own objectives (docs/findings.md).
         mkdt=dict(
             arch="dc_convnet3",
             width=0.25,
