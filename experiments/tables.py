@@ -305,17 +305,10 @@ _SMALL_SCALE = Scale(
             pool_size=10,
             pool_steps=150,
         ),
-        high_loss=dict(arch="dc_convnet3", width=0.25, experts=10),
+        high_loss=_CONDENSED_NETWORK | dict(experts=10),
         # As many operations as KRR-ST with as many images. Learning rates were chosen by the
         # methods' own objectives (docs/findings.md).
-        mkdt=dict(
-            arch="dc_convnet3",
-            width=0.25,
-            experts=10,
-            outer_steps=100,
-            outer_lr=1e4,
-            rate_lr=1e-4,
-        ),
+        mkdt=_CONDENSED_NETWORK | dict(experts=10, outer_steps=100, outer_lr=1e4, rate_lr=1e-4),
         krr_st_low_rank_m_50=dict(outer_steps=350, outer_lr=0.03),
         krr_st_low_rank=dict(outer_steps=500, outer_lr=0.03),
         krr_st_low_rank_m_200=dict(outer_steps=570, outer_lr=0.03),
