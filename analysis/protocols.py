@@ -35,11 +35,12 @@ def title(method, raw):
     return registry.title(method) + (", pixels in [0, 1]" if raw else "")
 
 
-def select_accuracies(lines, row, values):
+def select_accuracies(lines, row, values, equal_steps=False):
     """Return {(distillation, pre-training): accuracy} of a row of `ROWS`.
 
     `values` holds a value for each factor. A network without pre-training has no steps, weight
-    decay or distillation.
+    decay or distillation. `equal_steps` selects the cases with that setting of
+    `experiments.protocols.Case`.
     """
     scratch = row[0] == "scratch"
     wanted = {k: v for k, v in values.items() if not scratch or k in ("arch", "probe")}
@@ -47,6 +48,7 @@ def select_accuracies(lines, row, values):
         (None if scratch else line["seed"], line["seed"]): line["accuracy"]
         for line in lines
         if (line["method"], line["raw"]) == row
+        and line["equal_steps"] == equal_steps
         and all(line[factor] == value for factor, value in wanted.items())
     }
 
@@ -96,16 +98,20 @@ def format_factors(lines):
 def format_successors(lines):
     """Return the third table as Markdown: differences are from random images of equal storage."""
     rows = [[Cell("images, method"), *(Cell(f"protocol of {name}") for name in PAPERS), Cell("n")]]
-    for method in TABLES["successors"].methods:
+    for method, equal_steps in itertools.product(TABLES["successors"].methods, (False, True)):
         m = method.partition("_m_")[2]
         base = f"random_features_m_{m}" if m else "random_features"
-        found = [select_accuracies(lines, (method, False), values) for values in PAPERS.values()]
+        found = [
+            select_accuracies(lines, (method, False), values, equal_steps)
+            for values in PAPERS.values()
+        ]
         others = [
             {} if method == base else select_accuracies(lines, (base, False), values)
             for values in PAPERS.values()
         ]
         if any(found):
             name = registry.title(method).partition(", m = ")[0]
+            name += ", as many steps" * equal_steps
             cells = map(format_cell, found, others)
             rows.append(
                 [Cell(f"{m or 100}, {name}"), *map(Cell, cells), Cell(f"{max(map(len, found))}")]

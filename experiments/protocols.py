@@ -21,7 +21,8 @@ set, and evaluated on CIFAR-10 with 100 labels per class.
 
 --successors evaluates the sets of the table `successors` with two of these combinations only, which
 are the protocols of the two papers (`PAPERS`). In that of MKDT, a set with a learned learning rate
-is pre-trained with it.
+is pre-trained with it. An epoch of a low-rank set has more steps than one of plain images with the
+same storage, so low-rank sets are also evaluated with as many steps (`Case.equal_steps`).
 
 The networks and the results, protocols.jsonl, are in <run root>/protocols. Rerun the command to
 resume. --collect writes experiments/protocols.jsonl.
@@ -108,6 +109,8 @@ class Case:
         steps: number of steps of pre-training, a key of `STEPS`.
         weight_decay: weight decay of pre-training.
         raw: pre-train on pixels in [0, 1] instead of normalised pixels.
+        equal_steps: pre-train a low-rank set for as many steps as plain images with the same
+            storage, instead of as many epochs.
     """
 
     method: str
@@ -116,6 +119,7 @@ class Case:
     steps: int = 0
     weight_decay: float = 0.0
     raw: bool = False
+    equal_steps: bool = False
 
     @property
     def name(self):
@@ -123,7 +127,8 @@ class Case:
             return f"scratch_{self.arch}_seed{self.seed}"
         raw = "_raw" if self.raw else ""
         decay = f"{self.weight_decay:g}"
-        return f"{self.method}{raw}_{self.arch}_{self.steps}_{decay}_seed{self.seed}"
+        equal = "_equal_steps" if self.equal_steps else ""
+        return f"{self.method}{raw}_{self.arch}_{self.steps}_{decay}{equal}_seed{self.seed}"
 
 
 def list_cases():
@@ -140,8 +145,14 @@ def list_cases():
 def list_successors():
     """Return the `Case`s of the table `successors`: each set with the protocols of `PAPERS`."""
     return [
-        Case(method, seed, *(paper[name] for name in ("arch", "steps", "weight_decay")))
+        Case(
+            method,
+            seed,
+            *(paper[name] for name in ("arch", "steps", "weight_decay")),
+            equal_steps=equal_steps,
+        )
         for method in TABLES["successors"].methods
+        for equal_steps in ((False, True) if method.startswith("krr_st_low_rank") else (False,))
         for seed in SEEDS
         for paper in PAPERS.values()
     ]
@@ -163,6 +174,8 @@ def pretrained_network(case, args, device):
     images = distilled.pixels() if case.raw else distilled.images
     recipe = preset("other", "pretrain", "feature", case.arch) | STEPS[case.steps]
     recipe |= dict(weight_decay=case.weight_decay, precision=args.precision)
+    if case.equal_steps:
+        recipe["steps"] = recipe["epochs"] * -(-distilled.num_images // recipe["batch_size"])
     if case.arch == PAPERS["MKDT"]["arch"] and "learned_rate" in distilled.meta:
         recipe["lr"] = distilled.meta["learned_rate"]
     run = Run(

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 # All machines run the same tests: on the CPU, and in float32 where the flags below say so.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("DATA_ROOT", None)  # of the user's shell
 
 import pytest
 import torch

@@ -167,7 +167,7 @@ def test_stored_results_are_in_the_documentation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "STORED", tmp_path / "none.jsonl")
     assert tables.collected_tables() == {}
     line = dict(method="krr_st", raw=False, seed=0, arch="convnet3", steps=80, weight_decay=1e-4)
-    line |= dict(probe="converged", accuracy=50.0, digest="x")
+    line |= dict(probe="converged", accuracy=50.0, digest="x", equal_steps=False)
     (tmp_path / "some.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(tables, "STORED", tmp_path / "some.jsonl")
     keys = {"protocols", "protocol_factors", "successors"}
@@ -222,6 +222,48 @@ def test_successors_are_evaluated_with_the_protocols_of_two_papers(run_root, suc
     base = accuracy("random_features_dc_convnet3_2_0.0001_seed0", "20 iterations")
     assert rows[3][1] == f"{theirs:.2f} ± 0.00 ({theirs - base:+.2f})"
     assert [row[3] for row in rows[2:]] == ["1"] * 4
+
+
+def test_low_rank_sets_are_also_pretrained_for_as_many_steps(run_root, toy, monkeypatch):
+    listed = [c for c in protocols.list_successors() if c.equal_steps]
+    assert {c.method for c in listed} == {f"krr_st_low_rank{m}" for m in ("", "_m_50", "_m_200")}
+    assert len({c.name for c in listed}) == len(listed) == 3 * len(protocols.SEEDS) * 2
+    assert {c.name.replace("_equal_steps", "") for c in listed} < {
+        c.name for c in protocols.list_successors() if not c.equal_steps
+    }
+    # 20 images with the storage of 10, in batches of 4: 5 steps per epoch instead of 3
+    plain = load_distilled(run_root / "digits" / "krr_st" / "seed0" / "distilled.pt")
+    low_rank = replace(plain, meta=plain.meta | dict(num_images=10))
+    assert len(plain.images) == 20
+    monkeypatch.setattr(protocols, "load_distilled", lambda path: low_rank)
+    monkeypatch.setitem(protocols.STEPS, 3, dict(epochs=7, batch_size=4))
+    recipes = []
+    monkeypatch.setattr(
+        protocols, "pretrain", lambda network, data, args, *rest: recipes.append(args)
+    )
+    args = protocols.parse_args([str(run_root)])
+    for equal_steps in (False, True):
+        case = protocols.Case("krr_st", 0, "convnet3", 3, 0.75, equal_steps=equal_steps)
+        protocols.pretrained_network(case, args, torch.device("cpu"))
+    assert [(r.epochs, r.steps) for r in recipes] == [(7, 0), (7, 21)]
+
+
+def test_the_table_shows_as_many_steps_in_a_row_of_its_own():
+    line = dict(raw=False, seed=0, arch="convnet3", steps=600, weight_decay=1e-3)
+    line |= dict(probe="converged")
+    lines = [
+        line | dict(method="random_features", equal_steps=False, accuracy=40.0),
+        line | dict(method="krr_st_low_rank", equal_steps=False, accuracy=45.0),
+        line | dict(method="krr_st_low_rank", equal_steps=True, accuracy=43.0),
+    ]
+    rows = tables.format_successors(lines).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[2] for row in cells] == [
+        "40.00 ± 0.00",
+        "45.00 ± 0.00 (+5.00)",
+        "43.00 ± 0.00 (+3.00)",
+    ]
+    assert cells[2][0] == cells[1][0] + ", as many steps"
 
 
 def test_the_learned_rate_is_used_with_the_protocol_of_mkdt_only(run_root, successors, monkeypatch):
