@@ -353,9 +353,9 @@ class Page:
 
     def tsne(self, run, distilled, source):
         """Return a t-SNE plot as PNG bytes, with the target network of the set."""
-        home, wanted = run.path.parents[1] / "target", run.settings.get("target_network")
+        home, wanted = run.path.parents[1], run.settings.get("target_network")
         path = next(
-            (each for each in sorted(home.glob("*/target.pt")) if files.digest(each) == wanted),
+            (each for each in sorted(home.glob("*/*/target.pt")) if files.digest(each) == wanted),
             None,
         )
         if path is None:

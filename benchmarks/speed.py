@@ -226,7 +226,8 @@ def format_result(result):
         f"- fast step: {texts['ours']} {unit}, {result['flop'] / 1e12:.2f} TFLOP, "
         f"{memory['ours']:.2f} GiB; plain step: {texts['plain']} {unit}, "
         f"{result['plain_flop'] / 1e12:.2f} TFLOP, {memory['plain']:.2f} GiB",
-        f"- limit in {precision}: {most / 1e9:,.0f} GFLOP/s, the higher one of " + ", ".join(rates),
+        f"- limit in {precision}: {most / 1e9:,.0f} GFLOP/s, the median over the pairs of the "
+        f"higher rate (medians: {', '.join(rates)})",
         f"- at this speed, {result['outer_steps']:,} steps take "
         f"{result['outer_steps'] * ours / 3600:,.1f} hours, after "
         f"{first * pool / 3600:,.1f} hours for initialising the pool (about {first:,.0f} training "

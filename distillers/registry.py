@@ -364,10 +364,12 @@ SETS = tuple(entry.name for entry in ENTRIES if entry.module)  # methods that ma
 COMMANDS = tuple(name for name in SETS if METHODS[name].module.startswith("distillers."))
 VARIANTS = {variant.name: variant for entry in ENTRIES for variant in entry.variants}
 _ENTRY_OF = {variant.name: entry for entry in ENTRIES for variant in entry.variants} | METHODS
-_ROWS = [*METHODS, *VARIANTS]
 TITLES = {name: entry.title for name, entry in METHODS.items()} | {
     v.name: v.title for v in VARIANTS.values()
 }
+_ROWS = [
+    name for entry in ENTRIES for name in (entry.name, *(each.name for each in entry.variants))
+]
 RESERVED = (
     "target",
     *(entry.name for entry in ENTRIES if not entry.module),
@@ -396,7 +398,7 @@ def title(name):
 
 
 def order(name):
-    """Sort key of a run: methods in registry order, then variants, then other names."""
+    """Sort key of a run: methods in registry order, each before its variants."""
     method = base(name)
     return (_ROWS.index(method) if method in _ROWS else len(_ROWS), name)
 

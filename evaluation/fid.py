@@ -28,7 +28,7 @@ from evaluation.probes import evaluation_mode
 from models import saved
 from models.target import load_target
 from utils import cli, files, progress
-from utils.device import add_device_flags, resolve_precision, select_device
+from utils.device import add_device_flag, select_device
 from utils.errors import UserError
 from utils.moments import Moments
 from utils.run import settings_digest
@@ -190,7 +190,7 @@ def main(argv):
         meta
         | dict(
             distilled_seed=distilled.meta.get("seed"),
-            num_images=len(distilled.images),
+            num_images=distilled.num_images,
             image_size=distilled.images.shape[-1],
             dataset=source.name,
             protocol="fid",
@@ -226,8 +226,9 @@ def parse_args(argv):
         metavar="FILE",
         help="weights file to use instead of the download by torch-fidelity",
     )
-    add_device_flags(parser)
-    return resolve_precision(parser.parse_args(argv))
+    add_device_flag(parser)
+    parser.set_defaults(precision="fp32", deterministic=False)  # for `select_device`
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

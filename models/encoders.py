@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,13 +100,19 @@ def state_digest(module):
 def _check(encoder, what, device):
     """Raise UserError unless the encoder maps two images to two finite feature vectors."""
     size = encoder.image_size
+    if not isinstance(size, int) or size < 1:
+        raise UserError(
+            f"--encoder {what}: its image_size must be a positive integer, not {size!r}; correct "
+            "it, or use --encoder-size"
+        )
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         features = encoder(images)
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+    except Exception as error:  # the user's code can raise any exception
+        where = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(
-            f"--encoder {what}: fails on images of {size} px ({_reason(error)}); "
-            "specify its input size with --encoder-size"
+            f"--encoder {what}: fails on images of {size} px ({where}); if it needs another size, "
+            "use --encoder-size"
         ) from error
     if not torch.is_tensor(features) or not features.is_floating_point():
         found = type(features).__name__ if not torch.is_tensor(features) else str(features.dtype)
@@ -144,13 +151,15 @@ def _from_torchvision(rest, weights, size):
         ) from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"--encoder torchvision:{name}: {_reason(error)}") from error
+    preset = chosen.transforms()
+    if not hasattr(preset, "crop_size"):  # detection, segmentation or optical flow
+        raise UserError(f"--encoder torchvision:{name}: is not a classification network")
     network = _download(
         lambda: torchvision.models.get_model(name, weights=None if weights else chosen), rest
     )
     network = _without_classifier(network, name)
     if weights:
         load_matching(network, weights)
-    preset = chosen.transforms()
     own = preset.crop_size[0] if isinstance(preset.crop_size, (list, tuple)) else preset.crop_size
     facts = dict(version=f"torchvision {torchvision.__version__}")
     facts["entry"] = Path(weights).name if weights else str(chosen)
@@ -205,8 +214,10 @@ def _from_file(what, weights, size):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--encoder {what}: {path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    digest = files.digest(path)
+    spec = importlib.util.spec_from_file_location(f"_encoder_{digest}", path)
     source = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = source  # dataclasses, among others, look up the module there
     try:
         spec.loader.exec_module(source)
         network = getattr(source, name)()
@@ -217,7 +228,7 @@ def _from_file(what, weights, size):
         found = type(network).__name__
         raise UserError(f"--encoder {what}: must return a torch.nn.Module, not {found}")
     own = getattr(network, "image_size", DEFAULT_SIZE)
-    version = f"{path.name} sha256:{files.digest(path)}"
+    version = f"{path.name} sha256:{digest}"
     return Encoder(network, size or own, facts=dict(version=version))
 
 

@@ -137,9 +137,14 @@ def reduce_features(array, path, count, unit_scale=False):
         facts: dict with `encoder_dim` d, `zeros`, the fraction of features that are exactly 0,
             `variance_kept`, the fraction of the variance that the components explain, and `rms`,
             the root mean square before it is divided.
+
+    Raises:
+        UserError: if there is only one image and `count` needs a reduction.
     """
     n, width = array.shape
-    count = min(count, width, max(1, n - 1)) if count else 0
+    if n < 2 and 0 < count < width:
+        raise UserError(f"--pca {count}: needs at least 2 images, not {n}; use --pca 0")
+    count = min(count, width, n - 1)
     moments, zeros = Moments(), 0
     for start in range(0, n, ROWS):
         rows = torch.from_numpy(np.array(array[start : start + ROWS], dtype=np.float32))

@@ -161,7 +161,7 @@ class FeatureTarget(Target):
         """As `Target.features`. The images are resized to the encoder's input size.
 
         Raises:
-            UserError: if there is no encoder, or if its weights have changed.
+            UserError: if there is no encoder, or if it has changed.
         """
         encoder = self.require_network()
         pixels = x * self.std.to(x)[:, None, None] + self.mean.to(x)[:, None, None]
@@ -198,10 +198,18 @@ class FeatureTarget(Target):
         if self._loaded is None:
             what, weights, size = (self.encoder[name] for name in ("what", "file", "image_size"))
             loaded = load_encoder(what, self.device, weights, size)
-            if loaded.facts["weights"] != self.encoder["weights"]:
+            names = ["weights", "mean", "std"]
+            if "sha256:" in self.encoder["version"]:  # of a FILE.py; that of a package may change
+                names.append("version")
+            differ = "; ".join(
+                f"{name}: {self.encoder[name]} stored, {loaded.facts[name]} now"
+                for name in names
+                if self.encoder[name] != loaded.facts[name]
+            )
+            if differ:
                 raise UserError(
-                    f"{self.path}: the weights of {what} have changed since the features were "
-                    "computed"
+                    f"{self.path}: {what} has changed since the features were computed ({differ}); "
+                    "restore it, or rerun pretrain_target.py with another --name"
                 )
             self._loaded = loaded
         return self._loaded

@@ -52,6 +52,11 @@ On the test split at the last step: mean ± standard deviation over n pre-traini
 - `head` evaluates the pre-trained network without further training.
 - `kd` distils a teacher into the network on these images.
 """
+R2 = """## R^2
+
+R^2 with which the network predicts the target's features of test images: mean ± standard deviation
+over n pre-trainings.
+"""
 LICENCE = """## Licence
 
 The field `license` above is `{license}`. The terms of {source} may also apply to images that are
@@ -112,9 +117,14 @@ def format_mean(values):
 
 
 def format_accuracies(lines, untrained=()):
-    rows = group_accuracies(lines, untrained)
+    """Return the section of the accuracies, and that of R^2 if it was measured."""
+    found = group_accuracies(lines, untrained)
+    rows = [row for row in found if row[2] != "r2"]
     heads = ("network", "data set", "protocol", "labels", "accuracy in %", "no pre-training")
-    return f"{ACCURACY}\n{format_table(rows, heads)}" if rows else "## Accuracy\n\nNot measured.\n"
+    text = f"{ACCURACY}\n{format_table(rows, heads)}" if rows else "## Accuracy\n\nNot measured.\n"
+    r2 = [[*row[:2], row[4]] for row in found if row[2] == "r2"]
+    heads = ("network", "data set", "R^2 in %")
+    return text + (f"\n{R2}\n{format_table(r2, heads)}" if r2 else "")
 
 
 def format_checksums(folder, main):

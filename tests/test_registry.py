@@ -32,7 +32,7 @@ def test_names_are_unique_and_known_with_and_without_their_target_network():
     assert registry.entry_of("dm").stage == "dm"
     assert registry.title("krr_st.encoder") == "KRR-ST, target encoder"
     assert registry.title("theirs") == "theirs"
-    names = ["theirs", "krr_st_d5", "full", "krr_st.encoder", "krr_st", "scratch"]
+    names = ["theirs", "full", "krr_st_d5", "krr_st.encoder", "krr_st", "scratch"]
     assert sorted(names, key=registry.order) == names[::-1]
     assert registry.own_settings("krr_st_as_released.encoder") == {
         "distill.outer_lr",
