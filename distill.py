@@ -32,6 +32,7 @@ from distillers.reference import Step
 from utils import cli, distributed, optim
 from utils.device import should_compile
 from utils.errors import UserError
+from utils.presets import preset
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -165,12 +166,12 @@ def distill(source, chosen, target, args, run, device):
     real = outer_step.batches(source, target, args, randomness, device, used)
     x_init = (source.raw if args.raw_init else source.normalised)(chosen, device)  # line 3
     if args.random_images:
-        x_init = gaussian_images(source, len(chosen), randomness.cpu).to(device)
+        x_init = gaussian_images(source, used, len(chosen), randomness.cpu).to(device)
     y_init = target.features_at(source, chosen)  # line 4
     if args.random_targets:
         y_init = torch.randn(y_init.shape, generator=randomness.device, device=device)
     x_init = x_init.contiguous(memory_format=outer_step.memory_format)
-    syn = LowRank(source, target, args, device) if args.bases else Plain(x_init, y_init)
+    syn = LowRank(source, used, target, args, device) if args.bases else Plain(x_init, y_init)
     leaves = [*syn.learned.values()]
     distributed.broadcast([leaf.detach() for leaf in leaves])
     x_init, y_init = (each.detach().clone() for each in syn.compose())
@@ -274,6 +275,9 @@ def check_flags(args):
         )
     if args.random_images and args.raw_init:
         raise UserError("--random-images cannot be combined with --raw-init")
+    for name in () if args.bases else low_rank.HELP:
+        if getattr(args, name) != preset(args.preset, "distill")[name]:
+            raise UserError(f"--{name.replace('_', '-')} requires --bases")
     if args.pool_size % distributed.world_size():
         raise UserError(
             f"--pool-size {args.pool_size}: must be a multiple of the number of processes, "

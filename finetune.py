@@ -320,8 +320,10 @@ def parse_args(argv):
     )
     cli.add_settings(parser, preset(preset_name(cli.peek_flag("dataset", argv)), "finetune"), HELP)
     args = parser.parse_args(argv)
-    if args.protocol == "r2" and (args.labels_per_class or args.label_fraction):
-        parser.error("--protocol r2 uses no labels")
+    if args.protocol in ("head", "r2") and (args.labels_per_class or args.label_fraction):
+        parser.error(f"--protocol {args.protocol} trains on no labels")
+    if args.protocol != "full":
+        cli.refuse_flags(parser, argv, HELP, f"has no effect with --protocol {args.protocol}")
     few = args.labels_per_class or args.label_fraction
     if args.label_draws > 1 and not (few and args.protocol in PROBES):
         parser.error("--label-draws requires a probe with --labels-per-class or --label-fraction")

@@ -64,6 +64,7 @@ HELP = dict(
     "facebookresearch/barlowtwins; '' trains a network. With --encoder: weights file to use "
     "instead of a download by torchvision or timm",
 )
+REDUCTION = ("pca", "unit_scale")  # settings of targets that are features of an encoder or a file
 
 
 def train(network, source, args, run, device):
@@ -153,6 +154,8 @@ def make_network_target(source, args, device):
     if min(len(source), args.batch_size) < 2:
         raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
     settings = cli.run_settings(args, source=source.name, fingerprint=source.fingerprint)
+    ignored = {"encoder", "features", "encoder_size", *REDUCTION}
+    settings = {name: value for name, value in settings.items() if name not in ignored}
     run = open_run(source, args, settings, device)
     torch.manual_seed(args.seed)
     network = models.build(args.arch, args.image_size, 0, args.width).to(device)
@@ -209,7 +212,9 @@ def make_feature_target(source, args, device):
     changed |= {"target.unit_scale": [True, False]} if args.unit_scale else {}
     content = stored | dict(
         features=files.compute_checksums(path),
-        encoder=encoder and encoder.facts | dict(what=args.encoder, file=str(args.weights)),
+        encoder=encoder
+        and encoder.facts
+        | dict(what=args.encoder, file=str(args.weights), outputs=encoder.outputs),
         reduction=reduction,
         name=name,
         deviations=source.deviations | changed,
@@ -304,6 +309,11 @@ def parse_args(argv):
     check_name("--name", args.name, reserved=("full",))
     if args.encoder_size and not args.encoder:
         parser.error("--encoder-size requires --encoder")
+    if args.encoder or args.features:
+        trained = {*HELP} - {"weights"}
+        cli.refuse_flags(parser, argv, trained, "has no effect with --encoder or --features")
+    else:
+        cli.refuse_flags(parser, argv, REDUCTION, "requires --encoder or --features")
     if args.features and args.weights:
         parser.error("--weights cannot be combined with --features")
     return args

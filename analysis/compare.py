@@ -118,7 +118,10 @@ def read_losses(folder):
 
 
 def describes(table, line):
-    """Return whether a `Table` describes the row, the column and the seeds of a result line."""
+    """Return whether a `Table` describes the source, row, column and seeds of a result line."""
+    sources = (*table.sources, *table.quick_sources, *table.more_sources)
+    if line["source"] not in {None, *(source.name for source in sources)}:
+        return False
     if registry.base(line["method"]) not in {*table.methods, "full"}:
         return False
     if line["protocol"] in OF_SETS:
@@ -128,7 +131,7 @@ def describes(table, line):
     has_set = registry.entry_of(line["method"]).module
     if table.paired_seeds and has_set and line["seed"] != line["distilled_seed"]:
         return False
-    return any(protocol.made(line) for protocol in table.protocols)
+    return any(protocol.matches(line) for protocol in table.protocols)
 
 
 def split_blocks(table, lines):
@@ -317,7 +320,8 @@ def format_means(table, lines, against=None):
     texts = []
     for heading, part in split_blocks(table, lines):
         found = group_by_seeds(part, "." in table.against)
-        by_dataset = columns_by_dataset(found)
+        if not (by_dataset := columns_by_dataset(found)):
+            continue
         columns = dict(next(iter(by_dataset.values())))
         loss = LOSS, "distilled images"
         if LOSS not in columns and sum(loss in values for values in found.values()) > 1:
@@ -367,11 +371,11 @@ def main(argv):
         lines = [line for line in lines if "accuracy" in line]
     else:
         lines = results.read(path)
-    known = {*table.methods}
-    for line in lines:
-        known |= {line["method"], registry.base(line["method"])}
-    if args.against and args.against not in known:
-        raise UserError(f"--against {args.against}: not one of {', '.join(sorted(known))}")
+    blocks = [part for _, part in split_blocks(table, lines)]
+    rows = {row for part in blocks for row in group_by_seeds(part, "." in table.against)}
+    if args.against and args.against not in rows:
+        listed = ", ".join(sorted(rows, key=registry.order)) or "(no results)"
+        raise UserError(f"--against {args.against}: not one of {listed}")
     if args.collect:
         kept = [{k: line.get(k) for k in KEPT} for line in lines if describes(table, line)]
         text = "".join(json.dumps(line) + "\n" for line in sorted(kept, key=sort_key))

@@ -7,7 +7,7 @@
     python -m analysis.figures curves --out curves.png runs/cifar100/krr_st/seed0 ...
     python -m analysis.figures bars   --out bars.png runs     # Figure 3 of the paper
     python -m analysis.figures count  --out count.png runs    # accuracy by m
-    python -m analysis.figures gain   --out gain.png runs/small
+    python -m analysis.figures gain   --out gain.png runs/targets
 
 images: initial and distilled images (Figures 2 and 4 to 6). tsne: g_phi(X_s), Y_s and g_phi(X_t) in
 two dimensions (Figure 2; van der Maaten and Hinton, 2008). gain: the gain of KRR-ST over random
@@ -334,12 +334,14 @@ def count(args):
 
 
 def read_gains(lines, source):
-    """Return {target network: {method: gains}} of a `Source`.
+    """Return {target network: {method: gains}} of a `Source` in the table `targets`.
 
     The gains are the differences of accuracy from random images with the target's features, means
     over data sets, for each distillation of krr_st and for each pre-training of full.
     """
-    probed = [line for line in lines if line["protocol"] == "linear"]
+    table = TABLES["targets"]
+    probed = [each for each in lines if each["protocol"] == "linear"]
+    probed = [line for line in probed if compare.describes(table, line)]
     found = compare.group_by_seeds(probed, by_target=True)
     means = {
         method: values

@@ -13,7 +13,7 @@ import itertools
 from pathlib import Path
 from statistics import fmean
 
-from analysis.compare import format_cell, format_differences, paired_differences
+from analysis.compare import format_cell, format_differences
 from analysis.tables import Cell, format_markdown
 from distillers import registry
 from evaluation import results
@@ -53,6 +53,15 @@ def select_accuracies(lines, row, values, equal_steps=False):
     }
 
 
+def differences_by_seed(lines, row, values):
+    """Return {seed: accuracy of `row` minus that of random images with features}."""
+    ours, base = (
+        {seed: accuracy for (_, seed), accuracy in select_accuracies(lines, each, values).items()}
+        for each in (row, BASE)
+    )
+    return {seed: ours[seed] - base[seed] for seed in ours.keys() & base.keys()}
+
+
 def list_combinations(**fixed):
     """Return [{factor: value}] of all combinations with the `fixed` values."""
     choices = [[fixed[name]] if name in fixed else [*texts] for name, texts in FACTORS.items()]
@@ -83,14 +92,12 @@ def format_factors(lines):
             cells = []
             for row in shown:
                 apart = [
-                    paired_differences(
-                        select_accuracies(lines, row, values),
-                        select_accuracies(lines, BASE, values),
-                    )
+                    differences_by_seed(lines, row, values)
                     for values in list_combinations(**{name: value})
                 ]
-                # A combination has a difference for each distillation.
-                cells.append(format_differences([*map(fmean, zip(*apart, strict=False))]))
+                common = set.intersection(*map(set, apart))
+                means = [fmean(each[seed] for each in apart) for seed in sorted(common)]
+                cells.append(format_differences(means))
             rows.append([Cell(text), *map(Cell, cells)])
     return format_markdown(rows)
 

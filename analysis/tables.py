@@ -542,7 +542,7 @@ def other_results(lines):
         cells = found[dataset]
         rows = list(dict.fromkeys(row for row, _ in cells))
         columns = sorted({column for _, column in cells}, key=protocol_order)
-        grids[dataset] = [[Cell("accuracy in %"), *map(Cell, columns)]]
+        grids[dataset] = [[Cell("in %"), *map(Cell, columns)]]
         for row in rows:
             values = [cells.get((row, column)) for column in columns]
             texts = [
@@ -585,7 +585,9 @@ def make_blocks(lines, only=None):
             yield table.name, f"{heading}. {remark}".strip(), shown_grid
     for dataset, rows in other_results(lines).items():
         if not only or dataset in only:
-            yield dataset, f"Accuracy on the test split of {dataset}.", rows
+            known = [cell.text for cell in rows[0]]
+            note = "; r2 is R^2 of the target's features" if "r2" in known else ""
+            yield dataset, f"Accuracy on the test split of {dataset}{note}.", rows
 
 
 def format_tables(lines, only=None, style=format_markdown):

@@ -23,6 +23,7 @@ from torchvision.io import write_png
 
 from benchmarks.timing import machine_name
 from data.prepare import folder_name
+from distillers import low_rank
 from models.target import default_path
 from utils import cli
 from utils.device import add_device_flag, resolve_device
@@ -102,7 +103,9 @@ def main(argv):
     shared += ["--data-root", str(args.data_root), "--run-root", str(args.run_root)]
     shared += ["--device", args.device]
     home = args.run_root / folder_name(source, args.data_root)
-    code, folder = 0, home / "krr_st" / "seed0"
+    usual = low_rank.NAME if cli.peek_flag("bases", others, "0") != "0" else "krr_st"
+    name = cli.peek_flag("name", others, usual)
+    code, folder = 0, home / name / f"seed{cli.peek_flag('seed', others, '0')}"
     if not default_path(args.run_root, home.name).is_file():
         epochs = ["--epochs", str(args.target_epochs), "--warmup-epochs", "1"]
         code = run_until(deadline, ["pretrain_target.py", *shared, *epochs])

@@ -78,7 +78,7 @@ def used_subset(source, count, seed):
     return random_subset(source, count, seed)
 
 
-def gaussian_images(source, m, generator):
+def gaussian_images(source, used, m, generator):
     """Draw m images from the normal distribution with the mean and covariance of a source.
 
     An image is the mean plus a sum over at most `MOST` random images i of the source,
@@ -86,13 +86,14 @@ def gaussian_images(source, m, generator):
 
     Args:
         source: `ImageSet`.
+        used: indices (n,) of the images that may be used.
         m: number of images.
         generator: CPU generator.
 
     Returns:
         Normalised images (m, 3, S, S) float32 on the CPU.
     """
-    chosen = torch.randperm(len(source), generator=generator)[:MOST]
+    chosen = used[torch.randperm(len(used), generator=generator)[:MOST]]
     x = source.normalised(chosen, torch.device("cpu"))  # (n, 3, S, S)
     mean = x.mean(0)
     weights = torch.randn(m, len(x), generator=generator) / len(x) ** 0.5

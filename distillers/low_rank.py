@@ -77,6 +77,13 @@ class Plain:
 class LowRank:
     """The factors of a low-rank set during distillation.
 
+    Args:
+        source: `ImageSet`.
+        used: indices of the images of the source that may be used: `used_subset` of `args`.
+        target: `Target` of the source.
+        args: parsed flags.
+        device: torch device.
+
     Attributes:
         learned: dict of name to learned tensor: c_x (m, U), b_x (U, 3 s s), c_y (m, V),
             b_y (V, d_y), and with rotations c_views (3, m, V).
@@ -87,9 +94,9 @@ class LowRank:
         UserError: the settings are inconsistent.
     """
 
-    def __init__(self, source, target, args, device):
+    def __init__(self, source, used, target, args, device):
         features = target.features_of(source)  # (n, d_y)
-        n, d_y, self.size = len(source), features.shape[1], source.image_size
+        n, d_y, self.size = len(used), features.shape[1], source.image_size
         v = args.target_bases or min(args.bases, d_y)
         m = count_images(args, n, self.size, d_y, v)
         print(f"the storage of {args.num_images:,} plain images holds {m:,} images as factors")
@@ -205,7 +212,8 @@ def count_images(args, n, size, d_y, v):
         v: V, number of target bases.
 
     Raises:
-        UserError: the budget allows no image or more than `n`, or there are too many bases.
+        UserError: the budget allows no image or more than `n`, there are too many bases, or a
+            setting is not possible for a low-rank set.
     """
     side, u, h = args.base_size, args.bases, args.shift_width
     most_u, most_v = min(n, 3 * side * side), min(n, d_y)

@@ -131,16 +131,19 @@ class Experts:
     def _content(self, k):
         """Load the file of expert k; train the expert first if the file does not exist."""
         folder, args = self.folder / f"seed{k}", self.args
-        run = Run(
-            folder,
-            "expert.pt",
-            self.settings,
-            args.log_every,
-            args.tensorboard,
-            self.learner.device,
-        )
-        if not run.finished:
-            self._train(k, run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Runs with other seeds or numbers of images share the experts.
+        with files.wait_for_lock(self.folder / f"seed{k}.lock"):
+            run = Run(
+                folder,
+                "expert.pt",
+                self.settings,
+                args.log_every,
+                args.tensorboard,
+                self.learner.device,
+            )
+            if not run.finished:
+                self._train(k, run)
         return files.load(run.artefact, "expert", required=("trajectory", "errors"), mapped=True)
 
     def _train(self, k, run):

@@ -7,7 +7,7 @@ A line contains:
 - the result: accuracy in percent
 - the settings: `digest`, and `deviations` of all stages from the paper's settings
 - the cost: device, versions, seconds and peak memory of the evaluating process
-- `name`, which is unique in the file
+- `name`, which differs between the evaluations of a table
 
 Several tables may use the same line.
 """

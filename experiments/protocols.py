@@ -31,7 +31,6 @@ resume. --collect writes experiments/protocols.jsonl.
 import itertools
 import json
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,11 +157,13 @@ def list_successors():
     ]
 
 
-def pretrained_network(case, args, device):
-    """Return the `Network` of a `Case` and the digest of its set; pre-train it if needed."""
-    torch.manual_seed(case.seed)
+def find_set(case, args):
+    """Return the file of the set of a `Case`, or None if the network is not pre-trained.
+
+    Raises UserError if there is no such file.
+    """
     if case.method == "scratch":
-        return models.build(case.arch, SIZE, 0, WIDTH).to(device), "none"
+        return None
     path = args.runs / SOURCE / case.method / f"seed{case.seed}" / "distilled.pt"
     if not path.is_file():
         raise UserError(
@@ -170,6 +171,17 @@ def pretrained_network(case, args, device):
             f"bash scripts/run_small.sh --sources {SOURCE} --datasets {DATASET} --seeds 0 "
             f"--methods {' '.join(SETS)} --protocols linear_0.01_0.1"
         )
+    return path
+
+
+def pretrained_network(case, args, device):
+    """Return the `Network` of a `Case`; pre-train it if needed.
+
+    Raises UserError as `find_set`, and if the set has changed since the pre-training.
+    """
+    torch.manual_seed(case.seed)
+    if not (path := find_set(case, args)):
+        return models.build(case.arch, SIZE, 0, WIDTH).to(device)
     distilled, digest = load_distilled(path), files.digest(path)
     images = distilled.pixels() if case.raw else distilled.images
     recipe = preset("other", "pretrain", "feature", case.arch) | STEPS[case.steps]
@@ -190,7 +202,7 @@ def pretrained_network(case, args, device):
         meta = dict(method=case.method, source=SOURCE, seed=case.seed)
         content = saved.make_content(network, case.arch, WIDTH, SIZE, distilled.num_outputs, meta)
         run.finish("model", content)
-    return saved.rebuild(saved.load_model(run.artefact)).to(device), digest
+    return saved.rebuild(saved.load_model(run.artefact)).to(device)
 
 
 def evaluate(case, network, train, test, args, device):
@@ -215,18 +227,22 @@ def main(argv):
         for split in ("train", "test")
     )
     folder = args.runs / "protocols"
-    known = Counter(line["name"] for line in results.read(folder / NAME))
+    known = {line["digest"] for line in results.read(folder / NAME)}
     for case in list_successors() if args.successors else list_cases():
-        if known[case.name] == len(PROBES):
-            continue
+        path = find_set(case, args)
         facts = asdict(case) | dict(width=WIDTH, image_size=SIZE, labels_per_class=LABELS_PER_CLASS)
+        facts |= dict(source=SOURCE, dataset=DATASET, set=files.digest(path) if path else "none")
+        keys = {
+            probe: settings_digest(facts | dict(probe=probe, precision=args.precision))
+            for probe in PROBES
+        }
+        if known.issuperset(keys.values()):
+            continue
         started = time.monotonic()
-        network, digest = pretrained_network(case, args, device)
-        facts |= dict(source=SOURCE, dataset=DATASET, set=digest)
+        network = pretrained_network(case, args, device)
         for probe, accuracy in evaluate(case, network, train, test, args, device):
             line = facts | dict(name=case.name, probe=probe, accuracy=round(accuracy, 4))
-            key = settings_digest(facts | dict(probe=probe, precision=args.precision))
-            line |= dict(digest=key) | measure_cost(device, args.precision, started)
+            line |= dict(digest=keys[probe]) | measure_cost(device, args.precision, started)
             results.append(folder, line, NAME)
             print(f"{case.name}, probe {probe}: {accuracy:.2f} %")
     if args.collect:

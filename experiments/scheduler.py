@@ -106,10 +106,11 @@ class TaskList:
     def add(self, words, *outputs, reads=()):
         """Add a task. It needs the tasks whose outputs are named in its words or in `reads`.
 
-        A task without outputs needs all previous tasks.
+        A task without outputs needs all previous tasks. A task whose outputs are all made by
+        previous tasks is left out.
         """
         task = Task([str(word) for word in words], [str(output) for output in outputs])
-        if task.outputs and task.outputs[0] in self._made:
+        if task.outputs and all(output in self._made for output in task.outputs):
             return
         if task.outputs:
             paths = [Path(word) for word in (*task.words, *reads)]
@@ -118,7 +119,7 @@ class TaskList:
         else:
             task.needs = [*self.tasks]
         for output in task.outputs:
-            self._made[output] = task
+            self._made.setdefault(output, task)
         for folder in task.folders if "#" in "".join(task.outputs) else ():
             self._made[str(folder)] = task
         self.tasks.append(task)
@@ -254,6 +255,8 @@ def carry_out(tasks, jobs, run_root):
                 time.sleep(POLL_SECONDS)
         return 0
     except Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the wait
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)  # commands write their checkpoints

@@ -68,7 +68,7 @@ class Protocol:
         few += [(f"_{n}perclass", ("--labels-per-class", n)) for n in self.labels_per_class]
         return few or [("", ())]
 
-    def made(self, line):
+    def matches(self, line):
         """Return whether a result line comes from this protocol."""
         few = [(n, 0) for n in self.labels_per_class]
         few += [(0, 0 if share == 1 else share) for share in self.label_fractions]
@@ -142,7 +142,8 @@ class Table:
         show_cost: whether the table shows the operations of each distillation.
         pictures: methods whose sets are drawn.
         first: pairs (output file, command) to run before the others; {runs} is the run root.
-        last: commands to run after the others; {runs} is the run root, {data} the data root.
+        last: commands to run after the others; {runs} is the run root, {data} the data root, and
+            {device} stands for the flags of the device.
     """
 
     name: str
@@ -622,7 +623,7 @@ TABLES = {
             distill_seeds=(0, 1, 2),
             against="random_features",
             scale=_SMALL_SCALE,
-            last=("-m experiments.protocols {runs} --data-root {data} --successors",),
+            last=("-m experiments.protocols {runs} --data-root {data} --successors {device}",),
         ),
         Table(
             "sizes",
@@ -663,7 +664,7 @@ TABLES = {
             networks=("convnet3",),
             protocols=_100_LABELS,
             against="random_features",
-            scale=_SMALL_SCALE,
+            scale=replace(_SMALL_SCALE, folder="shipped"),
             last=("-m analysis.compare shipped {runs}",),
         ),
         Table(

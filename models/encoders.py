@@ -31,6 +31,8 @@ class Encoder:
         mean, std: statistics that normalise the pixels in [0, 1], or None for no normalisation.
         facts: dict of plain values that identify the encoder: name, version of its code,
             preprocessing, and SHA-256 of its weights.
+        outputs: (2, d) features of two random images with pixels from a fixed seed, which show
+            whether the encoder has changed.
     """
 
     module: Callable
@@ -38,6 +40,7 @@ class Encoder:
     mean: tuple | None = None
     std: tuple | None = None
     facts: dict = field(default_factory=dict)
+    outputs: torch.Tensor | None = None
 
     def __call__(self, pixels):
         """Return features (b, d) of pixels (b, 3, E, E) in [0, 1]."""
@@ -76,7 +79,7 @@ def load_encoder(what, device, weights="", size=0):
         raise UserError(f"--weights requires a torchvision: or timm: encoder, not {what}")
     encoder = load(what if function else rest, weights, size)
     encoder.module = encoder.module.to(device).eval().requires_grad_(False)
-    _check(encoder, what, device)
+    encoder.outputs = _compute_outputs(encoder, what, device)
     encoder.facts = dict(
         name=Path(what).name if function else what,
         **encoder.facts,
@@ -97,8 +100,11 @@ def state_digest(module):
     return sha.hexdigest()
 
 
-def _check(encoder, what, device):
-    """Raise UserError unless the encoder maps two images to two finite feature vectors."""
+def _compute_outputs(encoder, what, device):
+    """Return `Encoder.outputs`.
+
+    Raises UserError unless the encoder maps the two images to two finite feature vectors.
+    """
     size = encoder.image_size
     if not isinstance(size, int) or size < 1:
         raise UserError(
@@ -122,6 +128,7 @@ def _check(encoder, what, device):
         raise UserError(f"--encoder {what}: must return features (b, d); 2 images gave {shape}")
     if not features.isfinite().all():
         raise UserError(f"--encoder {what}: returns values that are not finite")
+    return features.float().cpu()
 
 
 def _reason(error):

@@ -128,7 +128,8 @@ def reduce_features(array, path, count, unit_scale=False):
     Args:
         array: (n, d) features, which may be mapped from disk.
         path: file to write, float32.
-        count: D, number of components to keep; 0 keeps all dimensions.
+        count: D, number of components to keep, at most n - 1; 0 keeps all dimensions, and so does
+            a single image.
         unit_scale: divide the result by its root mean square.
 
     Returns:
@@ -137,13 +138,8 @@ def reduce_features(array, path, count, unit_scale=False):
         facts: dict with `encoder_dim` d, `zeros`, the fraction of features that are exactly 0,
             `variance_kept`, the fraction of the variance that the components explain, and `rms`,
             the root mean square before it is divided.
-
-    Raises:
-        UserError: if there is only one image and `count` needs a reduction.
     """
     n, width = array.shape
-    if n < 2 and 0 < count < width:
-        raise UserError(f"--pca {count}: needs at least 2 images, not {n}; use --pca 0")
     count = min(count, width, n - 1)
     moments, zeros = Moments(), 0
     for start in range(0, n, ROWS):

@@ -198,18 +198,17 @@ class FeatureTarget(Target):
         if self._loaded is None:
             what, weights, size = (self.encoder[name] for name in ("what", "file", "image_size"))
             loaded = load_encoder(what, self.device, weights, size)
-            names = ["weights", "mean", "std"]
-            if "sha256:" in self.encoder["version"]:  # of a FILE.py; that of a package may change
-                names.append("version")
-            differ = "; ".join(
-                f"{name}: {self.encoder[name]} stored, {loaded.facts[name]} now"
-                for name in names
-                if self.encoder[name] != loaded.facts[name]
-            )
-            if differ:
+            names = ("weights", "mean", "std")
+            changed = [name for name in names if self.encoder[name] != loaded.facts[name]]
+            before = self.encoder.get("outputs", loaded.outputs)
+            # Devices and package versions round differently.
+            if (loaded.outputs - before).norm() > 0.01 * before.norm():
+                changed.append("features of the same images")
+            if changed:
                 raise UserError(
-                    f"{self.path}: {what} has changed since the features were computed ({differ}); "
-                    "restore it, or rerun pretrain_target.py with another --name"
+                    f"{self.path}: {what} has changed since the features were computed (other "
+                    f"{', '.join(changed)}); restore it, or rerun pretrain_target.py with another "
+                    "--name"
                 )
             self._loaded = loaded
         return self._loaded

@@ -305,16 +305,16 @@ def test_distillation_part_is_resumed(tmp_path):
     roots = ["--run-root", tmp_path / "runs", "--data-root", tmp_path / "data"]
     words = ["distill", "--device", "cpu", "--preset", "digits", "--images", "40", *roots]
     words += ["--target-epochs", "1", "--log-every", "2", "--outer-steps", "6", "--width", "0.125"]
-    words += ["--pool-steps", "3", "--num-images", "8", "--outer-batch", "16"]
+    words += ["--pool-steps", "3", "--num-images", "8", "--outer-batch", "16", "--seed", "1"]
     stopped = gpu_sh(*words, "--minutes", "0")
     assert stopped.returncode == 130 and "rerun the same command" in stopped.stdout
     finished = gpu_sh(*words, "--minutes", "20")
     assert finished.returncode == 0, finished.stderr
     assert "step 6 of 6" in finished.stdout
     (folder,) = (tmp_path / "runs").glob("synthetic40-32px-*")
-    settings = json.loads((folder / "krr_st" / "seed0" / "config.json").read_text())["settings"]
+    settings = json.loads((folder / "krr_st" / "seed1" / "config.json").read_text())["settings"]
     assert settings["num_images"] == 8
-    assert (folder / "krr_st" / "seed0" / "distilled.pt").is_file()
+    assert (folder / "krr_st" / "seed1" / "distilled.pt").is_file()
 
 
 def test_lines_of_the_script_are_short():

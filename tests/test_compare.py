@@ -214,6 +214,29 @@ def test_each_network_has_a_table_without_the_results_of_other_tables():
     ]
 
 
+def test_network_without_results_has_no_table():
+    table = replace(TABLE, networks=("vgg11", "convnet3"))
+    text = compare.format_means(table, [make_line("krr_st", (0, 0), "cars", 1.0)])
+    assert [row[0] for row in parse_rows(text)] == ["digits, convnet3, evaluated on cars", "KRR-ST"]
+
+
+def test_other_sources_are_left_out():
+    line = make_line("krr_st", (0, 0), "cars", 1.0, source="cifar10")
+    assert not compare.describes(TABLE, line)
+    assert compare.describes(replace(TABLE, more_sources=(Source("cifar10"),)), line)
+    assert compare.describes(TABLE, line | dict(source=None))
+
+
+def test_reference_row_must_have_results(tmp_path, monkeypatch):
+    monkeypatch.setitem(compare.TABLES, "toy", TABLE)
+    monkeypatch.setattr(compare, "results_file", lambda name: tmp_path / "toy.jsonl")
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    compare.main(["toy", "--against", "krr_st_d5"])
+    for name in ("scratch", "krr_st.encoder", "magic"):
+        with pytest.raises(UserError, match=f"--against {name}: not one of krr_st, krr_st_d5"):
+            compare.main(["toy", "--against", name])
+
+
 def test_table_of_paired_seeds_has_no_other_pairs():
     paired = replace(TABLE, paired_seeds=True)
     lines = [
@@ -240,7 +263,7 @@ def test_table_of_paired_seeds_has_no_other_pairs():
 )
 def test_results_of_a_protocol(protocol, labels, made):
     found = dict(protocol="full", labels_per_class=labels[0], label_fraction=labels[1])
-    assert protocol.made(found) == made
+    assert protocol.matches(found) == made
 
 
 def test_stored_results_give_the_same_tables_in_documents(tmp_path, monkeypatch, capsys):

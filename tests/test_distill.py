@@ -281,11 +281,22 @@ def test_random_images_start_from_noise(toy, tmp_path):
     assert usual.meta["initial"] is not None
 
 
+def test_noise_uses_only_the_images_that_it_may_use(data_root):
+    source, used = load_images("digits", "train", 32, data_root), torch.tensor([5, 70, 900])
+    noise = gaussian_images(source, used, 20, torch.Generator().manual_seed(0)).flatten(1)
+    x = source.normalised(used, torch.device("cpu")).flatten(1)
+    basis = torch.linalg.qr((x - x.mean(0)).T[:, :2]).Q  # three deviations have rank 2
+    apart = noise - x.mean(0)
+    torch.testing.assert_close(apart @ basis @ basis.T, apart, rtol=1e-3, atol=1e-3)
+    assert apart.norm() > 1
+
+
 @pytest.mark.long
 def test_noise_has_the_mean_and_covariance_of_the_source(data_root):
     source = load_images("digits", "train", 32, data_root)
     x = source.normalised(torch.arange(len(source)), torch.device("cpu")).flatten(1).double()
-    noise = gaussian_images(source, 4000, torch.Generator().manual_seed(0)).flatten(1).double()
+    used, generator = torch.arange(len(source)), torch.Generator().manual_seed(0)
+    noise = gaussian_images(source, used, 4000, generator).flatten(1).double()
     mean, covariance = x.mean(0), torch.cov(x.T, correction=0)
     assert (noise.mean(0) - mean).square().sum() < 0.01 * covariance.trace()
     _, directions = torch.linalg.eigh(covariance)

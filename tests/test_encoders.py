@@ -72,6 +72,24 @@ class Pair(Tiny):
         return x, x
 
 
+class FailsOnAttribute(Tiny):
+    def forward(self, x):
+        return super().forward(x).last_hidden_state
+
+
+class FailsOnKey(Tiny):
+    def forward(self, x):
+        return {"features": x}["pooled"]
+
+
+class SizeOfTwo(Tiny):
+    image_size = (24, 24)
+
+
+class NoSize(Tiny):
+    image_size = 0
+
+
 class FailsOnSize(Tiny):
     def forward(self, x):
         assert x.shape[-1] == 24, "takes 24 px"
@@ -190,14 +208,51 @@ def test_encoder_computes_features_of_new_images(target_path, encoder_file, sour
     torch.testing.assert_close(target.features(x), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_changed_encoder_is_an_error_for_new_images(target_path, encoder_file, source):
+@pytest.mark.parametrize(
+    ("before", "after", "differs"),
+    [
+        ("manual_seed(3)", "manual_seed(4)", r"\(other weights, features of the same images\)"),
+        (".mean((2, 3))", ".amax((2, 3))", r"\(other features of the same images\)"),
+    ],
+)
+def test_changed_encoder_is_an_error_for_new_images(
+    target_path, encoder_file, source, before, after, differs
+):
     target = load_target(target_path, source, CPU, "fp32")
-    encoder_file.write_text(ENCODER.replace("manual_seed(3)", "manual_seed(4)"))
+    encoder_file.write_text(ENCODER.replace(before, after))
     try:
-        with pytest.raises(UserError, match="have changed since the features"):
+        with pytest.raises(UserError, match=f"has changed since the features .*{differs}") as error:
             target.features(source.normalised(torch.tensor([0]), CPU))
     finally:
         encoder_file.write_text(ENCODER)
+    assert "rerun pretrain_target.py" in str(error.value)
+
+
+def test_comment_does_not_change_an_encoder(target_path, encoder_file, source):
+    encoder_file.write_text(f"# A comment.\n{ENCODER}")
+    try:
+        load_target(target_path, source, CPU, "fp32").features(source.normalised([0], CPU))
+    finally:
+        encoder_file.write_text(ENCODER)
+
+
+def test_newer_package_may_serve_new_images_but_not_with_another_normalisation(
+    flags, source, tmp_path, monkeypatch
+):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    here = replace_run_root(tmp_path / "runs", flags, "--encoder-size", "32")
+    given = ["--encoder", "torchvision:resnet18", "--weights", str(tmp_path / "w.pth")]
+    pretrain_target.main([*given, *here])
+    [path] = (tmp_path / "runs").rglob("target.pt")
+    x = source.normalised(torch.tensor([0, 1]), CPU)
+    expected = load_target(path, source, CPU, "fp32").features(x)
+    monkeypatch.setattr(torchvision, "__version__", "9.9")
+    assert torch.equal(load_target(path, source, CPU, "fp32").features(x), expected)
+    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms
+    monkeypatch.setitem(preset.keywords, "mean", (0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match=r"\(other mean, features of the same images\)"):
+        load_target(path, source, CPU, "fp32").features(x)
 
 
 def replace_run_root(folder, flags, *more):
@@ -390,8 +445,12 @@ def get_error(capsys):
         ("{file}:Pair", "must return a float tensor of features, not tuple"),
         (
             "{file}:FailsOnSize --encoder-size 20",
-            "takes 24 px); specify its input size with --encoder-size",
+            "AssertionError: takes 24 px); if it needs another size, use --encoder-size",
         ),
+        ("{file}:FailsOnAttribute", "AttributeError: 'Tensor' object has no attribute 'last_hi"),
+        ("{file}:FailsOnKey", "fails on images of 24 px (KeyError: 'pooled')"),
+        ("{file}:SizeOfTwo", "image_size must be a positive integer, not (24, 24)"),
+        ("{file}:NoSize --encoder-size 0", "image_size must be a positive integer, not 0"),
         ("{file}:Tiny --weights w.pt", "--weights requires a torchvision: or timm: encoder"),
         ("{file}:Tiny --features f.npy", "not allowed with argument --encoder"),
     ],
@@ -408,6 +467,26 @@ def test_unsuitable_encoders_are_errors(
     words = what.format(file=encoder_file).split()
     line = get_error(pretrain_target, *replace_run_root(tmp_path, flags), "--encoder", *words)
     assert message in line and not (tmp_path / "photos").exists()
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fcn_resnet50", "raft_small"])
+def test_network_for_another_task_is_an_error_before_the_download(name, monkeypatch):
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: pytest.fail("download"))
+    with pytest.raises(UserError, match=f"torchvision:{name}: is not a classification network"):
+        load_encoder(f"torchvision:{name}", CPU)
+
+
+@pytest.mark.parametrize("name", ["own", "json"])
+def test_encoder_file_may_define_dataclasses_and_shadows_no_module(name, tmp_path):
+    path = tmp_path / f"{name}.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n\n\n"
+        f"@dataclass\nclass Settings:\n    size: int = 24\n\n{ENCODER}"
+    )
+    before = sys.modules.get(name)
+    assert load_encoder(f"{path}:Tiny", CPU).image_size == 24
+    assert sys.modules.get(name) is before
 
 
 def test_failed_download_error_names_the_alternative(get_error, flags, tmp_path, monkeypatch):
@@ -559,6 +638,14 @@ def test_no_reduction_to_as_many_dimensions_or_more(tmp_path):
         assert np.array_equal(np.load(tmp_path / "f.npy"), array)
         x = torch.rand(3, 4)
         assert torch.equal(project(x, **reduction), x)
+
+
+def test_features_of_one_image_are_not_reduced(tmp_path):
+    array = np.arange(1, 5, dtype=np.float32)[None]
+    for count in (0, 1, 3, 9):
+        reduction, facts = reduce_features(array, tmp_path / "f.npy", count)
+        assert reduction["components"] is None and facts["variance_kept"] == 1.0
+        assert np.array_equal(np.load(tmp_path / "f.npy"), array)
 
 
 def test_scale_of_the_features_does_not_matter(tmp_path):

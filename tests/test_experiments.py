@@ -64,11 +64,12 @@ def remove_seeds(words):
     )
 
 
-@pytest.mark.parametrize("quick", [[], ["--quick"]])
-@pytest.mark.parametrize("name", TABLES)
+FORMS = [(name, []) for name in TABLES]
+FORMS += [(name, ["--quick"]) for name, table in TABLES.items() if table.quick]
+
+
+@pytest.mark.parametrize(("name", "quick"), FORMS)
 def test_each_command_is_accepted_by_its_parser(name, quick, monkeypatch):
-    if quick and not TABLES[name].quick:
-        return
     commands = list_commands(name, "--seeds", 0, *quick)
     if any(protocol.name == "full" for protocol in TABLES[name].protocols):
         commands += list_commands(name, "--seeds", 0, *quick, "--datasets", "cars", *MORE)
@@ -175,7 +176,8 @@ def test_flags_select_commands_and_bad_flags_are_errors(capsys):
     assert sum(words[0] == "pretrain.py" for words in commands) == 1
     assert ["-m", "distillers"] not in [words[:2] for words in commands]
     commands = list_commands("table1", "--methods", "random", "--", "--device", "cuda")
-    assert all(words[-2:] == ["--device", "cuda"] for words in commands if words[0] != "-m")
+    stages = [words for words in commands if words[1] not in ("analysis.tables", "data.prepare")]
+    assert len(stages) > 3 and all(words[-2:] == ["--device", "cuda"] for words in stages)
     for flags, word in (
         (["--methods", "magic"], "--methods magic: not one of scratch"),
         (["--archs", "vgg11"], "--archs vgg11: not one of convnet3"),
@@ -201,6 +203,36 @@ def test_flags_select_commands_and_bad_flags_are_errors(capsys):
     assert done.stderr.startswith(
         "python -m experiments: error: the first argument must be a table"
     )
+
+
+def test_evaluations_that_compute_take_the_device_of_the_user():
+    flags = ["--", "--device", "cuda", "--log-every", "5"]
+    (fid,) = [w for w in list_commands("figures", *flags) if w[1] == "evaluation.fid"][:1]
+    assert get_value(fid, "--device") == "cuda" and "--log-every" not in fid
+    *_, last = list_commands("successors", *flags)
+    assert last[:2] == ["-m", "experiments.protocols"] and "--log-every" not in last
+    assert get_value(last, "--device") == "cuda" and get_value(last, "--precision") == "fp32"
+    *_, last = list_commands("successors", "--", "--precision", "bf16")
+    assert get_value(last, "--precision") == "bf16" and "--device" not in last
+
+
+def test_no_two_tables_make_the_same_file_by_different_commands():
+    commands = {}
+    for name, quick in FORMS:
+        for task in make_plan([name, *quick])[1].tasks:
+            for output in task.outputs:
+                commands.setdefault(output, {})[tuple(task.words)] = name
+    # One command evaluates several numbers of labels, so tables may share a result.
+    apart = {k: v for k, v in commands.items() if len(v) > 1 and "results.jsonl#" not in k}
+    assert not apart
+
+
+def test_probes_add_the_numbers_of_labels_that_a_table_lacks():
+    flags = ["--sources", "imagenette", "--datasets", "cifar10", "--methods", "scratch"]
+    usual = list_commands("small", *flags, "--seeds", 0)
+    (new,) = [w for w in list_commands("small", *flags, "--seeds", 0, "--probes") if w not in usual]
+    at = new.index("--label-fraction")
+    assert new[at + 1 : at + 6] == ["0.01", "0.05", "0.1", "0.5", "1"]
 
 
 def test_quick_ablations_accept_any_source_with_a_quick_preset(monkeypatch):

@@ -531,6 +531,17 @@ def test_accuracies_are_grouped_as_mean_and_standard_deviation():
     ]
 
 
+def test_r2_is_no_accuracy_on_the_card():
+    base = dict(arch="convnet3", width=0.5, image_size=32, dataset="cifar10", accuracy=40.0)
+    r2, linear = base | dict(protocol="r2", accuracy=61.0), base | dict(protocol="linear")
+    accuracies, table = cards.format_accuracies([linear, r2]).split("## R^2")
+    assert "| linear | all | 40.00 ± 0.00 (n=1) |" in accuracies and "61.00" not in accuracies
+    assert "| network | data set | R^2 in % |" in table
+    assert "| convnet3-x0.5 at 32 px | cifar10 | 61.00 ± 0.00 (n=1) |" in table
+    assert "Not measured." in cards.format_accuracies([r2])
+    assert "R^2" not in cards.format_accuracies([linear])
+
+
 def test_card_describes_the_set(folder, distilled, weights):
     text = (folder / "README.md").read_text()
     (line,) = (

@@ -108,6 +108,12 @@ def test_command_uses_our_networks_and_stores_results(roots, runs, distilled, tm
 
     content = files.load(distilled, "distilled")
     content = {name: content[name] for name in content if name not in ("kind", "format")}
+    low_rank = content | dict(meta=content["meta"] | dict(num_images=6))
+    files.save(tmp_path / "low_rank.pt", "distilled", low_rank)
+    fid.main([*flags, "--distilled", str(tmp_path / "low_rank.pt"), "--network", str(target)])
+    [line] = results.read(tmp_path / "results.jsonl")
+    assert line["num_images"] == 6  # of equal size, not all 20 images
+
     files.save(
         tmp_path / "one.pt",
         "distilled",
@@ -132,6 +138,15 @@ def test_real_images_are_closer_to_their_source_than_noise(roots, runs, distille
     real = fid.measure_fid(d, source, features, torch.device("cpu"))
     d.images = torch.randn(200, 3, 32, 32, generator=make_generator(4))
     assert real < 0.1 * fid.measure_fid(d, source, features, torch.device("cpu"))
+
+
+def test_only_the_device_is_a_flag(distilled, capsys):
+    flags = ["--distilled", str(distilled), "--device", "cpu"]
+    assert fid.parse_args(flags).precision == "fp32"
+    for more in (["--precision", "bf16"], ["--deterministic"]):
+        with pytest.raises(SystemExit):
+            fid.parse_args([*flags, *more])
+        assert f"unrecognized arguments: {' '.join(more)}" in capsys.readouterr().err
 
 
 def test_inception_without_its_package_is_an_error(distilled, roots, monkeypatch):

@@ -117,7 +117,8 @@ def make_gain_lines():
 
 def test_gain_by_target_network(tmp_path, monkeypatch):
     (source,) = TABLES["targets"].sources
-    gains = figures.read_gains([*make_gain_lines()], source)
+    other = [line | dict(accuracy=0.0, labels_per_class=5) for line in make_gain_lines()]
+    gains = figures.read_gains([*make_gain_lines(), *other], source)
     assert [*gains] == ["untrained", "encoder"]
     assert gains["encoder"]["krr_st"] == pytest.approx([4, 4.4, 4.8])
     assert gains["encoder"]["full"] == pytest.approx([9, 9.9, 10.8])

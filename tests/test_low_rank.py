@@ -296,6 +296,25 @@ def test_initial_set_is_the_projection_of_random_images_and_targets(distil, root
 
 
 @pytest.mark.long
+def test_source_images_limits_the_images_of_the_factors(distil, roots, monkeypatch):
+    seen, fit = [], low_rank.fit_components
+    monkeypatch.setattr(low_rank, "fit_components", lambda x, k: seen.append(len(x)) or fit(x, k))
+    set_ = distil("--bases", "60", "--source-images", "200")
+    source = load_images("digits", "train", 32, roots[1])
+    assert seen == [200, 200]
+    assert {*set_.d.meta["initial"]} <= {*random_subset(source, 200, 0).tolist()}
+    with pytest.raises(UserError, match="but the source has 60"):
+        distil("--bases", "60", "--source-images", "60", seed=1)
+
+
+@pytest.mark.parametrize("flag", ["views", "base-size", "target-bases", "shift-width"])
+def test_settings_of_low_rank_sets_require_bases(roots, flag):
+    value = "rotations" if flag == "views" else "7"
+    with pytest.raises(UserError, match=f"--{flag} requires --bases"):
+        distill.main(["--source", "digits", *DISTILL, *roots, f"--{flag}", value])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("views", low_rank.VIEWS)
 def test_stopped_run_resumes_to_the_same_file(distil, monkeypatch, views):
     stops = [("initialise pool", 1), ("distil", 1), ("distil", 3), ("fit shifts", 50)]

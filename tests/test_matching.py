@@ -1,6 +1,8 @@
 """MTT and MKDT: loss and gradients against plain autograd in float64, and the commands."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import high_loss, matching, unroll
 from models.target import load_target
-from tests.conftest import make_stopping_steps
+from tests.conftest import ROOT, make_stopping_steps
 from utils import files, run
 from utils.errors import UserError
 
@@ -283,6 +285,16 @@ def test_experts_are_reused_until_their_settings_change(distil, name):
     assert {path: path.stat().st_mtime_ns for path in again.experts} == times
     assert len(distil(name, "--experts", "3", seed=2).experts) == 3
     assert len(distil(name, "--expert-lr", "0.02", seed=3).experts) == 5
+
+
+@pytest.mark.long
+def test_two_processes_share_the_experts(roots, runs, tmp_path):
+    target = ["--target-network", str(runs / "target" / "seed0" / "target.pt")]
+    words = ["mkdt", "--source", "digits", *TOY, *roots[:2], "--run-root", str(tmp_path), *target]
+    words = [sys.executable, "-m", "distillers", *words, "--experts", "8", "--seed"]
+    processes = [subprocess.Popen([*words, str(seed)], cwd=ROOT) for seed in (0, 1)]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    assert len([*(tmp_path / "digits" / "experts").rglob("expert.pt")]) == 8
 
 
 @pytest.mark.long

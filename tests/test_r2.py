@@ -67,5 +67,5 @@ def test_other_targets_and_label_flags_are_errors(weights, roots, tmp_path, caps
         with pytest.raises(SystemExit, match="2"):
             finetune.main(flags)
     shown = capsys.readouterr().err
-    assert "--protocol r2 uses no labels" in shown
+    assert "--protocol r2 trains on no labels" in shown
     assert "--target-network requires --protocol r2" in shown

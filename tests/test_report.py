@@ -177,6 +177,16 @@ def test_report_has_the_images_of_the_set(root, roots, data_root, tmp_path):
     assert max(near) < 30  # X_s, Y_s and X_t, with a palette
 
 
+def test_target_network_in_a_folder_of_another_name_is_found(root, roots, tmp_path):
+    (root / "digits" / "target").rename(root / "digits" / "encoder")
+    page = read_report(root, roots, tmp_path)
+    assert "t-SNE of the features" in page.pictures
+    shutil.rmtree(root / "digits" / "encoder")
+    page = read_report(root, roots, tmp_path)
+    assert "t-SNE of the features" not in page.pictures
+    assert f"{root / 'digits'}: target network not found" in page.text
+
+
 def test_initial_images_are_omitted_without_the_source(root, tmp_path):
     page = read_report(root, ["--data-root", str(tmp_path / "nothing")], tmp_path)
     assert "distilled" in page.pictures and "initial" not in page.pictures

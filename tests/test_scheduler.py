@@ -78,6 +78,45 @@ def test_task_is_done_when_all_its_outputs_exist(tmp_path):
     assert task.is_done() and task.time_spent() == (5.0, 1.0)
 
 
+def test_task_is_left_out_only_if_all_its_outputs_are_made():
+    made = TaskList()
+    made.add(["a.py"], "r#a", "r#b")
+    made.add(["b.py"], "r#b", "r#c")
+    made.add(["c.py"], "r#a", "r#c")
+    assert [task.words for task in made.tasks] == [["a.py"], ["b.py"]]
+
+
+def test_second_signal_does_not_interrupt_the_wait(tmp_path):
+    """The commands may still write their checkpoints."""
+    (tmp_path / "slow.py").write_text(
+        "import signal, sys, time\n"
+        "def stop(*_):\n"
+        "    open(sys.argv[1] + '.stopping', 'w').close()\n"
+        "    time.sleep(1)\n"
+        "    open(sys.argv[1] + '.saved', 'w').close()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "open(sys.argv[1] + '.started', 'w').close()\n"
+        "time.sleep(100)\n"
+    )
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from experiments import scheduler\n"
+        "made, top = scheduler.TaskList(), sys.argv[1]\n"
+        "made.add([top + '/slow.py', top + '/x'], top + '/x')\n"
+        "sys.exit(scheduler.carry_out(made.tasks, 1, Path(top)))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    for name in ("x.started", "x.stopping"):
+        deadline = time.time() + 60
+        while not (tmp_path / name).exists():
+            assert time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and (tmp_path / "x.saved").exists()
+
+
 def test_failed_task_stops_dependent_tasks_only(tmp_path, capfd):
     tasks = make_tasks(tmp_path, ("a",), ("b", "a"), ("c",))
     tasks[0].words = ["-c", "raise SystemExit(3)"]

@@ -1,5 +1,6 @@
 """Every script at toy size, each in its own process."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -462,3 +463,24 @@ def test_folder_of_images_is_a_source(tmp_path):
 def test_scripts_have_help(script):
     shown = run_command(script, "--help").stdout
     assert f"python {script}" in shown and "--data-root" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("pretrain_target", ["--encoder", "x.py:f", "--epochs", "3"], "--epochs has no effect"),
+        ("pretrain_target", ["--features", "x.npy", "--arch=resnet18"], "--arch has no effect"),
+        ("pretrain_target", ["--pca", "5"], "--pca requires --encoder or --features"),
+        ("pretrain_target", ["--no-unit-scale"], "--no-unit-scale requires --encoder"),
+        ("finetune", ["--protocol", "linear", "--steps", "9"], "--steps has no effect with"),
+        ("finetune", ["--protocol", "knn", "--no-flip"], "--no-flip has no effect with"),
+        ("finetune", ["--protocol", "head", "--labels-per-class", "2"], "trains on no labels"),
+        ("finetune", ["--protocol", "r2", "--label-fraction", "0.1"], "trains on no labels"),
+    ],
+)
+def test_flags_without_effect_are_errors(command, flags, message, capsys):
+    usual = dict(pretrain_target=[], finetune=["--weights", "m.pt", "--dataset", "digits"])
+    module = importlib.import_module(command)
+    with pytest.raises(SystemExit, match="2"):
+        module.parse_args([*usual[command], *flags])
+    assert message in capsys.readouterr().err

@@ -203,6 +203,18 @@ def peek_flag(name, argv, default=None):
     return value
 
 
+def refuse_flags(parser, argv, names, reason):
+    """End with an error if `argv` has a flag of the settings `names`, for example --x or --no-x.
+
+    Flags without effect would otherwise be ignored. `reason` follows the flag in the message.
+    """
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--")
+        name = name if word.startswith("--") else ""
+        if {name.replace("-", "_"), name.removeprefix("no-").replace("-", "_")} & {*names}:
+            parser.error(f"--{name} {reason}")
+
+
 def run_settings(args, **derived):
     """Return the settings that determine a run's result, for its config.json.
 

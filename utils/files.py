@@ -372,10 +372,14 @@ def append_line(path, line, unless=lambda: False):
 def wait_for_lock(path):
     """Context that holds the lock file `path`, after waiting for it.
 
-    The operating system releases the lock when the process ends.
+    Prints a line before it waits. The operating system releases the lock when the process ends.
     """
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that writes to {Path(path).parent}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
