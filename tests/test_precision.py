@@ -74,7 +74,8 @@ def test_auto_of_later_stages_follows_the_set(machine, distilled, weights, roots
         place = tmp_path / protocol / path.stem / "model.pt"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(path.read_bytes())
-        flags = ["--dataset", "digits", "--labels-per-class", "2", "--steps", "1", *roots]
+        flags = ["--dataset", "digits", "--labels-per-class", "2", *roots]
+        flags += ["--steps", "1"] if protocol == "full" else []
         finetune.main(["--weights", str(place), "--protocol", protocol, *flags])
         return json.loads((place.parent / "results.jsonl").read_text())["precision"]
 
