@@ -15,6 +15,7 @@ import os
 import pickle
 import socket
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -372,13 +373,14 @@ def append_line(path, line, unless=lambda: False):
 def wait_for_lock(path):
     """Context that holds the lock file `path`, after waiting for it.
 
-    Prints a line before it waits. The operating system releases the lock when the process ends.
+    Prints a line on standard error before it waits. The operating system releases the lock when the process ends.
     """
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that writes to {Path(path).parent}", flush=True)
+            place = Path(path).parent
+            print(f"waiting for another process that writes to {place}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
