@@ -373,7 +373,8 @@ def append_line(path, line, unless=lambda: False):
 def wait_for_lock(path):
     """Context that holds the lock file `path`, after waiting for it.
 
-    Prints a line on standard error before it waits. The operating system releases the lock when the process ends.
+    Prints a line on standard error before it waits. The operating system releases the lock when
+    the process ends.
     """
     with open(path, "w") as file:
         try:
