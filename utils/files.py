@@ -15,7 +15,6 @@ import os
 import pickle
 import socket
 import struct
-import sys
 import warnings
 from pathlib import Path
 
@@ -373,16 +372,10 @@ def append_line(path, line, unless=lambda: False):
 def wait_for_lock(path):
     """Context that holds the lock file `path`, after waiting for it.
 
-    Prints a line on standard error before it waits. The operating system releases the lock when
-    the process ends.
+    The operating system releases the lock when the process ends.
     """
     with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            place = Path(path).parent
-            print(f"waiting for another process that writes to {place}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
