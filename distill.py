@@ -312,7 +312,7 @@ METHOD = Method(
 
 
 def main(argv):
-    if cli.peek_flag("bases", argv, "0") != "0" and cli.peek_flag("name", argv) is None:
+    if low_rank.is_selected(argv) and cli.peek_flag("name", argv) is None:
         argv = [*argv, "--name", low_rank.NAME]
     method.main(METHOD, argv)
 

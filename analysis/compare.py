@@ -371,11 +371,12 @@ def main(argv):
         lines = [line for line in lines if "accuracy" in line]
     else:
         lines = results.read(path)
-    blocks = [part for _, part in split_blocks(table, lines)]
-    rows = {row for part in blocks for row in group_by_seeds(part, "." in table.against)}
-    if args.against and args.against not in rows:
-        listed = ", ".join(sorted(rows, key=registry.order)) or "(no results)"
-        raise UserError(f"--against {args.against}: not one of {listed}")
+    if args.against:
+        blocks = [part for _, part in split_blocks(table, lines)]
+        rows = {row for part in blocks for row in group_by_seeds(part, "." in table.against)}
+        if args.against not in rows:
+            listed = ", ".join(sorted(rows, key=registry.order)) or "(no results)"
+            raise UserError(f"--against {args.against}: not one of {listed}")
     if args.collect:
         kept = [{k: line.get(k) for k in KEPT} for line in lines if describes(table, line)]
         text = "".join(json.dumps(line) + "\n" for line in sorted(kept, key=sort_key))

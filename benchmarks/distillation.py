@@ -103,7 +103,7 @@ def main(argv):
     shared += ["--data-root", str(args.data_root), "--run-root", str(args.run_root)]
     shared += ["--device", args.device]
     home = args.run_root / folder_name(source, args.data_root)
-    usual = low_rank.NAME if cli.peek_flag("bases", others, "0") != "0" else "krr_st"
+    usual = low_rank.NAME if low_rank.is_selected(others) else "krr_st"
     name = cli.peek_flag("name", others, usual)
     code, folder = 0, home / name / f"seed{cli.peek_flag('seed', others, '0')}"
     if not default_path(args.run_root, home.name).is_file():

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from data import factors
 from data.subsets import random_subset
 from models.target import BATCH
-from utils import optim
+from utils import cli, optim
 from utils.errors import UserError
 from utils.run import Tensors
 
@@ -53,6 +53,11 @@ NAME = "krr_st_low_rank"  # name in the registry
 VIEWS = ("none", "rotations")
 MOST_ROWS = 10_000  # most images for the principal components
 SHIFT_STEPS, SHIFT_LR = 500, 0.01
+
+
+def is_selected(argv):
+    """Return whether the command line `argv` of distill.py asks for a low-rank set (--bases)."""
+    return cli.peek_flag("bases", argv, "0") != "0"
 
 
 class Plain:
