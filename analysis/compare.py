@@ -7,9 +7,9 @@
 
 The first argument is a table of experiments/tables.py. Results of other tables in the same run root
 are left out. There is a table for each source, target network and pre-trained network, with a row
-for each method. The columns are protocols, first averaged over the data sets
-and then for each data set. Rows without a source or target network (no pre-training, random images
-with labels) appear in every table to which they belong.
+for each method. The columns are protocols, first averaged over the data sets and then for each data
+set. Rows without a source or target network (no pre-training, random images with labels) appear in
+every table to which they belong. No pre-training appears only in columns that other rows have.
 
 A cell is the mean accuracy in percent ± the standard deviation over all runs (ddof = 0). The
 brackets contain the difference from the row `--against`, paired by the seeds of distillation and
@@ -157,16 +157,18 @@ def _split_by_target(table, lines):
     blocks = []
     for name in order:
         source = described.get(name) or Source(name)
+        columns = {column_of(line) for line in lines if line["source"] == name}
+        of_source = [
+            line
+            for line in lines
+            if line["source"] == name or (line["source"] is None and column_of(line) in columns)
+        ]
         if "." in table.against:
-            blocks.append((name, [line for line in lines if line["source"] in (name, None)]))
+            blocks.append((name, of_source))
             continue
         for target in source.targets:
             several = len(source.targets) > 1
-            mine = [
-                line
-                for line in lines
-                if line["source"] in (name, None) and target_of(line) in (target.name, "")
-            ]
+            mine = [line for line in of_source if target_of(line) in (target.name, "")]
             heading = name + (f", target network {target.name}" if several else "")
             if not several or any(map(target_of, mine)):
                 blocks.append((heading, mine))

@@ -108,6 +108,23 @@ def test_means_over_data_sets_use_seeds_with_all_data_sets():
     assert found["krr_st_d5"][column] == {(1, 1): 27.25, (2, 2): 32.0}
 
 
+def test_no_pre_training_appears_only_in_columns_of_other_rows():
+    scratch = [
+        make_line("scratch", (None, 0), dataset, 8.0, protocol, source=None)
+        for dataset, protocol in (("cars", "linear"), ("digits", "linear"), ("cifar10", "full"))
+    ]
+    rows = [
+        (row[0], row[1].partition(" ")[0])
+        for row in parse_rows(compare.format_datasets(TABLE, [*LINES, *scratch]))
+    ]
+    assert ("no pre-training", "8.00") in rows and ("digits: digits", "linear,") not in rows
+    shown = parse_rows(compare.format_means(TABLE, [*LINES, *scratch]))
+    assert [row[:3] for row in shown[1:]] == [
+        ["KRR-ST", "26.50 ± 1.50", "5.00 ± 0.00"],
+        ["KRR-ST, D5: pool that never resets", "29.62 ± 2.38 (-0.75)", ""],
+    ]
+
+
 def test_there_is_a_table_per_data_set_and_one_of_means():
     rows = parse_rows(compare.format_datasets(TABLE, LINES))
     assert rows[0] == ["digits: cars", "linear, 20 % of labels", "full, 20 labels/class", "n"]
