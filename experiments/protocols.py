@@ -24,8 +24,8 @@ are the protocols of the two papers (`PAPERS`). In that of MKDT, a set with a le
 is pre-trained with it. An epoch of a low-rank set has more steps than one of plain images with the
 same storage, so low-rank sets are also evaluated with as many steps (`Case.equal_steps`).
 
-The networks and the results, protocols.jsonl, are in <run root>/protocols. Rerun the command to
-resume. --collect writes experiments/protocols.jsonl.
+Sets that do not exist are left out. The networks and the results, protocols.jsonl, are in <run
+root>/protocols. Rerun the command to resume. --collect writes experiments/protocols.jsonl.
 """
 
 import itertools
@@ -158,26 +158,39 @@ def list_successors():
 
 
 def find_set(case, args):
-    """Return the file of the set of a `Case`, or None if the network is not pre-trained.
-
-    Raises UserError if there is no such file.
-    """
+    """Return the file of the set of a `Case`, or None if the network is not pre-trained."""
     if case.method == "scratch":
         return None
-    path = args.runs / SOURCE / case.method / f"seed{case.seed}" / "distilled.pt"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; make it with: bash scripts/run_successors.sh, or "
-            f"bash scripts/run_small.sh --sources {SOURCE} --datasets {DATASET} --seeds 0 "
-            f"--methods {' '.join(SETS)} --protocols linear_0.01_0.1"
-        )
-    return path
+    return args.runs / SOURCE / case.method / f"seed{case.seed}" / "distilled.pt"
+
+
+def select_cases(args):
+    """Return the `Case`s whose sets exist, and print how many sets are missing.
+
+    Raises UserError if no set exists.
+    """
+    cases = list_successors() if args.successors else list_cases()
+    paths = {case: find_set(case, args) for case in cases}
+    sets = {path for path in paths.values() if path}
+    missing = {path for path in sets if not path.is_file()}
+    command = (
+        "bash scripts/run_successors.sh"
+        if args.successors
+        else f"bash scripts/run_small.sh --sources {SOURCE} --datasets {DATASET} --seeds 0 "
+        f"--methods {' '.join(SETS)} --protocols linear_0.01_0.1"
+    )
+    if missing == sets:
+        raise UserError(f"{args.runs / SOURCE}: none of the sets exists; to make them: {command}")
+    if missing:
+        counts = f"{len(missing)} of {len(sets)} sets are missing and left out"
+        print(f"{counts}; to make them: {command}")
+    return [case for case, path in paths.items() if path not in missing]
 
 
 def pretrained_network(case, args, device):
     """Return the `Network` of a `Case`; pre-train it if needed.
 
-    Raises UserError as `find_set`, and if the set has changed since the pre-training.
+    Raises UserError if the set has changed since the pre-training.
     """
     torch.manual_seed(case.seed)
     if not (path := find_set(case, args)):
@@ -221,14 +234,14 @@ def evaluate(case, network, train, test, args, device):
 @restore_backends()
 def main(argv):
     args = parse_args(argv)
-    device = select_device(args)
+    device, cases = select_device(args), select_cases(args)
     train, test = (
         load_images(DATASET, split, SIZE, args.data_root, labels=True)
         for split in ("train", "test")
     )
     folder = args.runs / "protocols"
     known = {line["digest"] for line in results.read(folder / NAME)}
-    for case in list_successors() if args.successors else list_cases():
+    for case in cases:
         path = find_set(case, args)
         facts = asdict(case) | dict(width=WIDTH, image_size=SIZE, labels_per_class=LABELS_PER_CLASS)
         facts |= dict(source=SOURCE, dataset=DATASET, set=files.digest(path) if path else "none")

@@ -191,9 +191,29 @@ def test_factors_pair_the_distillations_by_their_seeds():
     assert batch_norm[3].strip().startswith("+15.00")
 
 
-def test_a_missing_set_is_named(tmp_path, toy, run_root):
-    with pytest.raises(UserError, match=r"random_features/seed0.*run_small\.sh --sources digits"):
-        protocols.main([str(tmp_path), "--data-root", str(run_root.parent / "data")])
+def test_missing_sets_are_left_out(toy, tmp_path, capsys):
+    found = [tmp_path / "digits" / name / "seed0" / "distilled.pt" for name in protocols.SETS]
+    for path in found[:2]:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    plain = protocols.parse_args([str(tmp_path)])
+    cases = protocols.select_cases(plain)
+    assert {case.method for case in cases} == {"scratch", *protocols.SETS[:2]}
+    assert len(cases) == 2 + 2 * 8
+    text = "1 of 3 sets are missing and left out; to make them: bash scripts/run_small.sh"
+    assert text in capsys.readouterr().out
+    cases = protocols.select_cases(protocols.parse_args([str(tmp_path), "--successors"]))
+    assert [case.method for case in cases] == sorted(2 * protocols.SETS[:2], reverse=True)
+    assert "scripts/run_successors.sh" in capsys.readouterr().out
+
+    found[2].parent.mkdir(parents=True)
+    found[2].touch()
+    assert len(protocols.select_cases(plain)) == 2 + 4 * 8
+    assert capsys.readouterr().out == ""
+    for path in found:
+        path.unlink()
+    with pytest.raises(UserError, match=r"none of the sets .*run_small\.sh --sources digits"):
+        protocols.main([str(tmp_path)])
 
 
 def test_stored_results_are_in_the_documentation_tables(tmp_path, monkeypatch):
