@@ -136,7 +136,8 @@ def test_pngs_are_the_rounded_pixels(folder):
 
 def test_pretraining_on_the_folder_gives_the_same_weights(folder, weights, tmp_path, roots):
     """Use the recipe in the set, and write to the run root."""
-    run_command("pretrain.py", "--distilled", folder, *roots[:2], "--run-root", tmp_path)
+    flags = [*roots[:2], "--run-root", tmp_path, "--precision", "fp32"]  # as `weights`
+    run_command("pretrain.py", "--distilled", folder, *flags)
     again = load_model(
         tmp_path / "digits" / "toy" / "seed0" / "convnet3-x0.125" / "seed0" / "model.pt"
     )
