@@ -157,11 +157,10 @@ def _split_by_target(table, lines):
     blocks = []
     for name in order:
         source = described.get(name) or Source(name)
-        columns = {column_of(line) for line in lines if line["source"] == name}
-        of_source = [
-            line
-            for line in lines
-            if line["source"] == name or (line["source"] is None and column_of(line) in columns)
+        of_source = [line for line in lines if line["source"] == name]
+        columns = set(map(column_of, of_source))
+        of_source += [
+            line for line in lines if line["source"] is None and column_of(line) in columns
         ]
         if "." in table.against:
             blocks.append((name, of_source))

@@ -24,8 +24,9 @@ are the protocols of the two papers (`PAPERS`). In that of MKDT, a set with a le
 is pre-trained with it. An epoch of a low-rank set has more steps than one of plain images with the
 same storage, so low-rank sets are also evaluated with as many steps (`Case.equal_steps`).
 
-Sets that do not exist are left out. The networks and the results, protocols.jsonl, are in <run
-root>/protocols. Rerun the command to resume. --collect writes experiments/protocols.jsonl.
+The networks and the results, protocols.jsonl, are in <run root>/protocols. Rerun the command to
+resume. Sets that do not exist are left out. --collect requires all sets and replaces
+experiments/protocols.jsonl.
 """
 
 import itertools
@@ -167,7 +168,7 @@ def find_set(case, args):
 def select_cases(args):
     """Return the `Case`s whose sets exist, and print how many sets are missing.
 
-    Raises UserError if no set exists.
+    Raises UserError if no set exists, or if one is missing with --collect.
     """
     cases = list_successors() if args.successors else list_cases()
     paths = {case: find_set(case, args) for case in cases}
@@ -182,8 +183,10 @@ def select_cases(args):
     if missing == sets:
         raise UserError(f"{args.runs / SOURCE}: none of the sets exists; to make them: {command}")
     if missing:
-        counts = f"{len(missing)} of {len(sets)} sets are missing and left out"
-        print(f"{counts}; to make them: {command}")
+        counts = f"{len(missing)} of {len(sets)} sets are missing"
+        if args.collect:  # would replace the stored results of the missing sets
+            raise UserError(f"--collect: {counts}; to make them: {command}")
+        print(f"{counts} and left out; to make them: {command}")
     return [case for case, path in paths.items() if path not in missing]
 
 

@@ -202,6 +202,8 @@ def test_missing_sets_are_left_out(toy, tmp_path, capsys):
     assert len(cases) == 2 + 2 * 8
     text = "1 of 3 sets are missing and left out; to make them: bash scripts/run_small.sh"
     assert text in capsys.readouterr().out
+    with pytest.raises(UserError, match="--collect: 1 of 3 sets are missing"):
+        protocols.select_cases(protocols.parse_args([str(tmp_path), "--collect"]))
     cases = protocols.select_cases(protocols.parse_args([str(tmp_path), "--successors"]))
     assert [case.method for case in cases] == sorted(2 * protocols.SETS[:2], reverse=True)
     assert "scripts/run_successors.sh" in capsys.readouterr().out
