@@ -1,15 +1,16 @@
 """Compare the rows of an experiment, paired by seed, as Markdown.
 
     python -m analysis.compare departures runs/departures              # results of a run root
-    python -m analysis.compare departures --collect runs/departures    # and store them
+    python -m analysis.compare departures --collect runs/departures    # add them to the stored ones
     python -m analysis.compare departures                              # stored results
     python -m analysis.compare small --against krr_st
 
 The first argument is a table of experiments/tables.py. Results of other tables in the same run root
-are left out. There is a table for each source, target network and pre-trained network, with a row
-for each method. The columns are protocols, first averaged over the data sets and then for each data
-set. Rows without a source or target network (no pre-training, random images with labels) appear in
-every table to which they belong. No pre-training appears only in columns that other rows have.
+are left out. --collect replaces the stored results of the same rows, columns and seeds. There is a
+table for each source, target network and pre-trained network, with a row for each method. The
+columns are protocols, first averaged over the data sets and then for each data set. Rows without a
+source or target network (no pre-training, random images with labels) appear in every table to which
+they belong. No pre-training appears only in columns that other rows have.
 
 A cell is the mean accuracy in percent ± the standard deviation over all runs (ddof = 0). The
 brackets contain the difference from the row `--against`, paired by the seeds of distillation and
@@ -24,7 +25,6 @@ images of the source, or for images that --source-images left out. Variants with
 pool are not comparable in this loss.
 """
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -359,6 +359,12 @@ def collected_tables():
     return made
 
 
+def identity(line):
+    """Return the key of a result: its row, its seeds and its column."""
+    names = ("source", "method", "arch", "distilled_seed", "seed")
+    return *(line.get(name) for name in names), column_of(line)
+
+
 def sort_key(line):
     seeds = [-1 if line.get(key) is None else line[key] for key in ("distilled_seed", "seed")]
     return line["source"] or "", registry.order(line["method"]), *seeds, column_of(line)
@@ -380,9 +386,8 @@ def main(argv):
             raise UserError(f"--against {args.against}: not one of {listed}")
     if args.collect:
         kept = [{k: line.get(k) for k in KEPT} for line in lines if describes(table, line)]
-        text = "".join(json.dumps(line) + "\n" for line in sorted(kept, key=sort_key))
-        files.write_text(path, text)
-        print(f"{path}: {len(kept)} results\n")
+        lines = results.merge(path, kept, identity, sort_key)
+        print(f"{path}: {len(lines)} results\n")
     print(format_means(table, lines, args.against))
     print()
     print(format_datasets(table, lines, args.against))
@@ -394,7 +399,7 @@ def parse_args(argv):
     parser.add_argument("folder", nargs="?", type=Path, help="run root (default: stored results)")
     parser.add_argument("--against", metavar="ROW", help="reference row (default: the table's)")
     parser.add_argument(
-        "--collect", action="store_true", help="store the results of the folder in analysis/"
+        "--collect", action="store_true", help="add the results of the folder to those in analysis/"
     )
     args = parser.parse_intermixed_args(argv)
     if args.collect and not args.folder:

@@ -29,7 +29,7 @@ from pathlib import Path
 from distillers import registry
 from evaluation import results
 from models import label
-from utils import cli, files
+from utils import cli
 from utils.presets import image_size
 
 HERE = Path(__file__).parent
@@ -631,10 +631,7 @@ def gather_results(folders):
 
 def collect(folders, path=RESULTS):
     """Store the results in `folders` in the file `path`; replace those of the same experiments."""
-    kept = {identity(line): line for line in [*results.read(path), *gather_results(folders)]}
-    files.write_text(
-        path, "".join(json.dumps(kept[key], sort_keys=True) + "\n" for key in sorted(kept))
-    )
+    kept = results.merge(path, gather_results(folders), identity)
     print(f"{path}: {len(kept)} results")
 
 

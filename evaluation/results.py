@@ -54,6 +54,22 @@ def append(folder, line, name="results.jsonl"):
     files.append_line(path, json.dumps(line), unless=lambda: find(folder, line["digest"], name))
 
 
+def merge(path, lines, key, order=None):
+    """Store results in the file `path`. Each replaces the stored result with the same key.
+
+    Args:
+        lines: results, oldest first; of several with the same key, the last is stored.
+        key: function that returns the key of a result.
+        order: function that returns the sort key of a result in the file (default: `key`).
+
+    Returns:
+        The results in the file, sorted.
+    """
+    kept = sorted({key(line): line for line in [*read(path), *lines]}.values(), key=order or key)
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
 def format_line(line):
     """Return a one-line summary of a result for the terminal."""
     labels = (

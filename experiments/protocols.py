@@ -1,7 +1,7 @@
 """Which part of the protocol decides whether KRR-ST is above random images?
 
     python -m experiments.protocols runs/small                # takes 2 hours on one CPU core
-    python -m experiments.protocols runs/small --collect      # also stores the results
+    python -m experiments.protocols runs/small --collect      # adds the results to the stored ones
     python -m experiments.protocols runs/small --successors   # sets of scripts/run_successors.sh
 
 The results published with MKDT (Joshi et al., ICLR 2025) put KRR-ST below random images with target
@@ -25,12 +25,11 @@ is pre-trained with it. An epoch of a low-rank set has more steps than one of pl
 same storage, so low-rank sets are also evaluated with as many steps (`Case.equal_steps`).
 
 The networks and the results, protocols.jsonl, are in <run root>/protocols. Rerun the command to
-resume. Sets that do not exist are left out. --collect requires all sets and replaces
+resume. Sets that do not exist are left out. --collect replaces the results of the same networks in
 experiments/protocols.jsonl.
 """
 
 import itertools
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,7 +167,7 @@ def find_set(case, args):
 def select_cases(args):
     """Return the `Case`s whose sets exist, and print how many sets are missing.
 
-    Raises UserError if no set exists, or if one is missing with --collect.
+    Raises UserError if no set exists.
     """
     cases = list_successors() if args.successors else list_cases()
     paths = {case: find_set(case, args) for case in cases}
@@ -183,10 +182,9 @@ def select_cases(args):
     if missing == sets:
         raise UserError(f"{args.runs / SOURCE}: none of the sets exists; to make them: {command}")
     if missing:
-        counts = f"{len(missing)} of {len(sets)} sets are missing"
-        if args.collect:  # would replace the stored results of the missing sets
-            raise UserError(f"--collect: {counts}; to make them: {command}")
-        print(f"{counts} and left out; to make them: {command}")
+        print(
+            f"{len(missing)} of {len(sets)} sets are missing and left out; to make them: {command}"
+        )
     return [case for case, path in paths.items() if path not in missing]
 
 
@@ -234,6 +232,18 @@ def evaluate(case, network, train, test, args, device):
         yield name, accuracy_of(features, labels, tests, truth, len(train.classes))
 
 
+def collect(lines):
+    """Add results to the stored ones, in the order of the cases. Return all stored results."""
+    names = [case.name for case in [*list_cases(), *list_successors()]]
+    position = {name: index for index, name in enumerate(dict.fromkeys(names))}
+
+    def identity(line):
+        name = line["name"]
+        return position.get(name, len(position)), name, [*PROBES].index(line["probe"])
+
+    return results.merge(STORED, lines, identity)
+
+
 @restore_backends()
 def main(argv):
     args = parse_args(argv)
@@ -262,9 +272,7 @@ def main(argv):
             results.append(folder, line, NAME)
             print(f"{case.name}, probe {probe}: {accuracy:.2f} %")
     if args.collect:
-        lines = results.read(folder / NAME)
-        files.write_text(STORED, "".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{STORED}: {len(lines)} results")
+        print(f"{STORED}: {len(collect(results.read(folder / NAME)))} results")
 
 
 def parse_args(argv):
@@ -278,7 +286,9 @@ def parse_args(argv):
         help="evaluate the sets of scripts/run_successors.sh with the protocols of the two papers",
     )
     parser.add_argument(
-        "--collect", action="store_true", help="store the results in experiments/protocols.jsonl"
+        "--collect",
+        action="store_true",
+        help="add the results to those in experiments/protocols.jsonl",
     )
     return resolve_precision(parser.parse_args(argv))
 

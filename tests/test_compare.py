@@ -303,6 +303,22 @@ def test_stored_results_give_the_same_tables_in_documents(tmp_path, monkeypatch,
         compare.main(["toy", "--against", "magic"])
 
 
+def test_collecting_replaces_the_same_results_and_keeps_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setitem(TABLES, "toy", TABLE)
+    new = LINES[3] | dict(accuracy=99.0, digest="new", deviations={})
+    for name, lines in dict(first=LINES, second=[new]).items():
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(each) + "\n" for each in lines)
+        (tmp_path / name / "results.jsonl").write_text(text)
+        compare.main(["toy", "--collect", str(tmp_path / name)])
+    stored = compare.results.read(tmp_path / "toy.jsonl")
+    assert [line["accuracy"] for line in stored if line["digest"] == "new"] == [99.0]
+    old = {line["digest"] for line in LINES} - {LINES[3]["digest"]}
+    assert {line["digest"] for line in stored} == {*old, "new"}
+    assert stored == sorted(stored, key=compare.sort_key)
+
+
 def test_invalid_results_file_is_an_error(tmp_path):
     (tmp_path / "results.jsonl").write_text("no json\n")
     done = run_command("-m", "analysis.compare", "departures", tmp_path, check=False)
