@@ -2,13 +2,15 @@
 
 import importlib
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.utils import save_image
 
-from tests.conftest import DISTILL, TARGET, run_command
+from tests.conftest import DISTILL, ROOT, TARGET, run_command
 from utils import cli, device, files
 from utils.errors import UserError
 
@@ -239,3 +241,18 @@ def test_target_of_a_source_that_has_changed(capsys, tmp_path):
             [*roots, "--preset", "digits", *DISTILL, "--num-images", "2"],
         )
     assert stop.value.code == 2 and "another version of the source" in capsys.readouterr().err
+
+
+def test_command_ends_without_a_message_if_nobody_reads_its_output():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.tables"],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=1800,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -227,14 +227,20 @@ def run_settings(args, **derived):
 def run(main, argv=None):
     """Call `main(argv)` and turn exceptions into one line on standard error and an exit code.
 
-    The exit code is 2 for an error and 130 for an interruption.
+    The exit code is 2 for an error, 130 for an interruption, and 141 without a message if the
+    reader of standard output has ended, such as `head`.
     """
     code = 2
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
             return
+        except BrokenPipeError:
+            # Python flushes standard output again when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except UserError as error:
             message = f"error: {error}"
         except (torch.OutOfMemoryError, MemoryError):
