@@ -62,8 +62,10 @@ def measure(setting, args):
 
     def watch():
         nonlocal most
-        while not done.wait(0.01):
+        while True:
             most = max(most, anonymous_memory())
+            if done.wait(0.01):
+                break
 
     words = shared_flags(args)
     for name in ("num_images", "outer_batch", "image_size", "chunk"):
@@ -72,9 +74,11 @@ def measure(setting, args):
     device = select_device(taken)
     source, target = make_inputs(taken, setting["source"], device)
     step = Step(False, source, target, taken, device)
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     step()
     done.set()
+    watcher.join()
     used = peak_memory(device) if device.type == "cuda" else most / 2**30
     pieces = time_parts(step)
     return setting | dict(

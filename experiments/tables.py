@@ -338,7 +338,7 @@ _ENCODER_64 = TargetNetwork("encoder_64px", _LITE0 | dict(encoder_size=64))
 # The root mean square of these features is 3.3.
 _UNSCALED_64 = TargetNetwork("encoder_64px", _ENCODER.settings | dict(encoder_size=64))
 _RESNET18 = dict(arch="resnet18_target", width=0.25, projector_dim=512)
-_BARLOW_TWINS = TargetNetwork("target", _RESNET18 | dict(epochs=200, warmup_epochs=10))
+_BARLOW_TWINS = TargetNetwork("target", _RESNET18 | dict(epochs=20, warmup_epochs=2))
 _BY_QUALITY = (
     # Batch norm needs statistics.
     TargetNetwork("untrained", _RESNET18 | dict(epochs=1, warmup_epochs=0, lr=0.0)),
