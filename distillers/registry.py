@@ -301,9 +301,9 @@ ENTRIES = (  # in the order of rows in tables
             *_of_size("krr_st", "KRR-ST", 50, 200),
             Variant(
                 "krr_st_long_m_50",
-                "KRR-ST, 3.5 times the steps, m = 50",
+                "KRR-ST, five times the steps, m = 50",
                 settings=dict(num_images=50),
-                factors=dict(outer_steps=3.5),
+                factors=dict(outer_steps=5),
             ),
             Variant(
                 "krr_st_n_1000", "KRR-ST, 1,000 source images", settings=dict(source_images=1000)
