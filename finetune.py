@@ -250,8 +250,6 @@ def main(argv):
             missing.append(evaluation)
     if not missing:
         return
-    if train.labels is None:
-        raise UserError(f"{args.dataset}: fine-tuning needs labels (class folders)")
 
     if args.protocol in PROBES:
         accuracies = probe(missing, start, train, test, args, device)
@@ -324,6 +322,10 @@ def parse_args(argv):
         parser.error(f"--protocol {args.protocol} trains on no labels")
     if args.protocol != "full":
         cli.refuse_flags(parser, argv, HELP, f"has no effect with --protocol {args.protocol}")
+    if 0 in args.label_fraction:
+        parser.error("--label-fraction 0: must be above 0")
+    if args.protocol == "full" and len(label_choices(args)) > 1 and distributed.world_size() > 1:
+        parser.error("with several processes, give one number of labels per command")
     few = args.labels_per_class or args.label_fraction
     if args.label_draws > 1 and not (few and args.protocol in PROBES):
         parser.error("--label-draws requires a probe with --labels-per-class or --label-fraction")

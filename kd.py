@@ -118,7 +118,7 @@ def main(argv):
         if pixels != size:
             raise UserError(f"{path}: {description} {pixels} px, the student takes {size} px")
     test = load_images(args.dataset, "test", size, args.data_root, labels=True)
-    if test.labels is None or teacher_file["num_outputs"] != len(test.classes):
+    if teacher_file["num_outputs"] != len(test.classes):
         raise UserError(
             f"{args.teacher}: {teacher_file['num_outputs']} classes, but {test.name} has "
             f"{len(test.classes)}"

@@ -255,9 +255,12 @@ def read_recipe(distilled, path, usual):
     chosen = {name: own.get(name, value) for name, value in usual.items()}
     for name, value in chosen.items():
         number = isinstance(value, (int, float))  # the only string is arch
-        fits = 0 <= value < math.inf if number else value in models.ARCHITECTURES
+        least = 1 if name == "batch_size" else 0
+        fits = least <= value < math.inf if number else value in models.ARCHITECTURES
         if type(value) is not type(usual[name]) or not fits:
             raise UserError(f"{path}: invalid recipe: {name} {str(value)[:40]}")
+    if not (chosen.get("epochs") or chosen.get("steps")):
+        raise UserError(f"{path}: invalid recipe: neither epochs nor steps")
     return chosen
 
 

@@ -28,12 +28,13 @@ from data.augment import barlow_twins_view
 from data.images import load_images, normalise, to_float
 from data.loading import Loader
 from data.originals import Originals
+from distillers import registry
 from distillers.method import check_name
 from evaluation import probes, quality
 from models.barlow_twins import barlow_twins_loss, projector
 from models.encoders import FORMS, load_encoder
 from models.features import FeatureTable, compute_features, read_features, reduce_features
-from models.saved import load_matching
+from models.saved import load_matching, load_weights
 from models.sync_batch_norm import synchronise_batch_norm
 from utils import cli, distributed, files, optim
 from utils.device import autocast, resolve_precision, restore_backends, select_device
@@ -144,14 +145,15 @@ def load_backbone(network, weights):
             "state dict of its resnet50 with --weights FILE, or train a network: --weights '' "
             "--arch resnet18_target"
         ) from error
-    network.features.load_state_dict(
-        {name: v for name, v in state.items() if not name.startswith("fc.")}
+    state = {name: v for name, v in state.items() if not name.startswith("fc.")}
+    load_weights(
+        network.features, state, "the network; pass --arch resnet50_target", "--weights hub"
     )
 
 
 def make_network_target(source, args, device):
     """Write a target network of --arch, trained with Barlow Twins or loaded from --weights."""
-    if min(len(source), args.batch_size) < 2:
+    if not args.weights and min(len(source), args.batch_size) < 2:
         raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
     settings = cli.run_settings(args, source=source.name, fingerprint=source.fingerprint)
     ignored = {"encoder", "features", "encoder_size", *REDUCTION}
@@ -306,7 +308,7 @@ def parse_args(argv):
     if cli.peek_flag("encoder", argv) or cli.peek_flag("features", argv):
         parser.set_defaults(weights="")  # a preset's weights are for --arch
     args = resolve_precision(parser.parse_args(argv))
-    check_name("--name", args.name, reserved=("full",))
+    check_name("--name", args.name, reserved=("full", "scratch", *registry.SETS))
     if args.encoder_size and not args.encoder:
         parser.error("--encoder-size requires --encoder")
     if args.encoder or args.features:

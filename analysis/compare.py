@@ -232,12 +232,12 @@ def paired_differences(ours, base):
     return [statistics.fmean(groups[key]) for key in sorted(groups)]
 
 
-def interval(values, level=0.95):
-    """Return Student's t interval (low, high) of the mean of `values`; None for fewer than two."""
+def interval(values):
+    """Return the 95 % interval (Student's t) of the mean of `values`; None for fewer than two."""
     if len(values) < 2:
         return None
     error = statistics.stdev(values) / len(values) ** 0.5
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
+    half = stats.t.ppf(0.975, len(values) - 1) * error
     return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 

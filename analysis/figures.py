@@ -421,7 +421,8 @@ def parse_args(argv):
         )
         one.add_argument(
             "--source",
-            help="data set or folder of the source (default: the source stored in the set)",
+            help="data set or folder of the source (default: the one named in the set; required "
+            "if that is a folder)",
         )
         if name == "images":
             one.add_argument(

@@ -4,10 +4,10 @@
     python -m benchmarks.distillation --source cifar100 --data-root datasets
 
 Runs distill.py with CIFAR-100's preset, after pretrain_target.py if the source has no target yet.
-Without --source, the source are 50,000 synthetic images. After --minutes, the current run writes a
-checkpoint and stops. Prints the step that the run has reached and the time of a step. The exit code
-is 0 if the distillation has finished, and 130 if the same command must be rerun to resume. Unknown
-flags go to distill.py.
+Without --source, the source is a folder of 50,000 synthetic images. After --minutes, the current
+run writes a checkpoint and stops. Prints the step that the run has reached and the time of a step.
+The exit code is 0 if the distillation has finished, and 130 if the same command must be rerun to
+resume. Unknown flags go to distill.py.
 """
 
 import os

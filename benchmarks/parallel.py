@@ -4,8 +4,9 @@ benchmarks.speed`.
 Every process takes whole outer steps of the same size. On an ideal machine, R processes take as
 long as one. Each round measures three times: one process while the others wait, all processes
 without communication, and all processes as in distill.py, which exchanges the gradients once per
-step. The first ratio is the cost of shared hardware (memory, caches, clock). The second is the cost
-of the exchange. On a GPU, each time is the mean of 20 steps after as many steps of warm-up.
+step. The ratio of the first to the second time is the cost of shared hardware (memory, caches,
+clock). The ratio of the second to the third is the cost of the exchange. On a GPU, each time is the
+mean of 20 steps after as many steps of warm-up.
 """
 
 import statistics

@@ -7,8 +7,8 @@ Runs the scripts for a few steps on the digits:
 1. Every command in float32 on the CPU and on the device, with equal random numbers. The logged
    losses must agree (agreement.py). The device uses --deterministic, because the kernels that cuDNN
    selects by timing round differently from run to run.
-2. Every stage that trains twice with --deterministic on the device, in its default precision. The
-   losses must be equal.
+2. Every stage that trains, run twice with --deterministic on the device, in its default precision.
+   The losses must be equal.
 3. A distillation on the device, with --deterministic, that is killed, resumed, stopped by SIGINT
    and resumed. Its set must equal that of an uninterrupted run, bit by bit.
 

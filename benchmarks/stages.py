@@ -47,8 +47,6 @@ class TimedRun:
         flop: floating-point operations of a step.
     """
 
-    folder, limits, done = None, {}, {}
-
     def __init__(self, device):
         self.device, self.watch, self.flop = device, Stopwatch(device), 0
 

@@ -12,13 +12,10 @@ import torch.nn.functional as F
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
 
 
-def uniform(x, generator, low=0.0, high=1.0, size=None):
-    """Draw uniformly from [low, high): one value per image of `x`, (b,), or the shape `size`."""
-    return (
-        torch.rand(size or (len(x),), generator=generator, device=x.device).to(x.dtype)
-        * (high - low)
-        + low
-    )
+def uniform(x, generator, low=0.0, high=1.0):
+    """Draw uniformly from [low, high): one value per image of `x`, (b,)."""
+    unit = torch.rand(len(x), generator=generator, device=x.device).to(x.dtype)
+    return unit * (high - low) + low
 
 
 def cpu_generator(x, generator):

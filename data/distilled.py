@@ -12,9 +12,9 @@ from utils import files
 from utils.errors import UserError
 
 TARGET_KINDS = {
-    "feature": (torch.float32, 2),  # (m, d): a target network's features (KRR-ST)
-    "soft": (torch.float32, 2),  # (m, c): learned labels (KIP, FRePo)
-    "class": (torch.int64, 1),  # (m,): class indices (other methods)
+    "feature": (torch.float32, 2),  # (m, d): features of a target network
+    "soft": (torch.float32, 2),  # (m, c): learned labels
+    "class": (torch.int64, 1),  # (m,): class indices
     "none": (torch.float32, 2),  # (m, 0): images only, for knowledge distillation
 }
 META = {

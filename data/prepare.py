@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from data import raw as raw_images
 from data.archives import ARCHIVES
-from data.folders import Raw
+from data.folders import Raw, find_test_folder
 from utils import cli, files, progress
 from utils.errors import UserError
 from utils.presets import image_size, preset_name
@@ -393,7 +393,8 @@ def main(argv):
     for name in args.names:
         size = args.size or image_size(preset_name(name))
         top = args.data_root / name if raw_images.in_data_root(name, args.data_root) else Path(name)
-        plain = name not in ARCHIVES and not (top / "train").is_dir() and not args.labels
+        split_folders = (top / "train").is_dir() and find_test_folder(top) is not None
+        plain = name not in ARCHIVES and not split_folders and not args.labels
         for split in ("train",) if plain else ("train", "test"):
             record = prepare(name, split, size, args.data_root, args.labels, args.partial)
             if args.list:

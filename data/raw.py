@@ -54,7 +54,9 @@ def _read_folder(top, split, labels):
     if train.is_dir() and (labels or split == "test" or not has_images(train)):
         return read_class_folders(top, split)
     if split == "test":
-        raise UserError(f"{top}: no test split, because the folder has no train/ and test/")
+        raise UserError(
+            f"{top}: no test split, because this requires the folders train/ and test/ (or val/)"
+        )
     return read_unlabelled(train if train.is_dir() else top)
 
 

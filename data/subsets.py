@@ -29,7 +29,7 @@ def few_labels(images, per_class, fraction, generator):
     chosen = []
     for label, name in enumerate(images.classes):
         members = (images.labels == label).nonzero()[:, 0]
-        wanted = per_class or math.ceil(fraction * len(members))
+        wanted = per_class or math.ceil(round(fraction * len(members), 6))
         if wanted > len(members):
             raise UserError(
                 f"{images.name}: class {name} has {len(members)} images, fewer than {wanted}"
@@ -100,7 +100,7 @@ def gaussian_images(source, used, m, generator):
     return mean + torch.einsum("mn,nchw->mchw", weights, x - mean)
 
 
-def held_out_subset(source, m):
+def measurement_subset(source, m):
     """Draw m images for measuring an objective; all images if there are fewer.
 
     The seed is -1, which no run uses, so the draw is independent of a run's initial images.
@@ -130,7 +130,7 @@ def measured_subsets(source, used, m):
     unused = torch.ones(len(source), dtype=torch.bool)
     unused[used] = False
     parts = {"source images": used, "other images": unused.nonzero()[:, 0]}
-    return {name: part[held_out_subset(part, m)] for name, part in parts.items() if len(part)}
+    return {name: part[measurement_subset(part, m)] for name, part in parts.items() if len(part)}
 
 
 def balanced_subset(source, m, seed):

@@ -31,7 +31,7 @@ import torch
 
 from data.images import normalise, to_float
 from data.loading import Loader
-from data.subsets import balanced_subset, held_out_subset
+from data.subsets import balanced_subset, measurement_subset
 from distillers import method
 from distillers.krr import LIMITS, centred_one_hot, ridge_predict
 from distillers.method import Method, make_distilled
@@ -168,9 +168,9 @@ def distill(source, chosen, target, args, run, device):
         scheduler.step()
         method.update_picture(run, args, step, lambda: make_distilled(x_syn, y_syn, "soft", source))
 
-    x_held, y_held = prepare(*loader.rows(held_out_subset(source, args.outer_batch)))
+    x_measured, y_measured = prepare(*loader.rows(measurement_subset(source, args.outer_batch)))
     before, after = pool.mean_losses(
-        lambda each, x, y: objective(each, x_held, y_held, x, y, args.ridge, args.chunk),
+        lambda each, x, y: objective(each, x_measured, y_measured, x, y, args.ridge, args.chunk),
         (x_init, y_init),
         (x_syn, y_syn),
     )

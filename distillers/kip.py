@@ -138,11 +138,11 @@ def distill(source, chosen, target, args, run, device):
         )
 
     # A seed that no run uses, so that these are not the initial images of the set.
-    held = balanced_batch(source, args.outer_batch, torch.Generator().manual_seed(-1))
-    x_held, y_held = prepare(*loader.rows(held))
+    measured = balanced_batch(source, args.outer_batch, torch.Generator().manual_seed(-1))
+    x_measured, y_measured = prepare(*loader.rows(measured))
     with torch.no_grad():
         before, after = (
-            objective(x_held, y_held, x, y, args).item()
+            objective(x_measured, y_measured, x, y, args).item()
             for x, y in ((x_init, y_init), (x_syn, y_syn))
         )
     print(f"objective: initial images {before:.4f}, distilled images {after:.4f}")

@@ -1,4 +1,4 @@
-"""Code shared by the labelled methods (dm, dsa, mtt): batches of one class, untrained networks."""
+"""Code shared by several methods: batches of one class, untrained networks, measurements."""
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -211,7 +211,7 @@ def count_images(args, n, size, d_y, v):
 
     Args:
         args: settings of the set.
-        n: number of images of the source.
+        n: number of images of the source that may be used.
         size: S, image side in pixels.
         d_y: number of target features.
         v: V, number of target bases.
@@ -230,7 +230,8 @@ def count_images(args, n, size, d_y, v):
     allowed = f"--num-images {args.num_images}: a budget of {budget:,} numbers"
     too_small = f"{allowed}, but the bases alone take {fixed:,}; raise it, or lower --bases"
     too_large = (
-        f"{allowed} allows {m:,} images, but the source has {n:,}; lower it, or raise --bases"
+        f"{allowed} allows {m:,} images, but only {n:,} images of the source may be used; lower "
+        "it, or raise --bases"
     )
     is_fault = {
         f"--views {args.views}: must be {' or '.join(VIEWS)}": args.views not in VIEWS,

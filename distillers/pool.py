@@ -87,7 +87,7 @@ class Member:
             self.steps = 0
 
     def train_step(self, x_syn, y_syn):
-        """Take a full-batch step on the mean squared error (lines 12 and 13) in train mode.
+        """Take one step on the mean squared error of all given images (lines 12 and 13).
 
         `x_syn` (m, 3, S, S) are images and `y_syn` (m, d_y) their targets.
         """

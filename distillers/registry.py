@@ -103,7 +103,7 @@ ENTRIES = (  # in the order of rows in tables
     Entry(
         "scratch",
         "no pre-training",
-        command="finetune.py --weights none",
+        command="python finetune.py --weights none",
         summary="no pre-training",
     ),
     distiller(

@@ -36,6 +36,7 @@ from distillers.unroll import backpropagate, descend, flatten_parameters, unflat
 from models.barlow_twins import barlow_twins_loss, projector
 from utils import optim
 from utils.device import autocast
+from utils.errors import UserError
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -121,6 +122,8 @@ class Draws:
             args.num_images, args.inner_batch or args.num_images, randomness.cpu, drop_last=True
         )
         self.real = Batches(len(source), args.outer_batch, randomness.cpu, drop_last=True)
+        if min(self.order.batch_size, self.real.batch_size) < 2:
+            raise UserError("Barlow Twins needs batches of at least 2 images")
         self.loader = Loader([source.pixels], self.real, device)
 
     def next(self, x_syn):

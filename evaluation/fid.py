@@ -213,7 +213,9 @@ def parse_args(argv):
         "--distilled", type=distilled_file, required=True, metavar="SET", help=DISTILLED_HELP
     )
     data.add_argument(
-        "--source", help="data set or folder of the source (default: the one named in the set)"
+        "--source",
+        help="data set or folder of the source (default: the one named in the set; required if "
+        "that is a folder)",
     )
     method.add_argument(
         "--network",

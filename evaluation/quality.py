@@ -19,7 +19,7 @@ def measure_quality(source, target_features, arch, width, device):
     nearest-neighbour classifier are fitted to one half and tested on the other half.
 
     Args:
-        source: labelled `ImageSet`.
+        source: `ImageSet`.
         target_features: function of indices (k,) that returns the target's features (k, d_y).
         arch, width: the student network, initialised with seed 0.
         device: torch device.

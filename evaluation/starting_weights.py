@@ -93,7 +93,7 @@ def add_flags(parser, argv):
     )
     parser.groups["run"].add_argument(
         "--seed",
-        type=cli.non_negative_int,
+        type=cli.seed,
         help="random seed (default: that of the weights; 0 with --weights none)",
     )
     only = "only with --weights none"

@@ -1,4 +1,4 @@
-"""ConvNets: those of KRR-ST (paper, section 4.1) and of dataset condensation (dm, dsa, mtt).
+"""ConvNets: those of KRR-ST (paper, section 4.1) and of dataset condensation (dm, dsa, mtt, mkdt).
 
 The latter use instance norm and the same width in all layers.
 """

@@ -162,7 +162,8 @@ def _from_torchvision(rest, weights, size):
     if not hasattr(preset, "crop_size"):  # detection, segmentation or optical flow
         raise UserError(f"--encoder torchvision:{name}: is not a classification network")
     network = _download(
-        lambda: torchvision.models.get_model(name, weights=None if weights else chosen), rest
+        lambda: torchvision.models.get_model(name, weights=None if weights else chosen),
+        f"torchvision:{rest}",
     )
     network = _without_classifier(network, name)
     if weights:
@@ -184,7 +185,7 @@ def _from_timm(name, weights, size):
     if not timm.is_model(name):
         raise UserError(f"--encoder timm:{name}: timm {timm.__version__} has no such model")
     options = dict(pretrained=not weights, num_classes=0)
-    config = timm.get_pretrained_cfg(name)
+    config = _download(lambda: timm.get_pretrained_cfg(name), f"timm:{name}")
     if size and config and config.fixed_input_size and size != config.input_size[-1]:
         options["img_size"] = size  # timm resizes a vision transformer's position embedding
     network = _download(lambda: timm.create_model(name, **options), f"timm:{name}")
@@ -244,9 +245,13 @@ def _download(build, what):
     try:
         return build()
     except OSError as error:
+        local = (
+            "clone the repository and pass --encoder hub:FOLDER:ENTRY"
+            if what.startswith("hub:")
+            else "pass a local weights file with --weights"
+        )
         raise UserError(
-            f"--encoder {what}: cannot be downloaded ({_reason(error)}); pass a local weights file "
-            "with --weights"
+            f"--encoder {what}: cannot be downloaded ({_reason(error)}); {local}"
         ) from error
     except Exception as error:  # code from the hub can raise any exception
         raise UserError(f"--encoder {what}: {type(error).__name__}: {_reason(error)}") from error

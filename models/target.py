@@ -278,7 +278,9 @@ def _feature_target(saved, source, common):
     files.require(
         saved, path, "target", ("features", "encoder", "reduction", "name", "mean", "std")
     )
-    table = torch.from_numpy(files.open_array(path.parent / "features.npy", saved["features"]))
+    table = torch.from_numpy(
+        files.open_array(path.parent / "features.npy", saved["features"], record=path)
+    )
     if table.ndim != 2 or len(table) != len(source):
         raise UserError(f"{path}: features of shape {tuple(table.shape)} for {len(source)} images")
     names = ("encoder", "reduction", "mean", "std", "name")

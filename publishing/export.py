@@ -66,7 +66,8 @@ def describe_target_network(path, meta):
     wanted = meta.get("settings", {}).get("target_network")
     if not wanted:
         return None
-    for each in sorted(path.absolute().parents[2].glob("*/*/target.pt")):
+    above = path.absolute().parents
+    for each in sorted(above[2].glob("*/*/target.pt")) if len(above) > 3 else ():
         if files.digest(each) == wanted:
             content = files.load(each, "target", required=("source",))
             ours = content.get("name") or (
@@ -74,6 +75,12 @@ def describe_target_network(path, meta):
             )
             return f"{ours}, on {content['source']} (target.pt {wanted})"
     return f"target.pt {wanted}"
+
+
+def find_untrained_results(path):
+    """Return the results of untrained networks in the run root of the set in the file `path`."""
+    above = path.absolute().parents  # seed, method, source, run root, ...
+    return read_results_below(above[3] / "scratch") if len(above) > 4 else []
 
 
 def describe_distance(meta):
@@ -139,10 +146,7 @@ def write_set(path, folder, name, args):
         "distance from the initial images": describe_distance(d.meta),
         "pre-training": ", ".join(f"{key} {value}" for key, value in recipe.items()),
     }
-    lines, untrained = (
-        read_results_below(run),
-        read_results_below(path.absolute().parents[3] / "scratch"),
-    )
+    lines, untrained = read_results_below(run), find_untrained_results(path)
     card = cards.make_dataset_card(folder, name, args.license, d, facts, lines, untrained, sections)
     (folder / exported.CARD).write_text(card)
     exported.write_sums(folder, exported.SET)

@@ -11,7 +11,7 @@ import torch
 from torchvision.utils import save_image
 
 from tests.conftest import DISTILL, ROOT, TARGET, run_command
-from utils import cli, device, files
+from utils import cli, device, distributed, files
 from utils.errors import UserError
 
 
@@ -161,10 +161,40 @@ def test_more_labels_than_the_class_has(get_error, weights):
         (["--arch", "transformer"], "--arch"),
         (["--precision", "fp8"], "--precision"),
         (["--colour", "blue"], "--colour"),
+        (["--seed", str(2**32)], "--seed"),
     ],
 )
 def test_bad_flags(get_error, flags, word):
     assert word in get_error("distill", *flags)
+
+
+def test_fraction_of_no_labels(get_error):
+    flags = ["--weights", "none", "--dataset", "digits", "--label-fraction"]
+    assert "must be above 0" in get_error("finetune", *flags, "0")
+
+
+def test_several_numbers_of_labels_in_several_processes(get_error, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    flags = ["--weights", "none", "--dataset", "digits", "--labels-per-class", "1", "2"]
+    assert "one number of labels per command" in get_error("finetune", *flags)
+
+
+def test_target_in_the_folder_of_a_set(get_error):
+    line = get_error("pretrain_target", "--source", "digits", "--name", "krr_st")
+    assert "--name krr_st" in line
+
+
+def test_hub_weights_for_another_network(get_error, monkeypatch):
+    monkeypatch.setattr(torch.hub, "load", lambda *words, **flags: torch.nn.Linear(1, 1))
+    line = get_error(
+        "pretrain_target", "--source", "digits", *TARGET, "--weights", "hub", "--seed", "4"
+    )
+    assert "--weights hub" in line and "--arch resnet50_target" in line
+
+
+def test_barlow_twins_batches_of_one_image(get_error):
+    flags = ["ssl_bilevel", "--source", "digits", "--width", "0.03", "--inner-batch", "1"]
+    assert "batches of at least 2" in get_error("distillers.__main__", *flags)
 
 
 def test_nvidia_gpu_that_torch_cannot_use(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,6 +308,9 @@ def test_prepare_command_prints_counts_size_and_statistics(tmp_path, capsys):
     assert again.out == first and not again.err  # no progress bar, because nothing is decoded
     prepare.main([str(tmp_path / "pets" / "train"), "--size", "40", *flags])
     assert "train: 6 images, 0.0 MB" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "pets" / "train", tmp_path / "half" / "train")  # no test images
+    prepare.main([str(tmp_path / "half"), "--size", "40", *flags])
+    assert "train: 6 images" in capsys.readouterr().out
     for words in (["cifar11"], ["pets", "--size", "8"], [str(tmp_path / "prepared" / "no")]):
         with pytest.raises(SystemExit) as stop:
             cli.run(prepare.main, [*words, *flags])
@@ -444,6 +448,8 @@ def test_few_labels_are_balanced_distinct_and_seeded(data_root):
     shares = train.labels[few_labels(train, 0, 0.1, torch.Generator())].bincount()
     assert shares.tolist() == [-(-count // 10) for count in train.labels.bincount().tolist()]
     assert len(few_labels(train, 0, 0.0, torch.Generator())) == len(train)
+    balanced = SimpleNamespace(labels=torch.zeros(100, dtype=torch.int64), classes=["a"])
+    assert len(few_labels(balanced, 0, 0.07, torch.Generator())) == 7  # 0.07 * 100 is above 7
     with pytest.raises(UserError, match="fewer than 1000"):
         few_labels(train, 1000, 0.0, torch.Generator())
 

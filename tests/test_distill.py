@@ -14,8 +14,8 @@ from data.images import load_images
 from data.subsets import (
     balanced_subset,
     gaussian_images,
-    held_out_subset,
     measured_subsets,
+    measurement_subset,
     random_subset,
     used_subset,
 )
@@ -248,7 +248,7 @@ def test_all_source_images_leave_no_others(data_root):
     assert torch.equal(used, torch.arange(len(source)))
     parts = measured_subsets(source, used, 64)
     assert [*parts] == ["source images"]
-    assert torch.equal(parts["source images"], held_out_subset(source, 64))
+    assert torch.equal(parts["source images"], measurement_subset(source, 64))
 
 
 def test_random_targets_are_standard_normal_and_recorded(toy, tmp_path):

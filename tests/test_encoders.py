@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -589,6 +590,8 @@ def test_timm_encoder_loads_weights_from_a_file(tmp_path):
     assert encoder.image_size == 224 and encoder.facts["mean"] == [0.5, 0.5, 0.5]
     with pytest.raises(UserError, match="has no such model"):
         load_encoder("timm:vit_none", CPU)
+    with pytest.raises(UserError, match="no_such_tag: RuntimeError"):
+        load_encoder("timm:resnet18.no_such_tag", CPU)
 
 
 def test_hub_encoder_is_loaded_from_a_local_repository(tmp_path):
@@ -694,3 +697,15 @@ def test_quality_check_needs_labels_and_keeps_the_state_of_the_generator(source)
     assert torch.equal(torch.get_rng_state(), before)
     unlabelled = argparse.Namespace(labels=None)
     assert quality.measure_quality(unlabelled, None, "convnet3", 1.0, CPU) is None
+
+
+def test_error_for_damaged_features_names_the_file_with_their_checksum(
+    target_path, source, tmp_path
+):
+    for name in ("target.pt", "features.npy"):
+        shutil.copy(target_path.parent / name, tmp_path)
+    content = bytearray((tmp_path / "features.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "features.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"features.npy: damaged .*; delete .*target.pt to"):
+        load_target(tmp_path / "target.pt", source, CPU, "fp32")

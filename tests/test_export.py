@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,16 +199,21 @@ def test_results_of_an_exported_set_stay_in_the_run_root(tmp_path):
         ("epochs", 2.5),
         ("augment", 1),
         ("lr", float("inf")),
+        ("batch_size", 0),
     ],
 )
 def test_invalid_recipe_is_an_error(name, value):
     distilled = make_set()
     distilled.meta["recipe"] = {name: value}
     usual = {"arch": "convnet3", "width": 0.25, "lr": 0.1, "epochs": 5, "augment": False}
+    usual |= {"steps": 0, "batch_size": 10}
     with pytest.raises(UserError, match=f"x: invalid recipe: {name}"):
         pretrain.read_recipe(distilled, "x", usual)
     distilled.meta["recipe"] = {"epochs": 7, "unknown": 1}
     assert pretrain.read_recipe(distilled, "x", usual) == usual | {"epochs": 7}
+    distilled.meta["recipe"] = {"epochs": 0}
+    with pytest.raises(UserError, match="neither epochs nor steps"):
+        pretrain.read_recipe(distilled, "x", usual)
 
 
 # Without this package
@@ -476,6 +482,15 @@ def test_missing_package_is_named(monkeypatch, folder, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"needs the package {package}: pip install {package}"):
         load_distilled(folder if package == "safetensors" else "hf:some/where")
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_results_and_target_networks_are_not_searched_at_the_root(depth):
+    path = Path("/", *"abc"[:depth], "distilled.pt")
+    meta = {"settings": {"target_network": "0" * 12}}
+    assert export.find_untrained_results(path) == []
+    if depth < 3:
+        assert export.describe_target_network(path, meta) == f"target.pt {'0' * 12}"
 
 
 def test_command_on_the_card_has_no_local_path(tmp_path):

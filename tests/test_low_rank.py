@@ -217,7 +217,7 @@ def test_set_uses_its_budget_and_no_more(views, n_plain, u, v, side):
             dict(num_images=4),
             "a budget of 12,800 numbers, but the bases alone take 16,384; raise it",
         ),
-        (dict(num_images=500), "but the source has 1,000; lower it"),
+        (dict(num_images=500), "but only 1,000 images of the source may be used"),
     ],
 )
 def test_inconsistent_settings_are_errors(given, message):
@@ -303,7 +303,7 @@ def test_source_images_limits_the_images_of_the_factors(distil, roots, monkeypat
     source = load_images("digits", "train", 32, roots[1])
     assert seen == [200, 200]
     assert {*set_.d.meta["initial"]} <= {*random_subset(source, 200, 0).tolist()}
-    with pytest.raises(UserError, match="but the source has 60"):
+    with pytest.raises(UserError, match="but only 60 images of the source may be used"):
         distil("--bases", "60", "--source-images", "60", seed=1)
 
 

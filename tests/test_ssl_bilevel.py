@@ -15,6 +15,7 @@ from data.distilled import load_distilled
 from data.images import load_images
 from distillers import __main__ as distillers
 from distillers import ssl_bilevel, unroll
+from distillers.method import parse_args
 from models import barlow_twins
 from tests.conftest import make_stopping_steps
 from utils import run
@@ -240,3 +241,7 @@ def test_settings_depend_on_the_source():
         assert all(
             ours[key] == target[key] for key in ("projector_dim", "off_diagonal", *vars(VIEWS))
         )
+
+
+def test_inner_batch_of_zero_takes_all_images():
+    assert parse_args(ssl_bilevel.METHOD, ["--inner-batch", "0"]).inner_batch == 0

@@ -1,6 +1,6 @@
 """Communication between the processes of one run, which torchrun starts.
 
-A single process has rank 0 and world size 1, and every function returns its input. With several
+A single process has rank 0 and world size 1, and nothing is communicated. With several
 processes, all of them must call the same functions in the same order. If a process ends early, the
 functions raise UserError in the remaining processes.
 """

@@ -2,8 +2,8 @@
 
 Files are written atomically, verified by checksum and read as data only: no code in them runs.
 torch.save writes a zip archive; `save` stores the SHA-256 of the file as the archive's comment.
-JSON records store theirs under the key `checksum`. The checksum of a large .npy file is stored in
-the JSON record beside it.
+JSON records store theirs under the key `checksum`. The checksum of a .npy file is stored in the
+file that describes it: a JSON record or a target.pt.
 """
 
 import contextlib
@@ -257,7 +257,7 @@ def compute_checksums(path):
     return {"sha256": sha, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def verify(path, expected, full=False):
+def verify(path, expected, full=False, record=None):
     """Compare a file with its recorded checksums.
 
     A file of up to 2 GiB is always read in full. A larger file is read only if its modification
@@ -267,6 +267,7 @@ def verify(path, expected, full=False):
         path: path of the file.
         expected: `compute_checksums` of the file when it was written.
         full: read files of any size.
+        record: file that holds `expected` (default: the JSON file with the name of `path`).
 
     Raises:
         DamagedFile: if the file is missing or differs.
@@ -283,18 +284,19 @@ def verify(path, expected, full=False):
             if trusted or compute_checksums(path)["sha256"] == expected["sha256"]:
                 return
             fault = "damaged (its content does not match its checksum)"
-    raise DamagedFile(
-        f"{path}: {fault}; delete {path.with_suffix('').with_suffix('.json')} to recreate it"
-    )
+    record = record or path.with_suffix("").with_suffix(".json")
+    raise DamagedFile(f"{path}: {fault}; delete {record} to recreate it")
 
 
-def open_array(path, expected):
+def open_array(path, expected, record=None):
     """Verify a .npy file and return its array, mapped copy-on-write.
+
+    `record` is as in `verify`.
 
     Raises:
         DamagedFile: if the file does not match its checksums `expected`.
     """
-    verify(path, expected)
+    verify(path, expected, record=record)
     return np.load(path, mmap_mode="c")
 
 

@@ -11,7 +11,8 @@ class LARS(torch.optim.Optimizer):
 
     You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, equation 6,
     with the scaled rate clipped at `lr`. One-dimensional tensors (biases, batch norm) take plain
-    momentum steps without weight decay. The defaults are those of the recipe in pretrain_target.py.
+    momentum steps without weight decay. The default momentum and eta are those of the recipe in
+    pretrain_target.py.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02):
