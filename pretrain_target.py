@@ -31,7 +31,7 @@ from data.originals import Originals
 from distillers import registry
 from distillers.method import check_name
 from evaluation import probes, quality
-from models.barlow_twins import barlow_twins_loss, projector
+from models.barlow_twins import barlow_twins_loss, check_batch_size, projector
 from models.encoders import FORMS, load_encoder
 from models.features import FeatureTable, compute_features, read_features, reduce_features
 from models.saved import load_matching, load_weights
@@ -153,8 +153,8 @@ def load_backbone(network, weights):
 
 def make_network_target(source, args, device):
     """Write a target network of --arch, trained with Barlow Twins or loaded from --weights."""
-    if not args.weights and min(len(source), args.batch_size) < 2:
-        raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
+    if not args.weights:
+        check_batch_size(min(len(source), args.batch_size), source)
     settings = cli.run_settings(args, source=source.name, fingerprint=source.fingerprint)
     ignored = {"encoder", "features", "encoder_size", *REDUCTION}
     settings = {name: value for name, value in settings.items() if name not in ignored}

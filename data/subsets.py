@@ -29,7 +29,8 @@ def few_labels(images, per_class, fraction, generator):
     chosen = []
     for label, name in enumerate(images.classes):
         members = (images.labels == label).nonzero()[:, 0]
-        wanted = per_class or math.ceil(round(fraction * len(members), 6))
+        share = round(fraction * len(members), 6)  # 0.07 * 100 is above 7
+        wanted = per_class or math.ceil(share)
         if wanted > len(members):
             raise UserError(
                 f"{images.name}: class {name} has {len(members)} images, fewer than {wanted}"

@@ -33,10 +33,9 @@ from distillers import method
 from distillers.labelled import MEASUREMENT_SEED
 from distillers.method import Method
 from distillers.unroll import backpropagate, descend, flatten_parameters, unflatten_parameters
-from models.barlow_twins import barlow_twins_loss, projector
+from models.barlow_twins import barlow_twins_loss, check_batch_size, projector
 from utils import optim
 from utils.device import autocast
-from utils.errors import UserError
 from utils.run import Tensors
 from utils.sampling import Batches, Randomness
 
@@ -122,8 +121,7 @@ class Draws:
             args.num_images, args.inner_batch or args.num_images, randomness.cpu, drop_last=True
         )
         self.real = Batches(len(source), args.outer_batch, randomness.cpu, drop_last=True)
-        if min(self.order.batch_size, self.real.batch_size) < 2:
-            raise UserError("Barlow Twins needs batches of at least 2 images")
+        check_batch_size(min(self.order.batch_size, self.real.batch_size), source)
         self.loader = Loader([source.pixels], self.real, device)
 
     def next(self, x_syn):

@@ -627,7 +627,7 @@ def parse_args(argv):
     parser.add_argument(
         "--fast", action="store_true", help="take seconds: fewer draws, and r = 1 and 2 only"
     )
-    parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="default: 0")
     return parser.parse_args(argv)
 
 

@@ -5,6 +5,13 @@ from torch import nn
 
 from models.sync_batch_norm import standardise
 from utils import distributed
+from utils.errors import UserError
+
+
+def check_batch_size(size, source):
+    """Raise UserError if a batch of `size` images of an `ImageSet` is too small for batch norm."""
+    if size < 2:
+        raise UserError(f"{source.name}: Barlow Twins needs batches of at least 2 images")
 
 
 def barlow_twins_loss(z1, z2, off_diagonal, scale=1.0):

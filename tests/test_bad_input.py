@@ -179,6 +179,10 @@ def test_several_numbers_of_labels_in_several_processes(get_error, monkeypatch):
     assert "one number of labels per command" in get_error("finetune", *flags)
 
 
+def test_batch_of_zero_where_zero_has_no_meaning(get_error):
+    assert "--inner-batch" in get_error("distillers.__main__", "dsa", "--inner-batch", "0")
+
+
 def test_target_in_the_folder_of_a_set(get_error):
     line = get_error("pretrain_target", "--source", "digits", "--name", "krr_st")
     assert "--name krr_st" in line

@@ -58,9 +58,6 @@ pixels = _number(int, SMALLEST_IMAGE_SIZE)
 non_negative_float, fraction = _number(float, 0), _number(float, 0, 1)
 seed = _number(int, 0, 2**32 - 1)  # the range of NumPy and scikit-learn
 
-# Settings for which 0 means all or none (distillers/ssl_bilevel.py, dsa.py, mtt.py).
-ZERO = ("inner_batch", "outer_loops", "inner_epochs")
-
 
 def folder_parser(docstring, prog=None):
     """Return a `Parser` with --data-root and --run-root."""
@@ -143,8 +140,8 @@ def add_settings(parser, defaults, help, choices=None):
     """Add a flag for each setting.
 
     The type of a flag is that of its default. Numbers must not be negative. Integers must be
-    positive, unless the default is 0, the name is in `ZERO` or it starts with warmup. A boolean
-    setting x becomes --x and --no-x.
+    positive, unless the default is 0, the text states the meaning of 0 ("0: all") or the name
+    starts with warmup. A boolean setting x becomes --x and --no-x.
 
     Args:
         parser: `Parser`; the flags join its group "method".
@@ -163,7 +160,7 @@ def add_settings(parser, defaults, help, choices=None):
         elif choices and name in choices:
             group.add_argument(flag, choices=[*choices[name]], default=value, help=text)
         else:
-            zero = value == 0 or name in ZERO or name.startswith("warmup")
+            zero = value == 0 or "; 0: " in help[name] or name.startswith("warmup")
             integer = non_negative_int if zero else positive_int
             kind = {int: integer, float: non_negative_float}.get(type(value), str)
             group.add_argument(flag, type=kind, default=value, metavar="X", help=text)
