@@ -89,11 +89,13 @@ def build(arch, image_size, num_outputs, width=1.0):
         arch: key of `ARCHITECTURES`.
         image_size: height and width in pixels, at least 32.
         num_outputs: outputs of the head; 0 means no head.
-        width: factor on all hidden widths.
+        width: factor on all hidden widths; above 0.
 
     Raises:
-        UserError: if `arch` does not support `width`.
+        UserError: if `width` is not above 0, or if `arch` does not support it.
     """
+    if width <= 0:
+        raise UserError(f"--width {width:g}: must be above 0")
     if arch == "resnet50_target" and width != 1.0:
         raise UserError("resnet50_target comes at width 1 only")
     function, arguments = ARCHITECTURES[arch]

@@ -188,22 +188,25 @@ def make_dataset_card(folder, name, license, distilled, facts, lines, untrained,
 {LICENCE.format(license=license, source=facts["source"])}"""
 
 
+def required_packages(network):
+    """Return the packages that the exported code of a network needs, by the network's label."""
+    resnet = network.startswith("resnet")
+    return "torch, torchvision and safetensors" if resnet else "torch and safetensors"
+
+
 def make_model_card(folder, main, name, license, facts, lines):
     """Return the model card (README.md) of a network, whose weights are in the file `main`.
 
     The other arguments are as in `make_dataset_card`.
     """
     fields = dict(license=license, tags=["dataset-distillation"], pipeline_tag=FEATURES)
-    packages = "torch, torchvision and safetensors"
-    if not facts["network"].startswith("resnet"):
-        packages = "torch and safetensors"
     return f"""{format_front_matter(fields)}
 # {name}
 
 ## Use
 
 ```python
-from network import load     # needs {packages}
+from network import load     # needs {required_packages(facts["network"])}
 
 network = load()             # in eval mode
 features = network.embed(x)  # of normalised images x (b, 3, S, S)

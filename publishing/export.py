@@ -180,7 +180,7 @@ def write_network(path, folder, name, args):
     header = dict(format=exported.FORMAT, name=name, **shape, meta=meta)
     save_tensors(folder / NETWORK, content["network"], network=header)
     code = [*standalone.collect_network_code(**shape), standalone.read_template("network.py")]
-    about = f"{name}, a trained {label}. Needs torch and safetensors."
+    about = f"{name}, a trained {label}. Needs {cards.required_packages(label)}."
     standalone.write(folder / "network.py", about, code)
     facts = {
         "network": label,

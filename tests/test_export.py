@@ -304,6 +304,9 @@ def test_exported_code_of_each_network_builds_it(arch, tmp_path):
     )
     source = (tmp_path / "network.py").read_text()
     assert not re.search(r"^(from|import) (models|utils|data)\b", source, re.MULTILINE)
+    uses_torchvision = bool(re.search(r"^(from|import) torchvision\b", source, re.MULTILINE))
+    named = cards.required_packages(models.label(arch, width))
+    assert uses_torchvision == ("torchvision" in named)
     space = {}
     exec(compile(source, "network.py", "exec"), space)
     torch.manual_seed(3)

@@ -6,6 +6,7 @@ import torchvision
 
 import models
 from models.resnet import Subsampling1x1
+from utils.errors import UserError
 
 # (name, image size, width of the features, parameters of the feature extractor)
 EXPECTED = [
@@ -56,6 +57,12 @@ def test_every_network_accepts_every_size_and_small_widths(arch, size):
     loss = network(torch.randn(2, 3, size, size)).square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("width", [0.0, -0.25])
+def test_width_must_be_positive(width):
+    with pytest.raises(UserError, match="--width"):
+        models.build("convnet3", 32, 4, width)
 
 
 def test_instance_norm_normalises_each_image_separately():
