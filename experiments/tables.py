@@ -699,7 +699,7 @@ TABLES = {
             protocols=(
                 Protocol("r2"),
                 Protocol("linear", label_fractions=(0.01, 0.1)),
-                Protocol("linear"),  # takes ten minutes per network on CIFAR-10
+                Protocol("linear"),  # takes 2 to 10 minutes per network on CIFAR-10
                 Protocol("knn"),
                 Protocol("full", labels_per_class=(15,), settings=dict(steps=300)),
                 Protocol("full", settings=dict(steps=2000)),
